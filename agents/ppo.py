@@ -1,0 +1,350 @@
+"""Proximal Policy Optimisation: an on-policy agent that learns from short rollouts, then drops them.
+
+Schulman et al. 2017, arXiv 1707.06347: the clipped objective is eq. 7, advantages are eq. 11 (GAE,
+arXiv 1506.02438 eq. 16). Hyperparameters and details as CleanRL's ppo_continuous_action, counted in
+Huang et al. 2022, "The 37 Implementation Details of PPO". RPO: Rahman and Xue, arXiv 2212.07536.
+Every tensor starts with S, the seeds that train side by side; read it as 1.
+
+Departures, each with its reason
+1. A truncated episode bootstraps from V(its true last observation): the task did not end there.
+2. Normaliser statistics move only between updates, so that a rollout is read as it was acted.
+   The first rollout is therefore read raw.
+3. A seed whose KL divergence passes target_kl keeps its weights for the rest of the update while the
+   other seeds go on; Adam's step counts for all, so that a seed never feels its neighbours.
+
+    python learn_simple.py agents/ppo.py --env LunarLanderContinuous-v3 --seeds 8 --steps 500_000 --log
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Config:
+    gamma: float = 0.99  # discount a step
+    gae_lambda: float = 0.95  # weight of long advantages against short ones
+    # Rollout and schedule
+    num_steps: int = 2048  # steps of each environment in a rollout
+    num_minibatches: int = 32  # gradient steps in an epoch
+    update_epochs: int = 10  # passes over a rollout
+    # Optimisation
+    lr: float = 3e-4  # Adam step size
+    anneal_lr: bool = True  # step size falls linearly to 0 over the run
+    clip_coef: float = 0.2  # range of the probability ratio around 1
+    clip_vloss: bool = True  # clip the value's change as well
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 0.5  # gradient norm of one seed
+    target_kl: float | None = None  # a seed above it stops its update after the epoch; none: never
+    rpo_alpha: float = 0.0  # RPO: half-width of the uniform noise on the mean while updating
+    # Normalisation
+    norm_obs: bool = True  # observations to mean 0, variance 1, clipped to 10
+    norm_reward: bool = True  # rewards by the deviation of the discounted return, clipped to 10
+    norm_adv: bool = True  # advantages of each minibatch to mean 0, variance 1
+    # Networks
+    width: int = 64  # units of each of the two hidden layers of actor and critic
+
+
+def identity(fn):
+    return fn
+
+
+def randn(generators, *shape):
+    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+def scan(x, decay, start):
+    """y[t] = x[t] + decay[t] * y[t - 1] with y[-1] = start: (S, T, N), (S, T, N), (S, N)."""
+    y = torch.empty_like(x)
+    for t in range(x.shape[1]):
+        start = torch.addcmul(x[:, t], decay[:, t], start, out=y[:, t])
+    return y
+
+
+def gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
+    """All (S, T, N) -> advantages (S, T, N). 1506.02438, eq. 16.
+
+    next_values are those of the true successors: a termination cuts the bootstrap, a truncation
+    does not; either ends the trace, because the next row belongs to another episode.
+    """
+    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    trace = gamma * gae_lambda * (1 - torch.maximum(terminations, truncations))
+    return scan(deltas.flip(1), trace.flip(1), torch.zeros_like(deltas[:, 0])).flip(1)
+
+
+def gaussian_log_probs(actions, mean, log_std):
+    """(S, B, A) -> (S, B)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Linear(nn.Module):
+    """One dense layer a seed, orthogonal with the given gain: (S, B, in) -> (S, B, out)."""
+
+    def __init__(self, generators, fan_in, fan_out, gain=math.sqrt(2)):
+        super().__init__()
+        weights = []
+        for g in generators:
+            q = torch.randn(max(fan_in, fan_out), min(fan_in, fan_out), generator=g, device=g.device)
+            q, r = torch.linalg.qr(q)
+            q = q * r.diagonal().sign()  # uniform over orthogonal matrices
+            weights.append(gain * (q if fan_in >= fan_out else q.T))
+        self.weight = nn.Parameter(torch.stack(weights))  # (S, in, out)
+        self.bias = nn.Parameter(torch.zeros_like(self.weight[:, :1]))  # (S, 1, out)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Network(nn.Module):
+    """(S, B, O) -> (S, B, out)."""
+
+    def __init__(self, generators, obs_dim, width, out_dim, gain):
+        super().__init__()
+        self.fc1 = Linear(generators, obs_dim, width)
+        self.fc2 = Linear(generators, width, width)
+        self.head = Linear(generators, width, out_dim, gain)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x))))).type_as(x)
+
+
+class Normaliser(nn.Module):
+    """Running mean and variance of each seed. The parallel update is Chan et al. 1979, eq. 2.1."""
+
+    def __init__(self, seeds, dim, device):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(seeds, 1, dim, device=device))
+        self.register_buffer("var", torch.ones(seeds, 1, dim, device=device))
+        self.register_buffer("count", torch.zeros(seeds, 1, 1, device=device))
+
+    def update(self, x):
+        """x (S, B, dim)."""
+        var, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+        share = x.shape[1] / (self.count + x.shape[1])
+        step = mean - self.mean
+        # in place: compiled code and checkpoints hold on to these tensors
+        self.var.copy_((1 - share) * self.var + share * var + share * (1 - share) * step.square())
+        self.mean.add_(share * step)
+        self.count.add_(x.shape[1])
+
+    def centre_and_scale(self, x):
+        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+    def scale(self, x):
+        return (x * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+def validate(spec, config, num_envs):
+    """ValueError that names the field and the value."""
+    for name in ("num_steps", "num_minibatches", "update_epochs", "width"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("lr", "clip_coef", "vf_coef", "ent_coef", "max_grad_norm", "rpo_alpha"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, not {getattr(config, name)}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {getattr(config, name)}")
+    if config.num_steps * num_envs % config.num_minibatches:
+        raise ValueError(f"num_minibatches must divide num_steps x num_envs = "
+                         f"{config.num_steps} x {num_envs}, {config.num_minibatches} does not")
+
+
+class Agent:
+    name = "ppo"
+
+    def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
+                 accelerate=identity):
+        validate(spec, config, num_envs)
+        self.spec, self.config, self.num_envs = spec, config, num_envs
+        self.total_steps, self.device = total_steps, torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
+        S, O, A, T = len(seeds), spec.obs_dim, spec.action_dim, config.num_steps
+
+        self.actor = Network(self.generators, O, config.width, A, gain=0.01)
+        self.critic = Network(self.generators, O, config.width, 1, gain=1.0)
+        self.log_std = torch.zeros(S, 1, A, device=self.device, requires_grad=True)
+        self.parameters = [*self.actor.parameters(), *self.critic.parameters(), self.log_std]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=torch.tensor(config.lr, device=self.device), eps=1e-5, fused=True,
+            capturable=self.device.type == "cuda")
+        self.obs_normaliser = Normaliser(S, O, self.device)
+        self.return_normaliser = Normaliser(S, 1, self.device)
+        self.returns = torch.zeros(S, num_envs, device=self.device)  # discounted, so far
+        self.ended = torch.ones(S, num_envs, device=self.device)  # did the last step end an episode
+
+        low, high = (torch.as_tensor(b, device=self.device).to(self.log_std.dtype)
+                     for b in (spec.action_low, spec.action_high))
+        self.low, self.high = low, high
+        self.widths = [O, A, O, 1, 1, 1, 1]
+        self.rollout = torch.zeros(S, T, num_envs, sum(self.widths), device=self.device)
+        self.filled = self.transitions = 0  # rows of the rollout; transitions of one seed
+        self.acted = None  # the unclipped actions and their log-probs, between act and observe
+        self.minibatch_step = accelerate(self._update_minibatch)
+
+    def normalise(self, obs):
+        return self.obs_normaliser.centre_and_scale(obs) if self.config.norm_obs else obs
+
+    @torch.no_grad()
+    def act(self, obs, explore=True):
+        """obs (S, N, O) -> actions (S, N, A), clipped to the bounds; the mean if not exploring."""
+        obs = torch.as_tensor(obs, device=self.device).to(self.log_std.dtype)
+        actions = self.actor(self.normalise(obs))
+        if explore:
+            noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
+            mean, actions = actions, actions + self.log_std.exp() * noise
+            log_probs = gaussian_log_probs(actions, mean, self.log_std)
+            self.acted = torch.cat([actions, log_probs[..., None]], -1)
+        return torch.minimum(torch.maximum(actions, self.low), self.high)
+
+    def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
+        """One step, each (S, N, ...). The stored action is the unclipped one of the last act."""
+        if self.acted is None or self.acted.shape[1] != self.num_envs:
+            raise ValueError("observe needs an act(explore=True) on the same environments before it")
+        flags = torch.stack([rewards, terminations, truncations], -1)
+        unclipped, log_probs = self.acted.split([self.spec.action_dim, 1], -1)
+        row = torch.cat([obs, unclipped, next_obs, log_probs, flags], -1)
+        self.rollout[:, self.filled] = row
+        self.acted = None
+        self.filled += 1
+        self.transitions += self.num_envs
+
+    def update(self):
+        """Learn from a full rollout -> metrics, each (S,); {} while it fills."""
+        if self.filled < self.config.num_steps:
+            return {}
+        self.filled = 0
+        if self.config.anneal_lr:
+            done = (self.transitions - self.rollout[0, :, :, 0].numel()) / self.total_steps
+            self.optimizer.param_groups[0]["lr"].fill_(self.config.lr * max(0.0, 1 - done))
+        obs, samples, explained = self._prepare_rollout()
+        stopped = torch.zeros(len(self.generators), dtype=torch.bool, device=self.device)
+        for _ in range(self.config.update_epochs):
+            before = [x.clone() for x in self._learned()] if self.config.target_kl else []
+            metrics = self._update_epoch(samples)
+            if self.config.target_kl:
+                for new, old in zip(self._learned(), before, strict=True):
+                    new.copy_(torch.where(stopped.view(-1, *[1] * (new.dim() - 1)), old, new))
+                stopped = stopped | (metrics["policy/approx_kl"] > self.config.target_kl)
+        self.obs_normaliser.update(obs)
+        return metrics | {"value/explained_variance": explained}
+
+    @torch.no_grad()
+    def _prepare_rollout(self):
+        """-> raw obs (S, T N, O), rows for the minibatches (S, T N, ...), explained variance (S,)."""
+        obs, actions, next_obs, log_probs, *scalars = self.rollout.split(self.widths, -1)
+        rewards, terminations, truncations = (x.squeeze(-1) for x in scalars)
+        if self.config.norm_reward:
+            rewards = self._normalise_rewards(rewards, torch.maximum(terminations, truncations))
+        inputs = self.normalise(obs.flatten(1, 2))
+        values = self.critic(inputs).view_as(rewards)
+        next_values = self.critic(self.normalise(next_obs.flatten(1, 2))).view_as(rewards)
+        advantages = gae(rewards, values, next_values, terminations, truncations,
+                         self.config.gamma, self.config.gae_lambda)
+        returns = advantages + values
+        scalars = torch.stack([advantages, returns, values], -1)
+        rest = torch.cat([actions, log_probs, scalars], -1).flatten(1, 2)
+        explained = 1 - advantages.flatten(1).var(1) / returns.flatten(1).var(1)
+        return obs.flatten(1, 2), torch.cat([inputs, rest], -1), explained
+
+    def _normalise_rewards(self, rewards, ends):
+        """Divide by the deviation of the discounted return, which starts anew at each episode."""
+        before = torch.cat([self.ended[:, None], ends[:, :-1]], 1)  # did the step before end one
+        returns = scan(rewards, self.config.gamma * (1 - before), self.returns)
+        self.returns, self.ended = returns[:, -1].clone(), ends[:, -1].clone()
+        self.return_normaliser.update(returns.flatten(1)[..., None])
+        return self.return_normaliser.scale(rewards)
+
+    def _update_epoch(self, samples):
+        """Every row of every seed once, in minibatches. samples (S, T N, ...)."""
+        rows, size = samples.shape[1], samples.shape[1] // self.config.num_minibatches
+        order = torch.stack([torch.randperm(rows, generator=g, device=self.device)
+                             for g in self.generators])
+        shuffled = samples.gather(1, order[..., None].expand_as(samples))
+        shifts = torch.zeros_like(shuffled[..., : self.spec.action_dim])
+        if self.config.rpo_alpha:
+            draws = [torch.rand(shifts.shape[1:], generator=g, device=self.device)
+                     for g in self.generators]
+            shifts = self.config.rpo_alpha * (2 * torch.stack(draws) - 1)
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            metrics = self.minibatch_step(shuffled[:, part], shifts[:, part])
+        return metrics
+
+    def _update_minibatch(self, samples, shifts):
+        c, O, A = self.config, self.spec.obs_dim, self.spec.action_dim
+        mb_inputs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1], -1)
+        mb_log_probs, mb_advantages, mb_returns, mb_values = (x.squeeze(-1) for x in scalars)
+        if c.norm_adv:
+            mb_advantages = mb_advantages - mb_advantages.mean(1, keepdim=True)
+            mb_advantages = mb_advantages / (mb_advantages.std(1, keepdim=True) + 1e-8)
+
+        log_probs = gaussian_log_probs(mb_actions, self.actor(mb_inputs) + shifts, self.log_std)
+        assert log_probs.shape == mb_log_probs.shape, (log_probs.shape, mb_log_probs.shape)
+        log_ratio = log_probs - mb_log_probs
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - c.clip_coef, 1 + c.clip_coef)
+        policy_loss = -torch.minimum(mb_advantages * ratio, mb_advantages * clipped).mean(1)
+
+        values = self.critic(mb_inputs).squeeze(-1)
+        assert values.shape == mb_returns.shape, (values.shape, mb_returns.shape)
+        errors = (values - mb_returns).square()
+        if c.clip_vloss:
+            near = mb_values + (values - mb_values).clamp(-c.clip_coef, c.clip_coef)
+            errors = torch.maximum(errors, (near - mb_returns).square())
+        value_loss = 0.5 * errors.mean(1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2))
+
+        loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy  # (S,)
+        self.optimizer.zero_grad()
+        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
+        self._clip_gradients()
+        self.optimizer.step()
+        approx_kl = (ratio - 1 - log_ratio).mean(1)  # Schulman's k3, never negative
+        return {name: x.detach() for name, x in {
+            "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy,
+            "policy/approx_kl": approx_kl}.items()}
+
+    def _clip_gradients(self):
+        """Scale each seed's gradient down to max_grad_norm, by itself."""
+        grads = [p.grad for p in self.parameters]
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (S,)
+        scale = (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(grads, [scale.view(-1, *[1] * (g.dim() - 1)) for g in grads])
+
+    def _learned(self):
+        """What a stopped seed keeps: the weights and Adam's moments, every one with a leading S."""
+        states = [self.optimizer.state[p] for p in self.parameters]
+        moments = [s[k] for s in states for k in ("exp_avg", "exp_avg_sq") if k in s]
+        return [p.data for p in self.parameters] + moments
+
+    PARTS = ("actor", "critic", "optimizer", "obs_normaliser", "return_normaliser")
+    TENSORS = ("log_std", "returns", "ended", "rollout")
+
+    def state_dict(self):
+        """Everything that the future depends on, by reference."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
+            "tensors": {name: getattr(self, name).detach() for name in self.TENSORS},
+            "acted": self.acted,
+            "counters": {"filled": self.filled, "transitions": self.transitions},
+            "generators": [g.get_state() for g in self.generators],
+        }
+
+    def load_state_dict(self, state):
+        """Continue exactly where `state` was taken. ValueError if the rollout has another shape."""
+        if state["tensors"]["rollout"].shape != self.rollout.shape:
+            raise ValueError(f"rollout is {tuple(self.rollout.shape)}, the checkpoint's is "
+                             f"{tuple(state['tensors']['rollout'].shape)}: same envs and seeds?")
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.TENSORS:
+            getattr(self, name).data.copy_(state["tensors"][name])
+        self.acted = state["acted"]
+        self.filled, self.transitions = (state["counters"][k] for k in ("filled", "transitions"))
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())

@@ -1,0 +1,306 @@
+"""Soft Actor-Critic: an off-policy agent that maximises return and the entropy of its policy.
+
+Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905: the soft
+Q target is eq. 5-6, the reparameterised policy loss eq. 9, the temperature loss eq. 18, the density
+of the squashed Gaussian appendix C. Every tensor starts with S, the seeds that train side by side;
+read it as 1.
+
+Departures from the paper, each with its reason
+1. log_std is squashed into [-5, 2] by a tanh, as CleanRL does: a hard clamp has no gradient outside.
+2. The critics learn faster (1e-3) than the actor (3e-4), as in CleanRL; the temperature learns at
+   the critics' rate.
+3. Actions are uniform for the first steps, so that the replay does not start with one policy's view.
+
+    python learn_simple.py agents/sac.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+@dataclass(frozen=True)
+class Config:
+    gamma: float = 0.99  # discount a step
+    # Replay and schedule
+    buffer_size: int = 1_000_000  # transitions a seed; no more than the run's steps are allocated
+    learning_starts: int = 5_000  # random transitions before learning, at most a tenth of the run
+    replay_ratio: float = 1.0  # gradient steps a transition
+    policy_delay: int = 1  # critic steps for each actor step
+    batch_size: int = 256  # transitions a gradient step
+    # Optimisation
+    actor_lr: float = 3e-4  # Adam step size of the actor
+    qf_lr: float = 1e-3  # Adam step size of the critics and of the temperature
+    tau: float = 0.005  # share of the critics that enters their targets at each step
+    # Entropy
+    autotune: bool = True  # learn the temperature; off: keep it at alpha
+    alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
+    target_entropy: float = -1.0  # nats for each action dimension
+    # Networks
+    actor_width: int = 256  # units of each of the actor's two hidden layers
+    qf_width: int = 256  # units of each of a critic's two hidden layers
+
+
+def identity(fn):
+    return fn
+
+
+def randn(generators, *shape):
+    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+def td_target(rewards, terminations, next_values, gamma):
+    """All (S, B). Only a termination cuts the bootstrap; a truncation does not. Eq. 5."""
+    return rewards + gamma * (1 - terminations) * next_values
+
+
+def squashed_log_probs(x, noise, log_std, log_scale):
+    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C.
+
+    From the pre-tanh x, so that it stays exact where tanh(x) rounds to 1.
+    """
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
+    return (log_normal - log_slope).sum(-1)
+
+
+class Linear(nn.Module):
+    """`copies` dense layers a seed, side by side: (S * copies, B, in) -> (S * copies, B, out)."""
+
+    def __init__(self, generators, fan_in, fan_out, copies=1):
+        super().__init__()
+        bound = fan_in**-0.5  # as nn.Linear
+        shape = (copies, fan_in + 1, fan_out)
+        draws = [torch.empty(shape, device=g.device).uniform_(-bound, bound, generator=g)
+                 for g in generators]
+        bias, weight = torch.stack(draws).split([1, fan_in], dim=2)
+        self.weight = nn.Parameter(weight.contiguous())  # (S, copies, in, out)
+        self.bias = nn.Parameter(bias.contiguous())  # (S, copies, 1, out)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias.flatten(0, 1), x, self.weight.flatten(0, 1))
+
+
+class Actor(nn.Module):
+    """obs (S, B, O) -> mean and log_std (S, B, A) of the Gaussian before the tanh."""
+
+    def __init__(self, generators, spec, width):
+        super().__init__()
+        self.fc1 = Linear(generators, spec.obs_dim, width)
+        self.fc2 = Linear(generators, width, width)
+        self.head = Linear(generators, width, 2 * spec.action_dim)
+        low, high = (torch.as_tensor(b, device=generators[0].device).to(self.head.weight.dtype)
+                     for b in (spec.action_low, spec.action_high))
+        self.register_buffer("scale", (high - low) / 2, persistent=False)
+        self.register_buffer("centre", (high + low) / 2, persistent=False)
+
+    def forward(self, obs):
+        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
+        mean, log_std = self.head(x).type_as(obs).chunk(2, dim=-1)
+        share = (torch.tanh(log_std) + 1) / 2
+        return mean, LOG_STD_MIN + share * (LOG_STD_MAX - LOG_STD_MIN)
+
+    def squash(self, x):
+        return self.centre + self.scale * torch.tanh(x)
+
+    def sample(self, obs, noise):
+        """obs (S, B, O), noise (S, B, A) -> actions (S, B, A), log_probs (S, B)."""
+        mean, log_std = self(obs)
+        x = mean + log_std.exp() * noise
+        return self.squash(x), squashed_log_probs(x, noise, log_std, self.scale.log())
+
+
+class QFunctions(nn.Module):
+    """Two critics: obs (S, B, O), actions (S, B, A) -> values (S, 2, B)."""
+
+    def __init__(self, generators, spec, width):
+        super().__init__()
+        self.fc1 = Linear(generators, spec.obs_dim + spec.action_dim, width, copies=2)
+        self.fc2 = Linear(generators, width, width, copies=2)
+        self.head = Linear(generators, width, 1, copies=2)
+
+    def forward(self, obs, actions):
+        x = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
+        x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        return self.head(x).type_as(obs).view(-1, 2, obs.shape[1])
+
+
+def frozen(module):
+    """The same weights read without gradient: the actor's step needs none for the critics."""
+    twin = copy.deepcopy(module).requires_grad_(False)
+    for theirs, ours in zip(twin.parameters(), module.parameters(), strict=True):
+        theirs.data = ours.data
+    return twin
+
+
+class Replay:
+    """The last `capacity` transitions of each seed: one row holds one whole transition."""
+
+    def __init__(self, generators, capacity, spec):
+        self.widths = [spec.obs_dim, spec.action_dim, spec.obs_dim, 1, 1]
+        shape = (len(generators), capacity, sum(self.widths))
+        self.rows = torch.zeros(shape, device=generators[0].device)
+        self.generators, self.position, self.size = generators, 0, 0
+
+    def add(self, obs, actions, next_obs, rewards, terminations):
+        """Each (S, N, ...): N new rows a seed; the capacity is a multiple of N."""
+        end = self.position + obs.shape[1]
+        flags = torch.stack([rewards, terminations.to(rewards.dtype)], -1)
+        self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)
+        self.position, self.size = end % self.rows.shape[1], max(self.size, end)
+
+    def sample(self, batch_size):
+        """-> obs, actions, next_obs (S, B, ...), rewards, terminations (S, B), with replacement."""
+        seeds, capacity, width = self.rows.shape
+        picks = [torch.randint(self.size, (batch_size,), generator=g, device=g.device) + s * capacity
+                 for s, g in enumerate(self.generators)]
+        batch = self.rows.view(-1, width).index_select(0, torch.cat(picks))
+        obs, actions, next_obs, rewards, terminations = batch.view(seeds, batch_size, -1).split(
+            self.widths, -1)
+        return obs, actions, next_obs, rewards.squeeze(-1), terminations.squeeze(-1)
+
+
+def validate(spec, config):
+    """ValueError that names the field and the value."""
+    for name in ("buffer_size", "policy_delay", "batch_size", "actor_width", "qf_width"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("learning_starts", "replay_ratio", "actor_lr", "qf_lr", "alpha"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, not {getattr(config, name)}")
+    for name in ("gamma", "tau"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {getattr(config, name)}")
+    if config.autotune and config.alpha == 0:
+        raise ValueError("alpha must be above 0 with autotune, not 0.0")
+    for name in ("action_low", "action_high"):
+        if not all(map(math.isfinite, getattr(spec, name))):
+            raise ValueError(f"{name} must be finite to squash actions, not {getattr(spec, name)}")
+
+
+class Agent:
+    name = "sac"
+
+    def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
+                 accelerate=identity):
+        validate(spec, config)
+        self.spec, self.config, self.num_envs = spec, config, num_envs
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
+        self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
+        self.transitions = self.critic_steps = 0  # of one seed
+
+        self.actor = Actor(self.generators, spec, config.actor_width)
+        self.qf = QFunctions(self.generators, spec, config.qf_width)
+        self.qf_frozen = frozen(self.qf)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        start = math.log(config.alpha) if config.alpha else -math.inf
+        self.log_alpha = torch.full((len(seeds),), start, device=self.device, requires_grad=True)
+        fused = {"fused": True, "capturable": self.device.type == "cuda"}
+        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_lr, **fused)
+        if config.autotune:
+            self.actor_optimizer.add_param_group({"params": [self.log_alpha], "lr": config.qf_lr})
+
+        capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
+        self.replay = Replay(self.generators, capacity, spec)
+        self.metrics = {}
+        self.critic_step = accelerate(self._update_critic)
+        self.actor_step = accelerate(self._update_actor)
+
+    @torch.no_grad()
+    def act(self, obs, explore=True):
+        """obs (S, N, O) -> actions (S, N, A) in environment units; the mode if not exploring."""
+        obs = torch.as_tensor(obs, device=self.device).to(self.replay.rows.dtype)
+        noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
+        if explore:
+            noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
+        if explore and self.transitions < self.learning_starts:
+            uniform = torch.special.ndtr(noise)  # the normal's distribution function
+            return self.actor.centre + self.actor.scale * (2 * uniform - 1)
+        return self.actor.sample(obs, noise)[0]
+
+    def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
+        """One step, each (S, N, ...). A truncation is no end of the task: it is not stored."""
+        self.replay.add(obs, actions, next_obs, rewards, terminations)
+        self.transitions += obs.shape[1]
+
+    def update(self):
+        """The gradient steps due since the last call -> the last one's metrics, each (S,)."""
+        if self.transitions < self.learning_starts:
+            return {}
+        seen = self.transitions - self.learning_starts + self.num_envs
+        due = int(seen * self.config.replay_ratio) - self.critic_steps
+        for _ in range(due):
+            batch = self.replay.sample(self.config.batch_size)
+            noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
+            self.metrics.update(self.critic_step(*batch, noise[:, 0]))
+            self.critic_steps += 1
+            if self.critic_steps % self.config.policy_delay == 0:
+                self.metrics.update(self.actor_step(batch[0], noise[:, 1]))
+        return dict(self.metrics) if due > 0 else {}
+
+    def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
+        with torch.no_grad():
+            next_actions, next_log_probs = self.actor.sample(b_next_obs, noise)
+            next_values = self.qf_target(b_next_obs, next_actions).amin(1)
+            next_values = next_values - self.log_alpha.exp()[:, None] * next_log_probs
+            target = td_target(b_rewards, b_terminations, next_values, self.config.gamma)
+        values = self.qf(b_obs, b_actions)
+        assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
+        loss = (values - target[:, None]).square().mean(2).sum(1)  # (S,)
+        self.qf_optimizer.zero_grad()
+        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
+        self.qf_optimizer.step()
+        torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf_frozen.parameters()),
+                             self.config.tau)
+        return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
+
+    def _update_actor(self, b_obs, noise):
+        actions, log_probs = self.actor.sample(b_obs, noise)
+        values = self.qf_frozen(b_obs, actions).amin(1)
+        assert values.shape == log_probs.shape, (values.shape, log_probs.shape)
+        alpha = self.log_alpha.exp()
+        actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)
+        entropy = -log_probs.detach().mean(1)  # (S,)
+        surplus = entropy - self.config.target_entropy * self.spec.action_dim
+        self.actor_optimizer.zero_grad()
+        (actor_loss + alpha * surplus if self.config.autotune else actor_loss).sum().backward()
+        self.actor_optimizer.step()
+        return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
+                "policy/alpha": alpha.detach()}
+
+    def state_dict(self):
+        """Everything that the future depends on, by reference."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {
+            "log_alpha": self.log_alpha.detach(),
+            "replay": {"rows": self.replay.rows, "position": self.replay.position,
+                       "size": self.replay.size},
+            "counters": {"transitions": self.transitions, "critic_steps": self.critic_steps},
+            "generators": [g.get_state() for g in self.generators],
+        }
+
+    PARTS = ("actor", "qf", "qf_target", "actor_optimizer", "qf_optimizer")
+
+    def load_state_dict(self, state):
+        """Continue exactly where `state` was taken. ValueError if the replay has another shape."""
+        if state["replay"]["rows"].shape != self.replay.rows.shape:
+            raise ValueError(f"replay is {tuple(self.replay.rows.shape)}, the checkpoint's is "
+                             f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.log_alpha.data.copy_(state["log_alpha"])
+        self.replay.rows.copy_(state["replay"]["rows"])
+        self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))
+        self.transitions, self.critic_steps = (
+            state["counters"][k] for k in ("transitions", "critic_steps"))
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())

@@ -1,0 +1,201 @@
+"""From the command line to a finished run: options, jobs, folders, the table at the end."""
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from lab import accelerate, agent_file, envs, recorder, report, sweep
+from lab.envs import UserError
+from lab.progress import SweepProgress
+from lab.rollout import Job
+
+
+@dataclass(frozen=True)
+class Options:
+    # What to train
+    agent: tyro.conf.Positional[str] = "agents/sac.py"  # the agent's file
+    env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids
+    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 1  # number of seeds: 0, 1, 2, ...
+    steps: int = 6_000  # environment steps of one seed
+    # What to keep
+    log: bool = False  # leave a run folder: metrics, TensorBoard, checkpoints, picture
+    name: str | None = None  # of the run's folder; default: the agent's
+    runs: Path = Path("runs")  # where run folders go
+    eval_every: int | None = None  # steps between evaluations; default: ten a run
+    eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
+    log_every: int | None = None  # steps between logged rows; default: a hundred a run
+    checkpoint_every: int | None = None  # steps between checkpoints, 0: at the end; default: ten a run
+    # How to run
+    processes: int | None = None  # parallel processes; default: physical cores
+    compile: bool = False  # torch.compile the update
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
+    cuda: bool = False  # train on the GPU
+    config: Path | None = None  # take the settings of a run's config.json; flags win over it
+    resume: Path | None = None  # continue this run folder from its last checkpoints
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, train, report -> exit code: 0, 1 if a job failed, 2 for bad input, 128 + signal."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        options, config = parse(argv)
+        return train(options, config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Terminated:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+    """-> the options, and the agent's settings: every field of its Config is a flag."""
+    resume, settings = _value_after(argv, "--resume"), _value_after(argv, "--config")
+    source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
+    before = _read_settings(source) if source else {"options": {}, "config": {}}
+    if resume and len(argv) > 2:
+        raise UserError("--resume takes every setting from the run; give no other flag")
+    kept = {k: v for k, v in before["options"].items() if k not in ("config", "resume")}
+    path = next((arg for arg in argv if arg.endswith(".py")), kept.get("agent", Options.agent))
+    module = agent_file.load(path)
+    names = {field.name for field in dataclasses.fields(Options)}
+    for field in dataclasses.fields(module.Config):
+        if field.name in names:
+            raise UserError(f"{path}: Config's {field.name!r} is already a flag of the script's; "
+                            "give it another name")
+    try:
+        kept |= {"env": tuple(kept.get("env", Options.env)), "agent": path}
+        kept["runs"] = Path(kept.get("runs", Options.runs))
+        defaults = Options(**kept), module.Config(**before["config"])
+    except TypeError as error:
+        raise UserError(f"{source} does not fit {path}: {error}") from error
+    both = dataclasses.make_dataclass("Both", [
+        ("options", tyro.conf.OmitArgPrefixes[Options], defaults[0]),
+        ("config", tyro.conf.OmitArgPrefixes[module.Config], defaults[1])], frozen=True)
+    flags: Any = tyro.cli(both, args=list(argv), description=module.__doc__)
+    return flags.options, dataclasses.asdict(flags.config)
+
+
+def _value_after(argv: Sequence[str], flag: str) -> str | None:
+    for arg, value in zip(argv, [*argv[1:], None], strict=True):
+        if arg == flag:
+            return value
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+        return {"options": dict(settings["options"]), "config": dict(settings["config"])}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no run's config.json: {type(error).__name__} {error}") from error
+
+
+def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
+              ) -> list[Job]:
+    """UserError on nonsense; nothing is written before every job has been checked."""
+    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if options.checkpoint_every is not None and options.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
+    if len(set(options.env)) < len(options.env) or not options.env:
+        raise UserError(f"--env needs different environments, not {' '.join(options.env) or 'none'}")
+    device = "cuda" if options.cuda else "cpu"
+    accelerate.check_device(device)
+
+    def every(steps: int | None, parts: int) -> int:
+        return max(1, options.steps // parts) if steps is None else steps
+
+    shares = sweep.split_seeds(range(options.seeds), len(options.env), processes)
+    return [Job(
+        agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
+        eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
+        checkpoint_every=every(options.checkpoint_every, 10), eval_episodes=options.eval_episodes,
+        device=device, compile=options.compile, precision=options.precision,
+        run=str(folder) if folder else None) for env_id in options.env for share in shares]
+
+
+def train(options: Options, config: dict[str, Any]) -> int:
+    console = Console()
+    processes = options.processes or accelerate.physical_cores()
+    jobs = make_jobs(options, config, processes, options.resume)
+    for job in {job.env_id: job for job in jobs}.values():
+        spec = envs.make(job.env_id, [0]).spec
+        agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+
+    agent_name, folder = Path(options.agent).stem, options.resume
+    if folder:
+        _check_source(folder, Path(options.agent))
+    elif options.log:
+        fixed = dataclasses.replace(options, processes=processes)
+        settings = {key: str(value) if isinstance(value, Path) else value
+                    for key, value in dataclasses.asdict(fixed).items()}
+        folder = recorder.create_run_folder(
+            options.runs, options.name or agent_name, Path(options.agent),
+            {"name": options.name or agent_name, "options": settings, "config": config})
+        jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
+    seeds = [seed for job in jobs if job.env_id == options.env[0] for seed in job.seeds]
+    groups = {env_id: recorder.group_folder(folder, env_id, agent_name)
+              for env_id in options.env} if folder else {}
+    if folder:
+        print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
+
+    boards = {env_id: recorder.AllSeeds(group, seeds) for env_id, group in groups.items()}
+    final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
+    with SweepProgress(jobs) as progress:
+        def receive(place: int, message: dict[str, Any]) -> None:
+            progress.update(place, message)
+            rows = message.get("rows", {})
+            returns = {seed: row["return/eval"] for seed, row in rows.items() if "return/eval" in row}
+            final[jobs[place].env_id].update(returns)
+            if returns and boards:
+                boards[jobs[place].env_id].refresh()
+
+        failures = sweep.run(jobs, processes, receive)
+    if folder:
+        final = {env_id: report.final_returns(group, seeds) for env_id, group in groups.items()}
+    title = f"{agent_name}: evaluation return after {options.steps} steps of each seed"
+    console.print(report.table(final, title))
+    if folder:
+        curves = {env_id: report.read_curves(group, seeds, "return/eval")
+                  for env_id, group in groups.items()}
+        picture = folder / "learning_curves.png"
+        report.draw_learning_curves(picture, curves, options.name or agent_name)
+        print(f"run folder: {folder}\npicture:    {picture}\n"
+              f"look at it: tensorboard --logdir {folder}")
+    for place, reason in sorted(failures.items()):
+        job = jobs[place]
+        print(f"FAILED {job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: {reason}",
+              file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _check_source(folder: Path, agent: Path) -> None:
+    """A run goes on with the code that began it."""
+    copy = folder / agent.name
+    if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
+        raise UserError(f"{agent} is not what {folder} began with; put {copy} back in its place, "
+                        "or begin a new run")

@@ -1,0 +1,213 @@
+"""The training loop and the evaluation loop."""
+
+import math
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab import agent_file, checkpoint, envs
+from lab.accelerate import Accelerator
+from lab.recorder import SeedRecorder, group_folder
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains: a stack of seeds on one environment."""
+
+    agent_path: str
+    config: dict[str, Any]  # the agent's
+    env_id: str
+    seeds: tuple[int, ...]
+    steps: int  # transitions of one seed, like all that follow
+    eval_every: int
+    log_every: int
+    checkpoint_every: int  # 0: only at the end
+    eval_episodes: int = 5  # of one seed, at each evaluation
+    num_envs: int = 1
+    backend: str = "sync"
+    device: str = "cpu"
+    compile: bool = False
+    precision: str = "fp32"
+    run: str | None = None  # the run's folder; None: leave no files
+
+    @property
+    def group(self) -> Path | None:
+        """The folder of this environment and agent."""
+        name = Path(self.agent_path).stem
+        return group_folder(Path(self.run), self.env_id, name) if self.run else None
+
+    @property
+    def checkpoints(self) -> Path | None:
+        return self.group / f"stack_{self.seeds[0]}_{self.seeds[-1]}" if self.group else None
+
+
+def train(job: Job, emit: Emit) -> None:
+    """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
+    accelerate = Accelerator(job.compile, job.precision, job.device)
+    training = envs.make(job.env_id, job.seeds, job.num_envs, job.backend, job.device)
+    agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
+                             job.steps, job.device, accelerate)
+    log = Log(job, accelerate, emit)
+    step = log.resume(agent)
+    obs = training.reset(envs.TRAINING, step)
+    with Interrupts() as interrupts:
+        while step < job.steps:
+            actions = agent.act(obs)
+            training.send(actions)
+            metrics = agent.update()  # on a GPU it runs while the environments step
+            t = training.receive()
+            agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+            obs = t.obs
+            step += job.num_envs
+            log.step(step, metrics, t.episodes, agent)
+            if interrupts.received:
+                log.save(step, agent)
+                raise KeyboardInterrupt
+    log.close()
+    training.close()
+
+
+def evaluate(agent: Any, evaluation: envs.SyncEnvs, *stream: int) -> list[float]:
+    """Mean return of each seed over one deterministic episode in each of its environments."""
+    obs = evaluation.reset(envs.EVALUATION, *stream)
+    seeds, num_envs = evaluation.shape
+    returns: list[list[float]] = [[] for _ in range(seeds)]
+    waiting = seeds * num_envs
+    finished: set[int] = set()
+    while waiting > len(finished):
+        t = evaluation.step(agent.act(obs, explore=False))
+        obs = t.obs
+        for episode in t.episodes:
+            if episode.env not in finished:  # its first; the others are still running theirs
+                finished.add(episode.env)
+                returns[episode.seed].append(episode.episode_return)
+    return [sum(r) / len(r) for r in returns]
+
+
+def due(step: int, every: int, num_envs: int) -> bool:
+    """Whether the last num_envs transitions crossed a multiple of `every`; 0 is never."""
+    return bool(every) and step // every > (step - num_envs) // every
+
+
+class Log:
+    """When to log, evaluate and checkpoint, so that the loop above stays the algorithm's."""
+
+    def __init__(self, job: Job, accelerate: Accelerator, emit: Emit):
+        self.job, self.accelerate, self.emit = job, accelerate, emit
+        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, "sync", job.device)
+        self.recorders: list[SeedRecorder] = []
+        self.metrics: dict[str, torch.Tensor] = {}
+        self.episodes: defaultdict[int, list[envs.Episode]] = defaultdict(list)
+        self.failed: set[int] = set()
+        self.last_eval: list[float] = []
+        self.clock = self.beat = time.perf_counter()
+        self.logged_step = self.logged_updates = 0
+
+    def resume(self, agent: Any) -> int:
+        """Load the last checkpoint -> its step, or 0."""
+        if self.job.group is None or self.job.checkpoints is None:
+            return 0
+        state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
+        step = 0
+        if state is not None:
+            agent.load_state_dict(state["agent"])
+            step, self.last_eval = state["step"], state["last_eval"]
+            self.failed = set(state["failed"])
+        self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
+                          for seed in self.job.seeds]
+        self.logged_step = step
+        return step
+
+    def step(self, step: int, metrics: dict[str, torch.Tensor], episodes: list[envs.Episode],
+             agent: Any) -> None:
+        """After every step of the environments."""
+        job, end = self.job, step >= self.job.steps
+        self.metrics.update(metrics)
+        for episode in episodes:
+            self.episodes[episode.seed].append(episode)
+        evaluating = end or due(step, job.eval_every, job.num_envs)
+        if evaluating or due(step, job.log_every, job.num_envs):
+            self.write_rows(step, agent, evaluating)
+        elif time.perf_counter() - self.beat > 1:
+            self.beat = time.perf_counter()
+            self.emit({"step": step})
+        if end or due(step, job.checkpoint_every, job.num_envs):
+            self.save(step, agent)
+
+    def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
+        """One row for each seed: the last losses, the episodes since the last row, the speed."""
+        seconds = time.perf_counter() - self.clock
+        steps = (step - self.logged_step) * len(self.job.seeds)
+        updates = (self.accelerate.updates - self.logged_updates) * len(self.job.seeds)
+        speed = {"perf/steps_per_s": steps / seconds, "perf/updates_per_s": updates / seconds}
+        if evaluating:
+            self.last_eval = evaluate(agent, self.evaluation, step)
+        columns = {}
+        if self.metrics:  # the one place where the host waits for the device
+            values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
+            columns = dict(zip(self.metrics, values, strict=True))
+        rows = {}
+        for place, seed in enumerate(self.job.seeds):
+            row = {tag: values[place] for tag, values in columns.items()}
+            finished = self.episodes.pop(place, [])
+            if finished:
+                row["return/train"] = sum(e.episode_return for e in finished) / len(finished)
+                row["length/train"] = sum(e.length for e in finished) / len(finished)
+            if evaluating:
+                row["return/eval"] = self.last_eval[place]
+            broken = [tag for tag, value in row.items() if not math.isfinite(value)]
+            if broken and place not in self.failed:
+                self.failed.add(place)
+                self.emit({"failed_seed": seed, "reason": f"{broken[0]} is not finite", "step": step})
+            if place not in self.failed:
+                rows[seed] = row
+                if self.recorders:
+                    self.recorders[place].write({"step": step} | row | speed)
+        self.emit({"step": step, "rows": rows, **speed})
+        self.clock = self.beat = time.perf_counter()
+        self.logged_step, self.logged_updates = step, self.accelerate.updates
+
+    def save(self, step: int, agent: Any) -> None:
+        if self.job.checkpoints is not None:
+            try:
+                checkpoint.save(self.job.checkpoints, step, {
+                    "step": step, "agent": agent.state_dict(), "failed": sorted(self.failed),
+                    "last_eval": self.last_eval})
+            except OSError as error:
+                self.emit({"warning": f"no checkpoint at step {step}: {error}"})
+
+    def close(self) -> None:
+        settings = {"agent": Path(self.job.agent_path).stem, "env": self.job.env_id,
+                    **self.job.config}
+        for place, recorder in enumerate(self.recorders):
+            final = self.last_eval[place] if self.last_eval else None
+            recorder.close(settings | {"seed": self.job.seeds[place]},
+                           None if place in self.failed else final)
+        self.evaluation.close()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once."""
+
+    def __enter__(self) -> "Interrupts":
+        self.received = 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received += 1
+        if self.received > 1:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+

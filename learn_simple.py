@@ -1,0 +1,13 @@
+"""Train an agent: seeds x environments in parallel processes, each with a stack of seeds.
+
+    python learn_simple.py                                  SAC on Pendulum-v1, a quick check
+    python learn_simple.py --log --seeds 8 --name "testing X"
+    python learn_simple.py agents/mine.py --env HalfCheetah-v5 Hopper-v5 --seeds 8 --steps 100_000 --log
+"""
+
+import sys
+
+from lab import command
+
+if __name__ == "__main__":
+    sys.exit(command.run(sys.argv[1:]))
