@@ -2,7 +2,8 @@
 
     python learn_simple.py                                  SAC on Pendulum-v1, a quick check
     python learn_simple.py --log --seeds 8 --name "testing X"
-    python learn_simple.py agents/mine.py --env HalfCheetah-v5 Hopper-v5 --seeds 8 --steps 100_000 --log
+    python learn_simple.py agents/mine.py --env HalfCheetah-v5 Hopper-v5 --steps 100_000 --log
+    python learn_simple.py agents/ppo.py --help             every flag, the agent's own among them
 """
 
 import sys

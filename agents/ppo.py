@@ -301,10 +301,10 @@ class Agent:
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2))
 
         loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy  # (S,)
-        self.optimizer.zero_grad()
         loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
         self._clip_gradients()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # last: compilation needs one graph up to here
         approx_kl = (ratio - 1 - log_ratio).mean(1)  # Schulman's k3, never negative
         return {name: x.detach() for name, x in {
             "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy,

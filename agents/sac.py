@@ -256,9 +256,9 @@ class Agent:
         values = self.qf(b_obs, b_actions)
         assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
         loss = (values - target[:, None]).square().mean(2).sum(1)  # (S,)
-        self.qf_optimizer.zero_grad()
         loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
         self.qf_optimizer.step()
+        self.qf_optimizer.zero_grad()  # last: compilation needs one graph up to here
         torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf_frozen.parameters()),
                              self.config.tau)
         return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
@@ -271,9 +271,9 @@ class Agent:
         actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)
         entropy = -log_probs.detach().mean(1)  # (S,)
         surplus = entropy - self.config.target_entropy * self.spec.action_dim
-        self.actor_optimizer.zero_grad()
         (actor_loss + alpha * surplus if self.config.autotune else actor_loss).sum().backward()
         self.actor_optimizer.step()
+        self.actor_optimizer.zero_grad()
         return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
                 "policy/alpha": alpha.detach()}
 

@@ -86,10 +86,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
         defaults = Options(**kept), module.Config(**before["config"])
     except TypeError as error:
         raise UserError(f"{source} does not fit {path}: {error}") from error
-    both = dataclasses.make_dataclass("Both", [
-        ("options", tyro.conf.OmitArgPrefixes[Options], defaults[0]),
-        ("config", tyro.conf.OmitArgPrefixes[module.Config], defaults[1])], frozen=True)
-    flags: Any = tyro.cli(both, args=list(argv), description=module.__doc__)
+    both = dataclasses.make_dataclass("Both", [("options", Options, defaults[0]),
+                                               ("config", module.Config, defaults[1])], frozen=True)
+    flags: Any = tyro.cli(both, args=list(argv), config=(tyro.conf.OmitArgPrefixes,),
+                          description=module.__doc__)
     return flags.options, dataclasses.asdict(flags.config)
 
 

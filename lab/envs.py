@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -120,7 +120,7 @@ def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
 def renew_box2d_world(env: gymnasium.Env) -> None:
     """BipedalWalker keeps one b2World, whose contact caches leak from an episode into the next
     (gymnasium issue 728): with a new world an episode depends on the random state alone."""
-    walker = env.unwrapped
+    walker: Any = env.unwrapped
     if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
         from Box2D import b2World
 
@@ -173,9 +173,9 @@ class SyncEnvs:
         if fresh:
             obs = next_obs.copy()
             obs[list(fresh)] = list(fresh.values())
-        rewards, terminations, truncations = flags
-        return Transition(*map(self._batch, (next_obs, rewards, terminations, truncations, obs)),
-                          episodes)
+        rewards, terminations, truncations = map(self._batch, flags)
+        return Transition(self._batch(next_obs), rewards, terminations, truncations,
+                          self._batch(obs), episodes)
 
     def close(self) -> None:
         for env in self.envs:

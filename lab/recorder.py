@@ -134,7 +134,8 @@ class AllSeeds:
     def __init__(self, folder: Path, seeds: Sequence[int]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.seeds, self.written = folder, seeds, defaultdict(lambda: -1)
+        self.folder, self.seeds = folder, seeds
+        self.written = dict.fromkeys(RETURNS, -1)  # the last step of each tag
         shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # a view, made anew on resuming
         self.board = SummaryWriter(str(folder / "all_seeds"))
         charts = {tag: ["Margin", [f"{tag}_mean", f"{tag}_lower", f"{tag}_upper"]]

@@ -1,6 +1,7 @@
 """Jobs in parallel local processes, one process a job, and what becomes of each."""
 
 import ctypes
+import itertools
 import math
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 
     shares = min(range(1, len(seeds) + 1), key=lambda n: (cost(n), n))
     bounds = [round(i * len(seeds) / shares) for i in range(shares + 1)]
-    return [tuple(seeds[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(seeds[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def run(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, str]:
@@ -54,9 +55,10 @@ class _Processes:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.processes:
                     self._start(self.waiting.pop(0))
-                pipes = {pipe: place for place, (_, pipe) in self.running.items()}
-                for pipe in connection.wait(list(pipes)):
-                    self._receive(pipes[pipe])
+                ready = connection.wait([pipe for _, pipe in self.running.values()])
+                for place, (_, pipe) in list(self.running.items()):
+                    if pipe in ready:
+                        self._receive(place)
         except BaseException:
             self._stop()
             raise

@@ -1,0 +1,38 @@
+# make learn   set up and train 4 seeds of SAC on Pendulum-v1     make test   every quick check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: learn test test-all check bench clean
+
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch -c constraints.txt
+	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+learn: $(VENV)/installed
+	$(BIN)/python learn_simple.py --seeds 4 --steps 5_000 --log --name first-run
+
+check: $(VENV)/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: check
+	$(BIN)/python -m pytest
+
+# The peers live in an environment of their own: they are never needed to train.
+.bench-venv/installed: bench/requirements.txt bench/constraints.txt
+	$(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/python -m pip install -q torch -c bench/constraints.txt
+	.bench-venv/bin/python -m pip install -q -r bench/requirements.txt -c bench/constraints.txt
+	touch $@
+
+bench: $(VENV)/installed .bench-venv/installed
+	$(BIN)/python bench/speed.py --peers .bench-venv/bin/python
+
+clean:
+	rm -rf $(VENV) .bench-venv
