@@ -224,12 +224,13 @@ class Agent:
             self.optimizer.param_groups[0]["lr"].fill_(self.config.lr * max(0.0, 1 - done))
         obs, samples, explained = self._prepare_rollout()
         stopped = torch.zeros(len(self.generators), dtype=torch.bool, device=self.device)
-        for _ in range(self.config.update_epochs):
-            before = [x.clone() for x in self._learned()] if self.config.target_kl else []
+        for epoch in range(self.config.update_epochs):
+            stoppable = self.config.target_kl is not None and epoch > 0
+            before = [x.clone() for x in self._learned()] if stoppable else []
             metrics = self._update_epoch(samples)
-            if self.config.target_kl:
-                for new, old in zip(self._learned(), before, strict=True):
-                    new.copy_(torch.where(stopped.view(-1, *[1] * (new.dim() - 1)), old, new))
+            for new, old in zip(self._learned(), before, strict=False):
+                new.copy_(torch.where(stopped.view(-1, *[1] * (new.dim() - 1)), old, new))
+            if self.config.target_kl is not None:
                 stopped = stopped | (metrics["policy/approx_kl"] > self.config.target_kl)
         self.obs_normaliser.update(obs)
         return metrics | {"value/explained_variance": explained}

@@ -1,0 +1,268 @@
+"""PPO against slow references written from the definitions, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+from agents import ppo
+from tests.conftest import drive, make_agent, make_spec, make_steps
+
+
+def rollout(S, T, N, generator):
+    rewards, values, next_values, ends = torch.rand(4, S, T, N, generator=generator)
+    return rewards, values, next_values, (ends < 0.15).double(), (ends > 0.85).double()
+
+
+def test_gae_equals_its_definition_with_ends_inside_the_rollout(float64):
+    """A_t is the sum over k of (gamma lambda)^k delta_{t+k}, up to the end of t's episode."""
+    rewards, values, next_values, terms, truncs = rollout(2, 12, 3, torch.Generator())
+    gamma, lam = 0.9, 0.8
+    ours = ppo.gae(rewards, values, next_values, terms, truncs, gamma, lam)
+    for s in range(2):
+        for n in range(3):
+            for t in range(12):
+                advantage = 0.0
+                for k in range(t, 12):
+                    successor = 0.0 if terms[s, k, n] else next_values[s, k, n]
+                    delta = rewards[s, k, n] + gamma * successor - values[s, k, n]
+                    advantage += (gamma * lam) ** (k - t) * delta
+                    if terms[s, k, n] or truncs[s, k, n]:
+                        break
+                assert ours[s, t, n] == pytest.approx(float(advantage), abs=1e-12)
+
+
+def test_a_truncation_bootstraps_from_the_true_last_observation(float64):
+    agent = make_agent(ppo, norm_reward=False, norm_obs=False, gae_lambda=0.0, gamma=0.9)
+    steps = make_steps((0, 1), 1, 8)
+    steps = [(o, r, n, torch.zeros(2, 1), torch.ones(2, 1)) for o, r, n, _, _ in steps]
+    drive(agent, steps)
+    inputs, samples, _ = agent._prepare_rollout()
+    advantages = samples[..., -3]
+    for t, (obs, rewards, next_obs, _, _) in enumerate(steps):
+        expected = rewards + 0.9 * agent.critic(next_obs.double())[..., 0] - agent.critic(
+            obs.double())[..., 0]
+        torch.testing.assert_close(advantages[:, t], expected[:, 0].detach())
+    assert inputs.shape == (2, 8, 3)
+
+
+def test_reward_normalisation_restarts_at_every_episode_and_uses_gamma(float64):
+    agent = make_agent(ppo, seeds=[0], num_envs=2, gamma=0.9)
+    generator = torch.Generator()
+    running, returns = [0.0, 0.0], []
+    for _ in range(3):  # the running return passes from a rollout to the next
+        rewards, _, _, terms, truncs = rollout(1, 8, 2, generator)
+        ends = torch.maximum(terms, truncs)
+        ours = agent._normalise_rewards(rewards, ends)
+        for t in range(8):
+            for n in range(2):
+                running[n] = rewards[0, t, n].item() + 0.9 * running[n]
+                returns.append(running[n])
+                if ends[0, t, n]:
+                    running[n] = 0.0
+        deviation = torch.tensor(returns).var(correction=0).sqrt()
+        torch.testing.assert_close(ours, rewards / deviation, rtol=1e-6, atol=1e-6)
+
+
+def test_normaliser_statistics_equal_those_of_all_the_data(float64):
+    normaliser, parts = ppo.Normaliser(2, 3, "cpu"), [torch.randn(2, n, 3) for n in (5, 1, 40)]
+    for part in parts:
+        normaliser.update(part)
+    data = torch.cat(parts, 1)
+    torch.testing.assert_close(normaliser.mean, data.mean(1, keepdim=True))
+    torch.testing.assert_close(normaliser.var, data.var(1, keepdim=True, correction=0))
+
+
+def test_statistics_stand_still_while_a_rollout_is_collected_and_read():
+    """The first ratio of an update is exactly 1 for what the current policy has acted."""
+    agent = make_agent(ppo, num_envs=2)
+    ratios = []
+    step = agent.minibatch_step
+
+    def spy(samples, shifts):
+        obs, actions, log_probs, _ = samples.split([3, 2, 1, 3], -1)
+        new = ppo.gaussian_log_probs(actions, agent.actor(obs), agent.log_std)
+        ratios.append((new - log_probs[..., 0]).exp().detach())
+        return step(samples, shifts)
+
+    agent.minibatch_step = spy
+    for number, steps in enumerate(torch.arange(2)):
+        before = agent.obs_normaliser.mean.clone()
+        for place, transition in enumerate(make_steps((0, 1), 2, 8)):
+            agent.update()
+            actions = agent.act(transition[0])
+            obs, rewards, next_obs, terminations, truncations = transition
+            agent.observe(obs, actions, rewards, next_obs, terminations, truncations)
+            assert torch.equal(agent.obs_normaliser.mean, before) or (number, place) == (1, 0)
+            before = agent.obs_normaliser.mean.clone()
+        ratios.clear()
+        agent.update()
+        torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_evaluating_leaves_the_statistics_alone():
+    agent = make_agent(ppo)
+    drive(agent, make_steps((0, 1), 1, 20))
+    before = agent.obs_normaliser.mean.clone()
+    agent.act(torch.randn(2, 9, 3) + 5, explore=False)
+    assert torch.equal(agent.obs_normaliser.mean, before)
+
+
+def test_minibatches_cover_every_sample_of_every_seed_once_an_epoch():
+    agent = make_agent(ppo, num_envs=3)
+    seen = []
+    agent.minibatch_step = lambda samples, shifts: (seen.append(samples[..., 0]), {})[1]
+    numbers = torch.arange(24.0).expand(2, 24)
+    agent._update_epoch(numbers[..., None].expand(2, 24, 9).contiguous())
+    assert len(seen) == 4
+    epoch = torch.cat(seen, 1)
+    assert torch.equal(epoch.sort(1).values, numbers)
+    assert not torch.equal(epoch[0], epoch[1])  # each seed in its own order
+
+
+def test_the_unclipped_action_is_stored_and_the_clipped_one_returned():
+    agent = make_agent(ppo, spec=make_spec(low=(-0.01, -0.01), high=(0.01, 0.01)))
+    obs, zeros = torch.zeros(2, 1, 3), torch.zeros(2, 1)
+    actions = agent.act(obs)
+    unclipped = agent.acted[..., :2].clone()
+    agent.observe(obs, actions, zeros, obs, zeros, zeros)
+    assert actions.abs().max() <= 0.01 < unclipped.abs().max()
+    assert torch.equal(agent.rollout[:, 0, :, 3:5], unclipped)
+
+
+def test_log_probs_equal_torch_distributions(float64):
+    mean, log_std, actions = torch.randn(3, 2, 5, 4)
+    reference = Independent(Normal(mean, log_std.exp()), 1).log_prob(actions)
+    torch.testing.assert_close(ppo.gaussian_log_probs(actions, mean, log_std), reference)
+
+
+def reference_minibatch(agent, place, samples, shift):
+    """Gradients of one seed's loss, from the paper's terms, clipped by their joint norm."""
+    c = agent.config
+    names = ("fc1", "fc2", "head")
+    weights = {f"{net}.{layer}.{kind}": getattr(getattr(getattr(agent, net), layer), kind)[place]
+               .detach().clone().requires_grad_() for net in ("actor", "critic")
+               for layer in names for kind in ("weight", "bias")}
+    log_std = agent.log_std[place].detach().clone().requires_grad_()
+
+    def forward(net, x):
+        for layer in names[:2]:
+            x = torch.tanh(x @ weights[f"{net}.{layer}.weight"] + weights[f"{net}.{layer}.bias"])
+        return x @ weights[f"{net}.head.weight"] + weights[f"{net}.head.bias"]
+
+    obs, actions, old, advantages, returns, old_values = samples[place].split([3, 2, 1, 1, 1, 1], -1)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy = Independent(Normal(forward("actor", obs) + shift[place], log_std.exp()), 1)
+    ratio = (policy.log_prob(actions)[:, None] - old).exp()
+    losses = []
+    for r, a, v, v_old, goal in zip(ratio, advantages, forward("critic", obs), old_values, returns,
+                                    strict=True):
+        surrogate = min(r * a, r.clamp(1 - c.clip_coef, 1 + c.clip_coef) * a)
+        near = v_old + (v - v_old).clamp(-c.clip_coef, c.clip_coef)
+        losses.append(-surrogate + c.vf_coef * 0.5 * max((v - goal) ** 2, (near - goal) ** 2))
+    entropy = policy.entropy().mean()
+    loss = sum(losses) / len(losses) - c.ent_coef * entropy
+    loss.backward()
+    leaves = [*weights.values(), log_std]
+    torch.nn.utils.clip_grad_norm_(leaves, c.max_grad_norm)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e3, 0.05])
+def test_a_minibatch_gives_each_seed_its_own_clipped_gradient(float64, max_grad_norm):
+    agent = make_agent(ppo, ent_coef=0.01, max_grad_norm=max_grad_norm)
+    samples, shifts = torch.randn(2, 16, 9), 0.3 * torch.randn(2, 16, 2)
+    grads = {}
+    agent.optimizer.step = lambda: grads.update(
+        {i: p.grad.clone() for i, p in enumerate(agent.parameters)})
+    agent._update_minibatch(samples, shifts)
+    for place in (0, 1):
+        reference = reference_minibatch(agent, place, samples, shifts)
+        for i, theirs in enumerate(reference):
+            torch.testing.assert_close(grads[i][place], theirs, rtol=1e-4, atol=1e-9)
+
+
+def test_one_seed_with_a_huge_gradient_does_not_shrink_the_others():
+    agent = make_agent(ppo)
+    samples = torch.randn(2, 16, 9)
+    norms = []
+    agent.optimizer.step = lambda: norms.append(torch.stack(
+        [p.grad.flatten(1).square().sum(1) for p in agent.parameters]).sum(0).sqrt())
+    samples[0, :, -2] = 1e6  # returns
+    agent._update_minibatch(samples, torch.zeros(2, 16, 2))
+    assert norms[0][0] == pytest.approx(0.5, rel=1e-3) and norms[0][1] > 0.05
+
+
+def test_the_step_size_falls_linearly_to_zero():
+    agent = make_agent(ppo, total_steps=32, lr=1.0)
+    rates = []
+    step = agent.minibatch_step
+    agent.minibatch_step = lambda *x: (
+        rates.append(agent.optimizer.param_groups[0]["lr"].item()), step(*x))[1]
+    drive(agent, make_steps((0, 1), 1, 33))
+    assert sorted(set(rates), reverse=True) == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_seed_past_target_kl_stops_and_the_other_goes_on(float64):
+    """Alone or in a stack: the weights of the stopped seed are those after the epoch that passed."""
+    steps = make_steps((0, 1), 1, 9)
+    settings = {"lr": 3e-2, "update_epochs": 6}
+    free = make_agent(ppo, **settings)
+    kls = []
+    epoch = free._update_epoch
+    free._update_epoch = lambda s: (kls.append(epoch(s)), kls[-1])[1]
+    drive(free, steps)
+    values = torch.stack([k["policy/approx_kl"] for k in kls])  # (epochs, S)
+    limit = values[:3].max(0).values.mean().item()  # one seed passes it early
+    stopped = [next((e for e, v in enumerate(values[:, s]) if v > limit), 99) for s in (0, 1)]
+    assert stopped[0] != stopped[1] and min(stopped) < 5
+    first = stopped.index(min(stopped))
+
+    limited = make_agent(ppo, target_kl=limit, **settings)
+    history = []
+    inner = limited._update_epoch
+
+    def watch(samples):
+        history.append([x[first].clone() for x in limited._learned()])
+        return inner(samples)
+
+    limited._update_epoch = watch
+    drive(limited, steps)
+    final = [x[first] for x in limited._learned()]
+    after_passing = history[min(stopped) + 1]
+    assert all(torch.equal(a, b) for a, b in zip(final, after_passing, strict=True))
+    alone = make_agent(ppo, seeds=[first], target_kl=limit, **settings)
+    drive(alone, [tuple(x[first : first + 1] for x in step) for step in steps])
+    for ours, theirs in zip(limited._learned(), alone._learned(), strict=True):
+        torch.testing.assert_close(ours[first], theirs[0])
+
+
+def test_rpo_shifts_the_mean_within_its_bounds_and_only_while_updating():
+    agent = make_agent(ppo, rpo_alpha=0.5, num_envs=16)
+    shifts = []
+    step = agent.minibatch_step
+    agent.minibatch_step = lambda samples, shift: (shifts.append(shift), step(samples, shift))[1]
+    drive(agent, make_steps((0, 1), 16, 9))
+    drawn = torch.cat(shifts, 1)
+    assert drawn.abs().max() <= 0.5 and drawn.abs().max() > 0.45 and drawn.mean().abs() < 0.05
+
+
+def test_observing_without_acting_is_an_error():
+    agent = make_agent(ppo)
+    obs, zeros = torch.zeros(2, 1, 3), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match="act"):
+        agent.observe(obs, torch.zeros(2, 1, 2), zeros, obs, zeros, zeros)
+
+
+def test_infinite_bounds_are_fine_without_squashing():
+    agent = make_agent(ppo, spec=make_spec(low=(-math.inf,), high=(math.inf,)))
+    assert agent.act(torch.zeros(2, 1, 3)).isfinite().all()
+
+
+def test_initial_weights_are_orthogonal_with_their_gains(float64):
+    agent = make_agent(ppo)
+    for weight, gain in ((agent.actor.fc2.weight, 2**0.5), (agent.actor.head.weight, 0.01),
+                         (agent.critic.head.weight, 1.0)):
+        gram = weight[0].T @ weight[0] / gain**2
+        torch.testing.assert_close(gram, torch.eye(gram.shape[0]))
