@@ -1,18 +1,17 @@
-"""Proximal Policy Optimisation: an on-policy agent that learns from short rollouts, then drops them.
+"""Proximal Policy Optimisation: an on-policy agent: it learns from a rollout, then drops it.
 
 Schulman et al. 2017, arXiv 1707.06347: the clipped objective is eq. 7, advantages are eq. 11 (GAE,
-arXiv 1506.02438 eq. 16). Hyperparameters and details as CleanRL's ppo_continuous_action, counted in
-Huang et al. 2022, "The 37 Implementation Details of PPO". RPO: Rahman and Xue, arXiv 2212.07536.
+arXiv 1506.02438, eq. 16). Settings and details as in CleanRL's ppo_continuous_action and in Huang
+et al. 2022, "The 37 Implementation Details of PPO". RPO: Rahman and Xue, arXiv 2212.07536.
 Every tensor starts with S, the seeds that train side by side; read it as 1.
 
 Departures, each with its reason
 1. A truncated episode bootstraps from V(its true last observation): the task did not end there.
-2. Normaliser statistics move only between updates, so that a rollout is read as it was acted.
-   The first rollout is therefore read raw.
-3. A seed whose KL divergence passes target_kl keeps its weights for the rest of the update while the
-   other seeds go on; Adam's step counts for all, so that a seed never feels its neighbours.
+2. Statistics move only between updates: a rollout is read as it was acted, the first one raw.
+3. A seed that passes target_kl keeps its weights for the rest of the update while the others go on;
+   Adam's step count goes on for all, so that no seed feels its neighbours.
 
-    python learn_simple.py agents/ppo.py --env LunarLanderContinuous-v3 --seeds 8 --steps 500_000 --log
+    python learn_simple.py agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 --log
 """
 
 import math
@@ -48,10 +47,6 @@ class Config:
     width: int = 64  # units of each of the two hidden layers of actor and critic
 
 
-def identity(fn):
-    return fn
-
-
 def randn(generators, *shape):
     """-> (S, *shape) standard normal numbers, seed s from its own generator."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
@@ -85,15 +80,12 @@ def gaussian_log_probs(actions, mean, log_std):
 class Linear(nn.Module):
     """One dense layer a seed, orthogonal with the given gain: (S, B, in) -> (S, B, out)."""
 
-    def __init__(self, generators, fan_in, fan_out, gain=math.sqrt(2)):
+    def __init__(self, generators, fan_in, fan_out, gain=2**0.5):
         super().__init__()
-        weights = []
-        for g in generators:
-            q = torch.randn(max(fan_in, fan_out), min(fan_in, fan_out), generator=g, device=g.device)
-            q, r = torch.linalg.qr(q)
-            q = q * r.diagonal().sign()  # uniform over orthogonal matrices
-            weights.append(gain * (q if fan_in >= fan_out else q.T))
-        self.weight = nn.Parameter(torch.stack(weights))  # (S, in, out)
+        q, r = torch.linalg.qr(randn(generators, max(fan_in, fan_out), min(fan_in, fan_out)))
+        q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # uniform over orthogonal matrices
+        q = q if fan_in >= fan_out else q.mT
+        self.weight = nn.Parameter(gain * q.contiguous())  # (S, in, out)
         self.bias = nn.Parameter(torch.zeros_like(self.weight[:, :1]))  # (S, 1, out)
 
     def forward(self, x):
@@ -132,24 +124,19 @@ class Normaliser(nn.Module):
         self.mean.add_(share * step)
         self.count.add_(x.shape[1])
 
-    def centre_and_scale(self, x):
-        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
-
     def scale(self, x):
         return (x * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
 
 
-def validate(spec, config, num_envs):
+def validate(config, num_envs):
     """ValueError that names the field and the value."""
-    for name in ("num_steps", "num_minibatches", "update_epochs", "width"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("lr", "clip_coef", "vf_coef", "ent_coef", "max_grad_norm", "rpo_alpha"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {getattr(config, name)}")
+    for low, high, names in (
+            (1, 1e9, "num_steps num_minibatches update_epochs width"), (0, 1, "gamma gae_lambda"),
+            (0, 1e9, "lr clip_coef vf_coef ent_coef max_grad_norm rpo_alpha")):
+        for name in names.split():
+            value = getattr(config, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
     if config.num_steps * num_envs % config.num_minibatches:
         raise ValueError(f"num_minibatches must divide num_steps x num_envs = "
                          f"{config.num_steps} x {num_envs}, {config.num_minibatches} does not")
@@ -159,8 +146,8 @@ class Agent:
     name = "ppo"
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
-                 accelerate=identity):
-        validate(spec, config, num_envs)
+                 accelerate=lambda fn: fn):
+        validate(config, num_envs)
         self.spec, self.config, self.num_envs = spec, config, num_envs
         self.total_steps, self.device = total_steps, torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
@@ -178,38 +165,32 @@ class Agent:
         self.returns = torch.zeros(S, num_envs, device=self.device)  # discounted, so far
         self.ended = torch.ones(S, num_envs, device=self.device)  # did the last step end an episode
 
-        low, high = (torch.as_tensor(b, device=self.device).to(self.log_std.dtype)
-                     for b in (spec.action_low, spec.action_high))
-        self.low, self.high = low, high
-        self.widths = [O, A, O, 1, 1, 1, 1]
-        self.rollout = torch.zeros(S, T, num_envs, sum(self.widths), device=self.device)
+        self.low, self.high = (torch.tensor(bound, device=self.device)
+                               for bound in (spec.action_low, spec.action_high))
+        self.rollout = torch.zeros(S, T, num_envs, O + A + O + 3, device=self.device)
         self.filled = self.transitions = 0  # rows of the rollout; transitions of one seed
-        self.acted = None  # the unclipped actions and their log-probs, between act and observe
+        self.acted = None  # the unclipped actions, between act and observe
         self.minibatch_step = accelerate(self._update_minibatch)
 
     def normalise(self, obs):
-        return self.obs_normaliser.centre_and_scale(obs) if self.config.norm_obs else obs
+        stats = self.obs_normaliser
+        return stats.scale(obs - stats.mean) if self.config.norm_obs else obs
 
     @torch.no_grad()
     def act(self, obs, explore=True):
         """obs (S, N, O) -> actions (S, N, A), clipped to the bounds; the mean if not exploring."""
-        obs = torch.as_tensor(obs, device=self.device).to(self.log_std.dtype)
         actions = self.actor(self.normalise(obs))
         if explore:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
-            mean, actions = actions, actions + self.log_std.exp() * noise
-            log_probs = gaussian_log_probs(actions, mean, self.log_std)
-            self.acted = torch.cat([actions, log_probs[..., None]], -1)
-        return torch.minimum(torch.maximum(actions, self.low), self.high)
+            actions = self.acted = actions + self.log_std.exp() * noise
+        return actions.clamp(self.low, self.high)
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
         """One step, each (S, N, ...). The stored action is the unclipped one of the last act."""
         if self.acted is None or self.acted.shape[1] != self.num_envs:
-            raise ValueError("observe needs an act(explore=True) on the same environments before it")
+            raise ValueError("observe needs an act(explore=True) on its environments before it")
         flags = torch.stack([rewards, terminations, truncations], -1)
-        unclipped, log_probs = self.acted.split([self.spec.action_dim, 1], -1)
-        row = torch.cat([obs, unclipped, next_obs, log_probs, flags], -1)
-        self.rollout[:, self.filled] = row
+        self.rollout[:, self.filled] = torch.cat([obs, self.acted, next_obs, flags], -1)
         self.acted = None
         self.filled += 1
         self.transitions += self.num_envs
@@ -223,35 +204,35 @@ class Agent:
             done = (self.transitions - self.rollout[0, :, :, 0].numel()) / self.total_steps
             self.optimizer.param_groups[0]["lr"].fill_(self.config.lr * max(0.0, 1 - done))
         obs, samples, explained = self._prepare_rollout()
-        stopped = torch.zeros(len(self.generators), dtype=torch.bool, device=self.device)
-        for epoch in range(self.config.update_epochs):
-            stoppable = self.config.target_kl is not None and epoch > 0
-            before = [x.clone() for x in self._learned()] if stoppable else []
+        stopped, kept = torch.zeros(len(obs), 1, 1, dtype=torch.bool, device=self.device), []
+        for _ in range(self.config.update_epochs):
             metrics = self._update_epoch(samples)
-            for new, old in zip(self._learned(), before, strict=False):
-                new.copy_(torch.where(stopped.view(-1, *[1] * (new.dim() - 1)), old, new))
+            for new, old in kept:
+                new.copy_(torch.where(stopped, old, new))
             if self.config.target_kl is not None:
-                stopped = stopped | (metrics["policy/approx_kl"] > self.config.target_kl)
+                stopped |= (metrics["policy/approx_kl"] > self.config.target_kl)[:, None, None]
+                kept = [(x, x.clone()) for x in self._learned()]
         self.obs_normaliser.update(obs)
         return metrics | {"value/explained_variance": explained}
 
     @torch.no_grad()
     def _prepare_rollout(self):
-        """-> raw obs (S, T N, O), rows for the minibatches (S, T N, ...), explained variance (S,)."""
-        obs, actions, next_obs, log_probs, *scalars = self.rollout.split(self.widths, -1)
-        rewards, terminations, truncations = (x.squeeze(-1) for x in scalars)
+        """-> raw obs (S, T N, O), rows to learn from (S, T N, ...), explained variance (S,)."""
+        O, A = self.spec.obs_dim, self.spec.action_dim
+        obs, actions, next_obs, _ = self.rollout.flatten(1, 2).split([O, A, O, 3], -1)
+        rewards, terminations, truncations = self.rollout[..., -3:].unbind(-1)
         if self.config.norm_reward:
             rewards = self._normalise_rewards(rewards, torch.maximum(terminations, truncations))
-        inputs = self.normalise(obs.flatten(1, 2))
-        values = self.critic(inputs).view_as(rewards)
-        next_values = self.critic(self.normalise(next_obs.flatten(1, 2))).view_as(rewards)
-        advantages = gae(rewards, values, next_values, terminations, truncations,
-                         self.config.gamma, self.config.gae_lambda)
+        inputs = self.normalise(obs)
+        values = self.critic(inputs)
+        next_values = self.critic(self.normalise(next_obs)).view_as(rewards)
+        advantages = gae(rewards, values.view_as(rewards), next_values, terminations, truncations,
+                         self.config.gamma, self.config.gae_lambda).view_as(values)
         returns = advantages + values
-        scalars = torch.stack([advantages, returns, values], -1)
-        rest = torch.cat([actions, log_probs, scalars], -1).flatten(1, 2)
-        explained = 1 - advantages.flatten(1).var(1) / returns.flatten(1).var(1)
-        return obs.flatten(1, 2), torch.cat([inputs, rest], -1), explained
+        log_probs = gaussian_log_probs(actions, self.actor(inputs), self.log_std)[..., None]
+        explained = 1 - advantages.var(1) / returns.var(1)
+        samples = torch.cat([inputs, actions, log_probs, advantages, returns, values], -1)
+        return obs, samples, explained.squeeze(1)
 
     def _normalise_rewards(self, rewards, ends):
         """Divide by the deviation of the discounted return, which starts anew at each episode."""
@@ -269,9 +250,8 @@ class Agent:
         shuffled = samples.gather(1, order[..., None].expand_as(samples))
         shifts = torch.zeros_like(shuffled[..., : self.spec.action_dim])
         if self.config.rpo_alpha:
-            draws = [torch.rand(shifts.shape[1:], generator=g, device=self.device)
-                     for g in self.generators]
-            shifts = self.config.rpo_alpha * (2 * torch.stack(draws) - 1)
+            uniform = torch.special.ndtr(randn(self.generators, *shifts.shape[1:]))
+            shifts = self.config.rpo_alpha * (2 * uniform - 1)
         for start in range(0, rows, size):
             part = slice(start, start + size)
             metrics = self.minibatch_step(shuffled[:, part], shifts[:, part])
@@ -314,15 +294,14 @@ class Agent:
     def _clip_gradients(self):
         """Scale each seed's gradient down to max_grad_norm, by itself."""
         grads = [p.grad for p in self.parameters]
-        norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (S,)
-        scale = (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(grads, [scale.view(-1, *[1] * (g.dim() - 1)) for g in grads])
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True) for g in grads])
+        scale = self.config.max_grad_norm / (norms.square().sum(0).sqrt() + 1e-6)  # (S, 1, 1)
+        torch._foreach_mul_(grads, [scale.clamp(max=1)] * len(grads))
 
     def _learned(self):
-        """What a stopped seed keeps: the weights and Adam's moments, every one with a leading S."""
-        states = [self.optimizer.state[p] for p in self.parameters]
-        moments = [s[k] for s in states for k in ("exp_avg", "exp_avg_sq") if k in s]
-        return [p.data for p in self.parameters] + moments
+        """What a stopped seed keeps: its weights and Adam's moments, each (S, in, out)."""
+        return [x for p in self.parameters for x in (p.data, *self.optimizer.state[p].values())
+                if x.dim() == 3]
 
     PARTS = ("actor", "critic", "optimizer", "obs_normaliser", "return_normaliser")
     TENSORS = ("log_std", "returns", "ended", "rollout")
@@ -331,7 +310,6 @@ class Agent:
         """Everything that the future depends on, by reference."""
         return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
             "tensors": {name: getattr(self, name).detach() for name in self.TENSORS},
-            "acted": self.acted,
             "counters": {"filled": self.filled, "transitions": self.transitions},
             "generators": [g.get_state() for g in self.generators],
         }
@@ -345,7 +323,6 @@ class Agent:
             getattr(self, name).load_state_dict(state[name])
         for name in self.TENSORS:
             getattr(self, name).data.copy_(state["tensors"][name])
-        self.acted = state["acted"]
         self.filled, self.transitions = (state["counters"][k] for k in ("filled", "transitions"))
         for generator, generator_state in zip(self.generators, state["generators"], strict=True):
             generator.set_state(generator_state.cpu())

@@ -6,10 +6,9 @@ of the squashed Gaussian appendix C. Every tensor starts with S, the seeds that 
 read it as 1.
 
 Departures from the paper, each with its reason
-1. log_std is squashed into [-5, 2] by a tanh, as CleanRL does: a hard clamp has no gradient outside.
-2. The critics learn faster (1e-3) than the actor (3e-4), as in CleanRL; the temperature learns at
-   the critics' rate.
-3. Actions are uniform for the first steps, so that the replay does not start with one policy's view.
+1. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
+2. The critics and the temperature learn faster (1e-3) than the actor (3e-4), as in CleanRL.
+3. The first actions are uniform, so that the replay does not start with one policy's view.
 
     python learn_simple.py agents/sac.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
 """
@@ -21,8 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,6 @@ class Config:
     # Networks
     actor_width: int = 256  # units of each of the actor's two hidden layers
     qf_width: int = 256  # units of each of a critic's two hidden layers
-
-
-def identity(fn):
-    return fn
 
 
 def randn(generators, *shape):
@@ -96,25 +89,22 @@ class Actor(nn.Module):
         self.fc1 = Linear(generators, spec.obs_dim, width)
         self.fc2 = Linear(generators, width, width)
         self.head = Linear(generators, width, 2 * spec.action_dim)
-        low, high = (torch.as_tensor(b, device=generators[0].device).to(self.head.weight.dtype)
-                     for b in (spec.action_low, spec.action_high))
+        low, high = (torch.tensor(bound, device=generators[0].device)
+                     for bound in (spec.action_low, spec.action_high))
         self.register_buffer("scale", (high - low) / 2, persistent=False)
         self.register_buffer("centre", (high + low) / 2, persistent=False)
 
     def forward(self, obs):
         x = F.relu(self.fc2(F.relu(self.fc1(obs))))
         mean, log_std = self.head(x).type_as(obs).chunk(2, dim=-1)
-        share = (torch.tanh(log_std) + 1) / 2
-        return mean, LOG_STD_MIN + share * (LOG_STD_MAX - LOG_STD_MIN)
-
-    def squash(self, x):
-        return self.centre + self.scale * torch.tanh(x)
+        return mean, 3.5 * torch.tanh(log_std) - 1.5  # log_std in [-5, 2]
 
     def sample(self, obs, noise):
         """obs (S, B, O), noise (S, B, A) -> actions (S, B, A), log_probs (S, B)."""
         mean, log_std = self(obs)
         x = mean + log_std.exp() * noise
-        return self.squash(x), squashed_log_probs(x, noise, log_std, self.scale.log())
+        actions = self.centre + self.scale * torch.tanh(x)
+        return actions, squashed_log_probs(x, noise, log_std, self.scale.log())
 
 
 class QFunctions(nn.Module):
@@ -159,25 +149,23 @@ class Replay:
     def sample(self, batch_size):
         """-> obs, actions, next_obs (S, B, ...), rewards, terminations (S, B), with replacement."""
         seeds, capacity, width = self.rows.shape
-        picks = [torch.randint(self.size, (batch_size,), generator=g, device=g.device) + s * capacity
-                 for s, g in enumerate(self.generators)]
-        batch = self.rows.view(-1, width).index_select(0, torch.cat(picks))
-        obs, actions, next_obs, rewards, terminations = batch.view(seeds, batch_size, -1).split(
-            self.widths, -1)
+        picks = torch.cat([
+            torch.randint(self.size, (batch_size,), generator=g, device=g.device) + s * capacity
+            for s, g in enumerate(self.generators)])
+        batch = self.rows.view(-1, width).index_select(0, picks).view(seeds, batch_size, width)
+        obs, actions, next_obs, rewards, terminations = batch.split(self.widths, -1)
         return obs, actions, next_obs, rewards.squeeze(-1), terminations.squeeze(-1)
 
 
 def validate(spec, config):
     """ValueError that names the field and the value."""
-    for name in ("buffer_size", "policy_delay", "batch_size", "actor_width", "qf_width"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("learning_starts", "replay_ratio", "actor_lr", "qf_lr", "alpha"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    for name in ("gamma", "tau"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {getattr(config, name)}")
+    for low, high, names in (
+            (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
+            (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr alpha"), (0, 1, "gamma tau")):
+        for name in names.split():
+            value = getattr(config, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
     if config.autotune and config.alpha == 0:
         raise ValueError("alpha must be above 0 with autotune, not 0.0")
     for name in ("action_low", "action_high"):
@@ -189,7 +177,7 @@ class Agent:
     name = "sac"
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
-                 accelerate=identity):
+                 accelerate=lambda fn: fn):
         validate(spec, config)
         self.spec, self.config, self.num_envs = spec, config, num_envs
         self.device = torch.device(device)
@@ -205,9 +193,10 @@ class Agent:
         self.log_alpha = torch.full((len(seeds),), start, device=self.device, requires_grad=True)
         fused = {"fused": True, "capturable": self.device.type == "cuda"}
         self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_lr, **fused)
+        groups = [{"params": list(self.actor.parameters())}]
         if config.autotune:
-            self.actor_optimizer.add_param_group({"params": [self.log_alpha], "lr": config.qf_lr})
+            groups.append({"params": [self.log_alpha], "lr": config.qf_lr})
+        self.actor_optimizer = torch.optim.Adam(groups, lr=config.actor_lr, **fused)
 
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
         self.replay = Replay(self.generators, capacity, spec)
@@ -218,7 +207,6 @@ class Agent:
     @torch.no_grad()
     def act(self, obs, explore=True):
         """obs (S, N, O) -> actions (S, N, A) in environment units; the mode if not exploring."""
-        obs = torch.as_tensor(obs, device=self.device).to(self.replay.rows.dtype)
         noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
         if explore:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
@@ -277,18 +265,17 @@ class Agent:
         return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
                 "policy/alpha": alpha.detach()}
 
+    PARTS = ("actor", "qf", "qf_target", "actor_optimizer", "qf_optimizer")
+
     def state_dict(self):
         """Everything that the future depends on, by reference."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return parts | {
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
             "log_alpha": self.log_alpha.detach(),
             "replay": {"rows": self.replay.rows, "position": self.replay.position,
                        "size": self.replay.size},
             "counters": {"transitions": self.transitions, "critic_steps": self.critic_steps},
             "generators": [g.get_state() for g in self.generators],
         }
-
-    PARTS = ("actor", "qf", "qf_target", "actor_optimizer", "qf_optimizer")
 
     def load_state_dict(self, state):
         """Continue exactly where `state` was taken. ValueError if the replay has another shape."""

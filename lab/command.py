@@ -32,7 +32,7 @@ class Options:
     eval_every: int | None = None  # steps between evaluations; default: ten a run
     eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
     log_every: int | None = None  # steps between logged rows; default: a hundred a run
-    checkpoint_every: int | None = None  # steps between checkpoints, 0: at the end; default: ten a run
+    checkpoint_every: int | None = None  # steps between checkpoints; default: ten a run
     # How to run
     processes: int | None = None  # parallel processes; default: physical cores
     compile: bool = False  # torch.compile the update
@@ -109,7 +109,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no run's config.json: {type(error).__name__} {error}") from error
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{path} is no run's config.json: {reason}") from error
 
 
 def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
@@ -122,7 +123,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if len(set(options.env)) < len(options.env) or not options.env:
-        raise UserError(f"--env needs different environments, not {' '.join(options.env) or 'none'}")
+        given = " ".join(options.env) or "none"
+        raise UserError(f"--env needs different environments, not {given}")
     device = "cuda" if options.cuda else "cpu"
     accelerate.check_device(device)
 
@@ -168,8 +170,8 @@ def train(options: Options, config: dict[str, Any]) -> int:
     with SweepProgress(jobs) as progress:
         def receive(place: int, message: dict[str, Any]) -> None:
             progress.update(place, message)
-            rows = message.get("rows", {})
-            returns = {seed: row["return/eval"] for seed, row in rows.items() if "return/eval" in row}
+            returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
+                       if "return/eval" in row}
             final[jobs[place].env_id].update(returns)
             if returns and boards:
                 boards[jobs[place].env_id].refresh()

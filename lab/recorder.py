@@ -98,7 +98,7 @@ class SeedRecorder:
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(path, "a")
+        self.file = path.open("a")
         self.board = SummaryWriter(str(folder), purge_step=start + 1)
         self.failed = False
 

@@ -166,7 +166,8 @@ class Log:
             broken = [tag for tag, value in row.items() if not math.isfinite(value)]
             if broken and place not in self.failed:
                 self.failed.add(place)
-                self.emit({"failed_seed": seed, "reason": f"{broken[0]} is not finite", "step": step})
+                self.emit({"failed_seed": seed, "step": step,
+                           "reason": f"{broken[0]} is not finite"})
             if place not in self.failed:
                 rows[seed] = row
                 if self.recorders:

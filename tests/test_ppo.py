@@ -87,7 +87,7 @@ def test_statistics_stand_still_while_a_rollout_is_collected_and_read():
         return step(samples, shifts)
 
     agent.minibatch_step = spy
-    for number, steps in enumerate(torch.arange(2)):
+    for number in range(2):
         before = agent.obs_normaliser.mean.clone()
         for place, transition in enumerate(make_steps((0, 1), 2, 8)):
             agent.update()
@@ -151,7 +151,8 @@ def reference_minibatch(agent, place, samples, shift):
             x = torch.tanh(x @ weights[f"{net}.{layer}.weight"] + weights[f"{net}.{layer}.bias"])
         return x @ weights[f"{net}.head.weight"] + weights[f"{net}.head.bias"]
 
-    obs, actions, old, advantages, returns, old_values = samples[place].split([3, 2, 1, 1, 1, 1], -1)
+    obs, actions, *scalars = samples[place].split([3, 2, 1, 1, 1, 1], -1)
+    old, advantages, returns, old_values = scalars
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy = Independent(Normal(forward("actor", obs) + shift[place], log_std.exp()), 1)
     ratio = (policy.log_prob(actions)[:, None] - old).exp()
@@ -205,7 +206,7 @@ def test_the_step_size_falls_linearly_to_zero():
 
 
 def test_a_seed_past_target_kl_stops_and_the_other_goes_on(float64):
-    """Alone or in a stack: the weights of the stopped seed are those after the epoch that passed."""
+    """Alone or stacked: a stopped seed's weights are those after the epoch that passed."""
     steps = make_steps((0, 1), 1, 9)
     settings = {"lr": 3e-2, "update_epochs": 6}
     free = make_agent(ppo, **settings)

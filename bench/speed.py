@@ -1,0 +1,198 @@
+"""Training speed beside Stable-Baselines3 and SBX: whole loops on HalfCheetah-v5, on one core.
+
+    make bench        # or: python bench/speed.py --peers .bench-venv/bin/python
+
+Every measurement is a process of its own, pinned to the same core. A repeat runs all of them one
+after another, so that the drift of the machine meets every side alike, and ratios are taken within
+a repeat. Hyperparameters are equal: SAC 256x256, batch 256, one update a step, all step sizes 3e-4;
+PPO as CleanRL has it, which are SB3's defaults (the lab's also normalises observations and rewards,
+the peers' runs do not). Steps/s of the lab are summed over its seeds.
+"""
+
+import argparse
+import json
+import operator
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = "HalfCheetah-v5"
+WARM_UP = {"sac": 300, "ppo": 2048}  # steps before the clock starts; compilation falls into them
+MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096}}  # by seeds
+SAC = {"actor_lr": 3e-4, "qf_lr": 3e-4}
+
+
+def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
+    """Steps/s, summed over seeds, of lab.rollout.train after the warm-up."""
+    sys.path.insert(0, str(ROOT))
+    from lab.rollout import Job, train
+
+    precision, compiled = mode.split("-")
+    window = MEASURED[algorithm][seeds]
+    windows = -(-WARM_UP[algorithm] // window) + 2  # PPO learns a step after a rollout is full
+    config = SAC | {"learning_starts": 20} if algorithm == "sac" else {}
+    speeds = []
+    train(Job(
+        agent_path=str(ROOT / f"agents/{algorithm}.py"), config=config, env_id=ENV,
+        seeds=tuple(range(seeds)), steps=windows * window, eval_every=0, log_every=window,
+        checkpoint_every=0, eval_episodes=1, compile=compiled == "compiled", precision=precision,
+    ), lambda message: speeds.append(message.get("perf/steps_per_s")))
+    return [speed for speed in speeds if speed][-1]
+
+
+def measure_peer(library: str, algorithm: str) -> float:
+    """Steps/s of the library's learn() after the warm-up."""
+    import gymnasium
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    if library == "sb3":
+        import stable_baselines3 as peer
+        import torch
+
+        torch.set_num_threads(1)
+    else:
+        import sbx as peer
+    env, device = gymnasium.make(ENV), "cpu"
+    if algorithm == "sac":
+        model = peer.SAC("MlpPolicy", env, batch_size=256, learning_starts=100, learning_rate=3e-4,
+                         policy_kwargs={"net_arch": [256, 256]}, device=device)
+    else:
+        model = peer.PPO("MlpPolicy", env, device=device)
+    warm_up, window = WARM_UP[algorithm] * 2, MEASURED[algorithm][1]
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == warm_up:
+                self.begun = time.perf_counter()
+            return True
+
+    clock = Clock()
+    model.learn(warm_up + window, callback=clock)
+    return (model.num_timesteps - warm_up) / (time.perf_counter() - clock.begun)
+
+
+def measure_memory() -> float:
+    """Peak MiB of a process that holds 8 seeds of SAC with 100 000 steps in their replays."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from agents import sac
+    from lab import envs
+    from lab.accelerate import prepare_process
+
+    prepare_process()
+    seeds, steps = list(range(8)), 100_000
+    training = envs.make(ENV, seeds)
+    agent = sac.Agent(training.spec, sac.Config(), seeds, total_steps=steps)
+    obs = training.reset()
+    flags, chunk = torch.rand(8, 1000), obs.expand(8, 1000, -1)
+    actions = torch.rand(8, 1000, training.spec.action_dim)
+    for _ in range(steps // 1000):  # every row is written, so that every page counts
+        agent.observe(chunk, actions, flags, chunk, flags, flags)
+    agent.critic_steps = agent.transitions - agent.learning_starts - 30
+    agent.update()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_pinned(python: str, core: int, *arguments: str) -> float:
+    """This script on one core -> the number that it prints last."""
+    done = subprocess.run(
+        [python, __file__, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def versions(python: str, packages: list[str]) -> dict[str, str]:
+    code = ("import json, sys; from importlib.metadata import version;"
+            "print(json.dumps({p: version(p) for p in sys.argv[1:]}))")
+    done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
+    """(algorithm, side, seeds, mode)."""
+    modes = [f"{p}-{c}" for c in ("eager", "compiled") for p in ("fp32", "bf16")]
+    return [case for algorithm in algorithms for case in [
+        (algorithm, "sb3", "1", "fp32"), (algorithm, "sbx", "1", "fp32"),
+        *((algorithm, "lab", seeds, mode) for seeds in ("1", "4", "8") for mode in modes)]]
+
+
+def markdown(result: dict) -> str:
+    """The table of the README, from the result file alone."""
+    lines = ["| algorithm | side | seeds | mode | steps/s, median (min to max) | x SB3 | x SBX |",
+             "|---|---|---|---|---|---|---|"]
+    speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
+    for case, values in speeds.items():
+        algorithm, side, seeds, mode = case
+        peers = [speeds[algorithm, peer, "1", "fp32"] for peer in ("sb3", "sbx")]
+        ratios = [statistics.median(map(operator.truediv, values, peer)) for peer in peers]
+        low, middle, high = min(values), statistics.median(values), max(values)
+        lines.append(f"| {algorithm.upper()} | {side} | {seeds} | {mode} | {middle:.0f} "
+                     f"({low:.0f} to {high:.0f}) | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peers", help="Python of the environment with the peers")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--algorithms", nargs="+", default=["sac", "ppo"])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/speed.json")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        side, *rest = options.measure
+        if side == "memory":
+            print(measure_memory())
+        elif side == "lab":
+            print(measure_ours(rest[0], int(rest[1]), rest[2]))
+        else:
+            print(measure_peer(side, rest[0]))
+        return
+    if not options.peers:
+        parser.error("--peers is needed: `make bench` builds their environment")
+
+    rows = {case: [] for case in cases(options.algorithms)}
+    begun, total = time.monotonic(), len(rows) * options.repeats
+    for repeat in range(options.repeats):
+        for number, (algorithm, side, seeds, mode) in enumerate(rows):
+            python = sys.executable if side == "lab" else options.peers
+            speed = run_pinned(python, options.core, side, algorithm, seeds, mode)
+            rows[algorithm, side, seeds, mode].append(speed)
+            done = repeat * len(rows) + number + 1
+            left = (time.monotonic() - begun) / done * (total - done)
+            print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
+                  f"ETA {left:.0f} s", flush=True)
+    memory = run_pinned(sys.executable, options.core, "memory")
+    sys.path.insert(0, str(ROOT))
+    from lab.recorder import processor
+
+    result = {
+        "command": "make bench", "environment": ENV, "repeats": options.repeats, "cores": 1,
+        "processor": processor(), "python": platform.python_version(),
+        "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
+        "peer_versions": versions(options.peers, ["torch", "stable-baselines3", "sbx-rl", "jax",
+                                                  "gymnasium", "mujoco", "numpy"]),
+        "memory_mib_8_seeds_sac_100k_steps": round(memory),
+        "rows": [{"case": case, "steps_per_s": [round(v, 1) for v in values]}
+                 for case, values in rows.items()],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    table = markdown(result)
+    options.out.with_suffix(".md").write_text(table)
+    print(f"{table}\n8 seeds of SAC with 100 000 steps: {memory:.0f} MiB\nwritten: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
