@@ -1,7 +1,10 @@
 """From the command line to a finished run: options, jobs, folders, the table at the end."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,14 +30,14 @@ class Options:
     steps: int = 6_000  # environment steps of one seed
     # What to keep
     log: bool = False  # leave a run folder: metrics, TensorBoard, checkpoints, picture
-    name: str | None = None  # of the run's folder; default: the agent's
+    name: str | None = None  # of the run's folder; none: the agent's
     runs: Path = Path("runs")  # where run folders go
-    eval_every: int | None = None  # steps between evaluations; default: ten a run
+    eval_every: int | None = None  # steps between evaluations; none: ten a run
     eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
-    log_every: int | None = None  # steps between logged rows; default: a hundred a run
-    checkpoint_every: int | None = None  # steps between checkpoints; default: ten a run
+    log_every: int | None = None  # steps between logged rows; none: a hundred a run
+    checkpoint_every: int | None = None  # steps between checkpoints; none: ten a run
     # How to run
-    processes: int | None = None  # parallel processes; default: physical cores
+    processes: int | None = None  # parallel processes; none: one for each physical core
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
     cuda: bool = False  # train on the GPU
@@ -88,9 +91,24 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
         raise UserError(f"{source} does not fit {path}: {error}") from error
     both = dataclasses.make_dataclass("Both", [("options", Options, defaults[0]),
                                                ("config", module.Config, defaults[1])], frozen=True)
-    flags: Any = tyro.cli(both, args=list(argv), config=(tyro.conf.OmitArgPrefixes,),
-                          description=module.__doc__)
+    # the file first: after `--env A B` it would be read as a third environment
+    ordered = sorted(argv, key=lambda arg: arg != path)
+    flags = _read_flags(both, ordered, module.__doc__)
     return flags.options, dataclasses.asdict(flags.config)
+
+
+def _read_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
+    """tyro's parser; the box in which it puts an error becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,),
+                            description=description)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        words = " ".join(re.sub("[─│╭╮╰╯]+", " ", box.getvalue().partition("\n")[2]).split())
+        raise UserError(re.split(" Argument helptext:| For full helptext", words)[0]) from end
 
 
 def _value_after(argv: Sequence[str], flag: str) -> str | None:

@@ -18,7 +18,8 @@ class SweepProgress:
 
     def __init__(self, jobs: Sequence[Job]):
         self.jobs, self.console = jobs, Console()
-        self.steps, self.start = [0] * len(jobs), [0] * len(jobs)
+        self.steps = [0] * len(jobs)
+        self.resumed: dict[int, int] = {}  # the step from which each job went on
         self.speeds: list[tuple[float, float]] = [(0.0, 0.0)] * len(jobs)
         self.returns: dict[str, dict[int, float]] = {job.env_id: {} for job in jobs}
         self.totals = {e: sum(j.steps * len(j.seeds) for j in jobs if j.env_id == e)
@@ -50,6 +51,7 @@ class SweepProgress:
         if "step" not in message or "failed_seed" in message:
             return
         self.steps[place] = message["step"]
+        self.resumed.setdefault(place, message["step"])
         if "rows" in message:
             self.speeds[place] = message["perf/steps_per_s"], message["perf/updates_per_s"]
             for seed, row in message["rows"].items():
@@ -72,5 +74,6 @@ class SweepProgress:
         if not self.console.is_terminal and (
                 finished or now - self.printed[env_id] >= PLAIN_SECONDS):
             self.printed[env_id] = float("inf") if finished else now
-            left = (total - done) * (now - self.begun) / max(done, 1)
+            before = sum(self.resumed.get(i, 0) * len(self.jobs[i].seeds) for i in places)
+            left = (total - done) * (now - self.begun) / max(done - before, 1)
             print(f"{env_id}: {done}/{total} steps, ETA {left:.0f} s, {state}", flush=True)

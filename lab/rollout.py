@@ -57,6 +57,7 @@ def train(job: Job, emit: Emit) -> None:
                              job.steps, job.device, accelerate)
     log = Log(job, accelerate, emit)
     step = log.resume(agent)
+    emit({"step": step})
     obs = training.reset(envs.TRAINING, step)
     with Interrupts() as interrupts:
         while step < job.steps:
