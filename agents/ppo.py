@@ -162,14 +162,14 @@ class Agent:
             capturable=self.device.type == "cuda")
         self.obs_normaliser = Normaliser(S, O, self.device)
         self.return_normaliser = Normaliser(S, 1, self.device)
-        self.returns = torch.zeros(S, num_envs, device=self.device)  # discounted, so far
-        self.ended = torch.ones(S, num_envs, device=self.device)  # did the last step end an episode
+        self.returns = torch.zeros(S, num_envs, device=self.device)  # of the running episodes
 
         self.low, self.high = (torch.tensor(bound, device=self.device)
                                for bound in (spec.action_low, spec.action_high))
-        self.rollout = torch.zeros(S, T, num_envs, O + A + O + 3, device=self.device)
+        self.rollout = torch.zeros(S, T, num_envs, O + A + 1 + O + 3, device=self.device)
         self.filled = self.transitions = 0  # rows of the rollout; transitions of one seed
-        self.acted = None  # the unclipped actions, between act and observe
+        # unclipped actions and log-probs, between act and observe: an update may come between
+        self.acted = None
         self.minibatch_step = accelerate(self._update_minibatch)
 
     def normalise(self, obs):
@@ -182,11 +182,13 @@ class Agent:
         actions = self.actor(self.normalise(obs))
         if explore:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
-            actions = self.acted = actions + self.log_std.exp() * noise
+            mean, actions = actions, actions + self.log_std.exp() * noise
+            log_probs = gaussian_log_probs(actions, mean, self.log_std)
+            self.acted = torch.cat([actions, log_probs[..., None]], -1)
         return actions.clamp(self.low, self.high)
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
-        """One step, each (S, N, ...). The stored action is the unclipped one of the last act."""
+        """One step, each (S, N, ...). The stored actions are the unclipped ones of act."""
         if self.acted is None or self.acted.shape[1] != self.num_envs:
             raise ValueError("observe needs an act(explore=True) on its environments before it")
         flags = torch.stack([rewards, terminations, truncations], -1)
@@ -219,7 +221,7 @@ class Agent:
     def _prepare_rollout(self):
         """-> raw obs (S, T N, O), rows to learn from (S, T N, ...), explained variance (S,)."""
         O, A = self.spec.obs_dim, self.spec.action_dim
-        obs, actions, next_obs, _ = self.rollout.flatten(1, 2).split([O, A, O, 3], -1)
+        obs, acted, next_obs, _ = self.rollout.flatten(1, 2).split([O, A + 1, O, 3], -1)
         rewards, terminations, truncations = self.rollout[..., -3:].unbind(-1)
         if self.config.norm_reward:
             rewards = self._normalise_rewards(rewards, torch.maximum(terminations, truncations))
@@ -229,16 +231,15 @@ class Agent:
         advantages = gae(rewards, values.view_as(rewards), next_values, terminations, truncations,
                          self.config.gamma, self.config.gae_lambda).view_as(values)
         returns = advantages + values
-        log_probs = gaussian_log_probs(actions, self.actor(inputs), self.log_std)[..., None]
         explained = 1 - advantages.var(1) / returns.var(1)
-        samples = torch.cat([inputs, actions, log_probs, advantages, returns, values], -1)
+        samples = torch.cat([inputs, acted, advantages, returns, values], -1)
         return obs, samples, explained.squeeze(1)
 
     def _normalise_rewards(self, rewards, ends):
         """Divide by the deviation of the discounted return, which starts anew at each episode."""
-        before = torch.cat([self.ended[:, None], ends[:, :-1]], 1)  # did the step before end one
-        returns = scan(rewards, self.config.gamma * (1 - before), self.returns)
-        self.returns, self.ended = returns[:, -1].clone(), ends[:, -1].clone()
+        goes_on = 1 - torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+        returns = scan(rewards, self.config.gamma * goes_on, self.returns)
+        self.returns = returns[:, -1] * (1 - ends[:, -1])
         self.return_normaliser.update(returns.flatten(1)[..., None])
         return self.return_normaliser.scale(rewards)
 
@@ -304,7 +305,7 @@ class Agent:
                 if x.dim() == 3]
 
     PARTS = ("actor", "critic", "optimizer", "obs_normaliser", "return_normaliser")
-    TENSORS = ("log_std", "returns", "ended", "rollout")
+    TENSORS = ("log_std", "returns", "rollout")
 
     def state_dict(self):
         """Everything that the future depends on, by reference."""

@@ -1,5 +1,6 @@
 """PPO against slow references written from the definitions, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -99,6 +100,19 @@ def test_statistics_stand_still_while_a_rollout_is_collected_and_read():
         ratios.clear()
         agent.update()
         torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_action_drawn_before_an_update_keeps_the_log_prob_that_it_was_drawn_with():
+    """The harness acts, updates, then observes: the first row of a rollout is the old policy's."""
+    agent = make_agent(ppo, lr=0.1, norm_obs=False)
+    steps = make_steps((0, 1), 1, 9)
+    drive(agent, steps[:8])
+    old_actor, old_log_std = copy.deepcopy(agent.actor), agent.log_std.detach().clone()
+    drive(agent, steps[8:])
+    actions, log_probs = agent.rollout[:, 0, :, 3:5], agent.rollout[:, 0, :, 5]
+    mean = old_actor(steps[8][0])
+    torch.testing.assert_close(log_probs, ppo.gaussian_log_probs(actions, mean, old_log_std))
+    assert (mean - agent.actor(steps[8][0])).abs().max() > 0.01
 
 
 def test_evaluating_leaves_the_statistics_alone():
