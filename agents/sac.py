@@ -95,7 +95,7 @@ class Actor(nn.Module):
         self.register_buffer("centre", (high + low) / 2, persistent=False)
 
     def forward(self, obs):
-        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
+        x = self.fc2(self.fc1(obs).relu_()).relu_()  # in place: 4% of an update on a CPU
         mean, log_std = self.head(x).type_as(obs).chunk(2, dim=-1)
         return mean, 3.5 * torch.tanh(log_std) - 1.5  # log_std in [-5, 2]
 
@@ -118,7 +118,7 @@ class QFunctions(nn.Module):
 
     def forward(self, obs, actions):
         x = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-        x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        x = self.fc2(self.fc1(x).relu_()).relu_()
         return self.head(x).type_as(obs).view(-1, 2, obs.shape[1])
 
 
