@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q torch -c constraints.txt
 	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	touch $@
 
@@ -27,7 +26,6 @@ test-all: check
 # The peers live in an environment of their own: they are never needed to train.
 .bench-venv/installed: bench/requirements.txt bench/constraints.txt
 	$(PYTHON) -m venv .bench-venv
-	.bench-venv/bin/python -m pip install -q torch -c bench/constraints.txt
 	.bench-venv/bin/python -m pip install -q -r bench/requirements.txt -c bench/constraints.txt
 	touch $@
 
