@@ -155,34 +155,28 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=every(options.checkpoint_every, 10), eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
-        run=str(folder) if folder else None) for env_id in options.env for share in shares]
+        run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
+    ) for env_id in options.env for share in shares]
 
 
 def train(options: Options, config: dict[str, Any]) -> int:
-    console = Console()
     processes = options.processes or accelerate.physical_cores()
     jobs = make_jobs(options, config, processes, options.resume)
     for job in {job.env_id: job for job in jobs}.values():
         spec = envs.make(job.env_id, [0]).spec
         agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
 
-    agent_name, folder = Path(options.agent).stem, options.resume
+    folder = options.resume
     if folder:
         _check_source(folder, Path(options.agent))
     elif options.log:
-        fixed = dataclasses.replace(options, processes=processes)
-        settings = {key: str(value) if isinstance(value, Path) else value
-                    for key, value in dataclasses.asdict(fixed).items()}
-        folder = recorder.create_run_folder(
-            options.runs, options.name or agent_name, Path(options.agent),
-            {"name": options.name or agent_name, "options": settings, "config": config})
+        folder = _create_folder(dataclasses.replace(options, processes=processes), config, jobs[0])
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
-    seeds = [seed for job in jobs if job.env_id == options.env[0] for seed in job.seeds]
-    groups = {env_id: recorder.group_folder(folder, env_id, agent_name)
-              for env_id in options.env} if folder else {}
     if folder:
         print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
 
+    seeds = range(options.seeds)
+    groups = {job.env_id: job.group for job in jobs if job.group}
     boards = {env_id: recorder.AllSeeds(group, seeds) for env_id, group in groups.items()}
     final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
     with SweepProgress(jobs) as progress:
@@ -195,15 +189,16 @@ def train(options: Options, config: dict[str, Any]) -> int:
                 boards[jobs[place].env_id].refresh()
 
         failures = sweep.run(jobs, processes, receive)
-    if folder:
+    if groups:
         final = {env_id: report.final_returns(group, seeds) for env_id, group in groups.items()}
+    agent_name = Path(options.agent).stem
     title = f"{agent_name}: evaluation return after {options.steps} steps of each seed"
-    console.print(report.table(final, title))
+    Console().print(report.table(final, title))
     if folder:
+        picture = folder / "learning_curves.png"
         curves = {env_id: report.read_curves(group, seeds, "return/eval")
                   for env_id, group in groups.items()}
-        picture = folder / "learning_curves.png"
-        report.draw_learning_curves(picture, curves, options.name or agent_name)
+        report.draw_learning_curves(picture, curves, jobs[0].name)
         print(f"run folder: {folder}\npicture:    {picture}\n"
               f"look at it: tensorboard --logdir {folder}")
     for place, reason in sorted(failures.items()):
@@ -211,6 +206,14 @@ def train(options: Options, config: dict[str, Any]) -> int:
         print(f"FAILED {job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: {reason}",
               file=sys.stderr)
     return 1 if failures else 0
+
+
+def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:
+    settings = {key: str(value) if isinstance(value, Path) else value
+                for key, value in dataclasses.asdict(options).items()}
+    return recorder.create_run_folder(
+        options.runs, job.name, Path(options.agent),
+        {"name": job.name, "options": settings, "config": config})
 
 
 def _check_source(folder: Path, agent: Path) -> None:

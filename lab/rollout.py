@@ -37,6 +37,7 @@ class Job:
     compile: bool = False
     precision: str = "fp32"
     run: str | None = None  # the run's folder; None: leave no files
+    name: str = ""  # of the run, in the words given
 
     @property
     def group(self) -> Path | None:
@@ -187,8 +188,8 @@ class Log:
                 self.emit({"warning": f"no checkpoint at step {step}: {error}"})
 
     def close(self) -> None:
-        settings = {"agent": Path(self.job.agent_path).stem, "env": self.job.env_id,
-                    **self.job.config}
+        settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
+                    "env": self.job.env_id, **self.job.config}
         for place, recorder in enumerate(self.recorders):
             final = self.last_eval[place] if self.last_eval else None
             recorder.close(settings | {"seed": self.job.seeds[place]},
