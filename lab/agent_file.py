@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def load(path: str | Path) -> ModuleType:
     if not path.is_file():
         beside = sorted(str(p) for p in Path("agents").glob("*.py"))
         raise UserError(f"no agent file {str(path)!r}; agents here: {', '.join(beside) or 'none'}")
-    name = f"agent_file_{path.stem}"
+    name = re.sub(r"\W", "_", f"agent_file_{path.resolve()}")
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise UserError(f"agent file {path} is no Python file")
@@ -29,7 +30,7 @@ def load(path: str | Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and tyro look the module up to read the comments
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise UserError(f"agent file {path}{line} does not load: "
                         f"{type(error).__name__}: {_first_line(error)}") from error
@@ -91,6 +92,8 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
     metrics = call("update")
     expect("update", "a dict of metrics", isinstance(metrics, dict), type(metrics).__name__)
     for name, value in metrics.items():
+        expect("update", "names with tensors", isinstance(name, str)
+               and isinstance(value, torch.Tensor), f"{name!r} with a {type(value).__name__}")
         shape = tuple(getattr(value, "shape", ()))
         expect("update", f"{name} of shape (S,) = ({S},)", shape == (S,), shape)
         expect("update", f"{name} detached", not value.requires_grad, "it with a gradient")

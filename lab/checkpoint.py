@@ -21,6 +21,8 @@ NAME = re.compile(r"step_(\d+)-([0-9a-f]{64})\.pt")
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` (tensors, numbers, strings in dicts and lists) -> its file."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left_behind in folder.glob("unfinished_*.tmp"):
+        left_behind.unlink()
     temporary = folder / f"unfinished_{step}.tmp"
     with open(temporary, "w+b") as file:
         torch.save(state, file)
@@ -31,7 +33,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     final = folder / f"step_{step:012d}-{digest}.pt"
     os.replace(temporary, final)
     _sync(folder)
-    for old in _newest_first(folder)[KEPT:]:
+    others = _newest_first(folder)
+    kept = [p for p in others if p.name <= final.name][:KEPT]  # later ones were broken: passed over
+    for old in set(others) - set(kept):
         old.unlink()
     return final
 

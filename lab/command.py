@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import signal
@@ -10,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+import typeguard
 import tyro
 from rich.console import Console
 
@@ -47,7 +49,7 @@ class Options:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, train, report -> exit code: 0, 1 if a job failed, 2 for bad input, 128 + signal."""
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         options, config = parse(argv)
         return train(options, config)
@@ -58,6 +60,8 @@ def run(argv: Sequence[str]) -> int:
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Terminated(KeyboardInterrupt):
@@ -70,13 +74,16 @@ def _terminated(number: int, frame: Any) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
-    resume, settings = _value_after(argv, "--resume"), _value_after(argv, "--config")
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
     source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and len(argv) > 2:
+    if resume and len(words) > 2:
         raise UserError("--resume takes every setting from the run; give no other flag")
     kept = {k: v for k, v in before["options"].items() if k not in ("config", "resume")}
-    path = next((arg for arg in argv if arg.endswith(".py")), kept.get("agent", Options.agent))
+    place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
+                  and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
+    path = kept.get("agent", Options.agent) if place is None else argv[place]
     module = agent_file.load(path)
     names = {field.name for field in dataclasses.fields(Options)}
     for field in dataclasses.fields(module.Config):
@@ -87,14 +94,24 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
         kept |= {"env": tuple(kept.get("env", Options.env)), "agent": path}
         kept["runs"] = Path(kept.get("runs", Options.runs))
         defaults = Options(**kept), module.Config(**before["config"])
+        for default in defaults:
+            for name, kind in get_type_hints(type(default)).items():
+                _check_type(name, getattr(default, name), kind)
     except TypeError as error:
-        raise UserError(f"{source} does not fit {path}: {error}") from error
+        raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
     both = dataclasses.make_dataclass("Both", [("options", Options, defaults[0]),
                                                ("config", module.Config, defaults[1])], frozen=True)
-    # the file first: after `--env A B` it would be read as a third environment
-    ordered = sorted(argv, key=lambda arg: arg != path)
-    flags = _read_flags(both, ordered, module.__doc__)
+    if place is not None:  # the file first: after `--env A B` it would be a third environment
+        argv = [path, *argv[:place], *argv[place + 1:]]
+    flags = _read_flags(both, argv, module.__doc__)
     return flags.options, dataclasses.asdict(flags.config)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    try:
+        typeguard.check_type(value, kind)
+    except typeguard.TypeCheckError as error:
+        raise TypeError(f"{name}: {error}") from error
 
 
 def _read_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
@@ -107,17 +124,14 @@ def _read_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-        words = " ".join(re.sub("[─│╭╮╰╯]+", " ", box.getvalue().partition("\n")[2]).split())
+        plain = re.sub(r"\x1b\[[\d;]*m", "", box.getvalue())
+        lines = [line.strip("│| ") for line in plain.splitlines()]
+        words = " ".join(line for line in lines[1:] if line.strip("─╰╯-+"))  # the title is lines[0]
         raise UserError(re.split(" Argument helptext:| For full helptext", words)[0]) from end
 
 
-def _value_after(argv: Sequence[str], flag: str) -> str | None:
-    for arg, value in zip(argv, [*argv[1:], None], strict=True):
-        if arg == flag:
-            return value
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+def _value_after(words: Sequence[str], flag: str) -> str | None:
+    return next((value for word, value in itertools.pairwise(words) if word == flag), None)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -185,6 +199,8 @@ def train(options: Options, config: dict[str, Any]) -> int:
             returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
                        if "return/eval" in row}
             final[jobs[place].env_id].update(returns)
+            if boards:
+                boards[jobs[place].env_id].alive.discard(message.get("failed_seed"))
             if returns and boards:
                 boards[jobs[place].env_id].refresh()
 

@@ -73,10 +73,7 @@ def make_one(env_id: str) -> gymnasium.Env:
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
             warnings.filterwarnings("ignore", message=".*latest versioned environment")
             env = gymnasium.make(env_id, disable_env_checker=True)
-        if env.spec and env.spec.id != env_id.split(":")[-1]:
-            raise UserError(f"environment {env_id!r} names no version; say {env.spec.id!r}")
-        return env
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
         ids = list(gymnasium.registry)
         by_lower = {name.lower(): name for name in ids}
         near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
@@ -85,6 +82,9 @@ def make_one(env_id: str) -> gymnasium.Env:
             raise UserError(f"cannot make environment {env_id!r}: {reason}") from error
         names = ", ".join(by_lower[name] for name in near)
         raise UserError(f"unknown environment {env_id!r}; did you mean {names}?") from error
+    if env.spec and env.spec.id != env_id.split(":")[-1]:
+        raise UserError(f"environment {env_id!r} names no version; say {env.spec.id!r}")
+    return env
 
 
 @functools.cache
@@ -107,10 +107,12 @@ def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
     """UserError unless observations and actions are flat boxes."""
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
-        raise UserError(f"{env_id} has actions {action_space}; the lab is for continuous control "
+        space = " ".join(str(action_space).split())
+        raise UserError(f"{env_id} has actions {space}; the lab is for continuous control "
                         "and needs a one-dimensional Box")
     if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
-        raise UserError(f"{env_id} has observations {obs_space}; the lab needs a one-dimensional "
+        space = " ".join(str(obs_space).split())
+        raise UserError(f"{env_id} has observations {space}; the lab needs a one-dimensional "
                         "Box: register it with gymnasium's FlattenObservation")
     limit = env.spec.max_episode_steps if env.spec else None
     low, high = (tuple(float(x) for x in bound) for bound in (action_space.low, action_space.high))
@@ -156,7 +158,8 @@ class SyncEnvs:
     def send(self, actions: torch.Tensor) -> None:
         """actions (S, N, A) in environment units."""
         flat = actions.cpu().numpy().reshape(len(self.envs), -1).astype(self.action_dtype)
-        self.actions = np.nan_to_num(flat)  # a broken seed must not break a simulator's process
+        # a broken seed must not break a simulator's process
+        self.actions = np.where(np.isfinite(flat), flat, 0)
 
     def receive(self) -> Transition:
         next_obs, flags, episodes = self._empty(), np.zeros((3, len(self.envs)), np.float32), []

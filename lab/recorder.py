@@ -7,6 +7,7 @@
         <env_id>/<agent>/stack_<a>_<b>/ checkpoints of the seeds a to b, which one process trains
 """
 
+import itertools
 import json
 import math
 import platform
@@ -33,7 +34,7 @@ def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str,
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for clash in range(1, 1000):
+        for clash in itertools.count(1):
             folder = root / (f"{safe}-{stamp}" + (f"-{clash}" if clash > 1 else ""))
             try:
                 folder.mkdir()
@@ -97,7 +98,9 @@ class SeedRecorder:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole = path.with_suffix(".tmp")  # a kill must not cut the rows that are kept
+        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        whole.replace(path)
         self.file = path.open("a")
         self.board = SummaryWriter(str(folder), purge_step=start + 1)
         self.failed = False
@@ -134,7 +137,7 @@ class AllSeeds:
     def __init__(self, folder: Path, seeds: Sequence[int]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.seeds = folder, seeds
+        self.folder, self.alive = folder, set(seeds)
         self.written = dict.fromkeys(RETURNS, -1)  # the last step of each tag
         shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # a view, made anew on resuming
         self.board = SummaryWriter(str(folder / "all_seeds"))
@@ -144,12 +147,13 @@ class AllSeeds:
 
     def refresh(self) -> None:
         """Append the steps that every seed still alive has reached since the last call."""
-        rows = [read_metrics(self.folder / f"seed_{seed}" / "metrics.jsonl") for seed in self.seeds]
+        rows = [read_metrics(self.folder / f"seed_{seed}" / "metrics.jsonl")
+                for seed in sorted(self.alive)]
         for tag in RETURNS:
             values = defaultdict(list)
             for row in (row for seed_rows in rows for row in seed_rows if tag in row):
                 values[row["step"]].append(row[tag])
-            complete = [s for s, v in values.items() if len(v) == len(self.seeds)]
+            complete = [s for s, v in values.items() if len(v) == len(self.alive)]
             for step in sorted(s for s in complete if s > self.written[tag]):
                 mean, lower, upper = stats.t_interval(values[step])
                 bounds = (mean, mean, mean) if math.isnan(lower) else (mean, lower, upper)

@@ -51,8 +51,7 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
         for curve in by_seed.values():
             steps, returns = zip(*curve, strict=True) if curve else ((), ())
             axis.plot(steps, returns, color="tab:blue", linewidth=0.8, alpha=0.4)
-        steps, means, lower, upper = zip(*band(by_seed), strict=True) if any(
-            by_seed.values()) else ((),) * 4
+        steps, means, lower, upper = zip(*band(by_seed), strict=True) if band(by_seed) else [()] * 4
         axis.plot(steps, means, color="tab:blue", linewidth=2.2)
         axis.fill_between(steps, lower, upper, color="tab:blue", alpha=0.15, linewidth=0)
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
@@ -64,11 +63,11 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
 
 
 def band(by_seed: Curves) -> list[tuple[int, float, float, float]]:
-    """(step, mean, lower, upper) at the steps that every seed with a curve has."""
+    """(step, mean, lower, upper) at the steps that every seed has which got as far."""
     at_step: dict[int, list[float]] = {}
     for curve in by_seed.values():
         for step, value in curve:
             at_step.setdefault(step, []).append(value)
-    number = sum(1 for curve in by_seed.values() if curve)
+    ends = [curve[-1][0] for curve in by_seed.values() if curve]
     return [(step, *stats.t_interval(values)) for step, values in sorted(at_step.items())
-            if len(values) == number]
+            if len(values) == sum(end >= step for end in ends)]

@@ -72,7 +72,7 @@ def train(job: Job, emit: Emit) -> None:
             log.step(step, metrics, t.episodes, agent)
             if interrupts.received:
                 log.save(step, agent)
-                raise KeyboardInterrupt
+                break
     log.close()
     training.close()
 
@@ -123,6 +123,8 @@ class Log:
             agent.load_state_dict(state["agent"])
             step, self.last_eval = state["step"], state["last_eval"]
             self.failed = set(state["failed"])
+        for place in self.failed:
+            self.emit({"failed_seed": self.job.seeds[place], "reason": "failed before"})
         self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                           for seed in self.job.seeds]
         self.logged_step = step
@@ -186,6 +188,8 @@ class Log:
                     "last_eval": self.last_eval})
             except OSError as error:
                 self.emit({"warning": f"no checkpoint at step {step}: {error}"})
+        for recorder in self.recorders:
+            recorder.board.flush()
 
     def close(self) -> None:
         settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
@@ -198,19 +202,23 @@ class Log:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once.
+
+    At the end the signal goes on to the handler that it was meant for."""
 
     def __enter__(self) -> "Interrupts":
-        self.received = 0
+        self.received: list[int] = []
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received += 1
-        if self.received > 1:
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
+        self.received.append(number)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and kind is None:
+            signal.raise_signal(self.received[0])
 

@@ -1,4 +1,5 @@
-"""An environment with a known optimum on which every agent must learn."""
+"""Environments for the tests: one with a known optimum, on which every agent must learn; one that
+says in its observation where it is; and some that the lab refuses."""
 
 import gymnasium
 import numpy as np
@@ -35,5 +36,46 @@ class Target(gymnasium.Env):
         return self.obs
 
 
-if "lab-tests/Target-v0" not in gymnasium.registry:
-    gymnasium.register("lab-tests/Target-v0", Target)
+class Diary(gymnasium.Env):
+    """Observes (episode, step, the episode's length, a random start); the reward is the action.
+
+    Episodes last 2 to 5 steps and end in turn by termination, by truncation and by both at once.
+    """
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    action_space = gymnasium.spaces.Box(-100.0, 100.0, (1,), np.float32)
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = (0 if seed is not None else self.episode + 1), 0
+        self.length, self.start = int(self.np_random.integers(2, 6)), self.np_random.uniform()
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        end, kind = self.steps == self.length, self.episode % 3
+        return self._observe(), float(action[0]), end and kind != 1, end and kind != 0, {}
+
+    def _observe(self):
+        return np.array([self.episode, self.steps, self.length, self.start], np.float32)
+
+
+class DictObservations(Diary):
+    observation_space = gymnasium.spaces.Dict({"position": Diary.observation_space})
+
+
+class WideDictObservations(Diary):
+    """The representation of its space takes more than one line."""
+
+    observation_space = gymnasium.spaces.Dict({"position": gymnasium.spaces.Box(
+        np.zeros(40, np.float32), np.arange(1, 41, dtype=np.float32))})
+
+
+class Unbounded(Diary):
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+for kind in (Target, Diary, DictObservations, WideDictObservations, Unbounded):
+    if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
+        gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

@@ -1,0 +1,366 @@
+"""The command line: what it refuses, what it takes, and what a run leaves behind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import command, progress
+from lab.recorder import read_metrics
+from tests import probe_envs  # noqa: F401, registers the environments
+from tests.conftest import AGENTS
+
+SAC = Path("agents/sac.py").read_text()
+TINY = ["--env", "Pendulum-v1", "--steps", "300", "--actor-width", "8", "--qf-width", "8",
+        "--batch-size", "8", "--processes", "1", "--eval-episodes", "1"]
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def tiny(folder, *flags):
+    return [*TINY, "--runs", str(folder / "runs"), *flags]
+
+
+def patched(verb, line):
+    """SAC with another `verb`."""
+    return f"{SAC}\n\ndef patch(self, *args, **kwargs):\n    {line}\n\n\nAgent.{verb} = patch\n"
+
+
+def write(folder, text, name="mine.py"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def metrics(run, env_id="Pendulum-v1", agent="sac", seed=0):
+    rows = read_metrics(run / env_id / agent / f"seed_{seed}" / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "wall_time" and not k.startswith("perf/")}
+            for row in rows]
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def refused(capsys, folder, argv):
+    """-> the one line on stderr; nothing is written."""
+    before = contents(folder)
+    assert command.run(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert not out and "Traceback" not in err
+    assert contents(folder) == before
+    return err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short logged run of two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(None):
+        assert command.run(tiny(folder, "--seeds", "2", "--gamma", "0.9", "--name", "first",
+                                "--log")) == 0
+    return next((folder / "runs").iterdir())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--env Pendulm-v1", r"unknown environment 'Pendulm-v1'; did you mean Pendulum-v1"),
+    ("--env Pendulum-v1 Nonsense", r"environment 'Nonsense'"),
+    ("--env CartPole-v1", r"CartPole-v1 has actions Discrete\(2\)"),
+    ("--env lab-tests/Unbounded-v0", r"sac.py on lab-tests/Unbounded-v0: action_\w+ must be fin"),
+    ("--env Pendulum-v1 Pendulum-v1", r"different environments, not Pendulum-v1 Pendulum-v1"),
+    ("--env", r"different environments, not none"),
+    ("agents/missing.py", r"no agent file 'agents/missing.py'; agents here: .*agents/sac.py"),
+    ("--steps 0", r"--steps must be at least 1, not 0"),
+    ("--seeds 0", r"--seeds must be at least 1, not 0"),
+    ("--processes 0", r"--processes must be at least 1, not 0"),
+    ("--eval-episodes -1", r"--eval-episodes must be at least 1, not -1"),
+    ("--eval-every 0", r"--eval-every must be at least 1, not 0"),
+    ("--log-every 0", r"--log-every must be at least 1, not 0"),
+    ("--checkpoint-every -1", r"--checkpoint-every must be 0 or more, not -1"),
+    ("--steps abc", r"--steps: .*'abc'"),
+    ("--steps", r"--steps"),
+    ("--stepz 3", r"--stepz.*--steps"),
+    ("--precision fp8", r"'fp8'.*--precision.*'fp32', 'bf16'"),
+    ("--gamma 3", r"gamma must lie in \[0, 1\], not 3.0"),
+    ("--gamma nan", r"gamma must lie in \[0, 1\], not nan"),
+    ("--runs {folder}/file", r"cannot write to the runs folder '.*/file': .*--runs"),
+    ("--runs {folder}/file/below", r"cannot write to the runs folder '.*/below': .*--runs"),
+    ("--config {folder}/none.json", r"cannot read .*none.json: No such file"),
+    ("--config {folder}", r"cannot read .*: Is a directory"),
+    ("--config {folder}/file", r"file is no run's config.json: JSONDecodeError"),
+    ("--config {folder}/list.json", r"list.json is no run's config.json"),
+    ("--config {folder}/empty.json", r"empty.json is no run's config.json: KeyError 'options'"),
+    ("--config {folder}/unknown.json", r"unknown.json does not fit .*sac.py: .*'gama'"),
+    ("--config {folder}/type.json", r"type.json does not fit .*sac.py: gamma: str is n"),
+])
+def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
+    write(tmp_path, "no json", "file")
+    write(tmp_path, "[1]", "list.json")
+    write(tmp_path, "{}", "empty.json")
+    write(tmp_path, '{"options": {}, "config": {"gama": 0.9}}', "unknown.json")
+    write(tmp_path, '{"options": {}, "config": {"gamma": "0.9"}}', "type.json")
+    argv = tiny(tmp_path, "--log", *flags.format(folder=tmp_path).split())
+    assert re.search(words, refused(capsys, tmp_path, argv))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("x = (\n", r"mine.py:1 does not load: SyntaxError"),
+    ("from dataclasses import dataclass\n\n\n@dataclass\nclass Config:\n    gamma: float = 0.9\n",
+     r"mine.py needs a class Agent"),
+    (SAC + "\n\ndel Agent.observe\n", r"Agent has no observe\(\); the five verbs are"),
+    (SAC.replace("class Config:", "class Config:\n    steps: int = 1"), r"Config's 'steps'"),
+    (patched("act", "return torch.zeros(2, 1)"),
+     r"act should give a tensor \(S, N, A\) = \(2, 1, 1\), but gave \(2, 1\)"),
+    (patched("update", "return {'loss/qf': torch.zeros(())}"),
+     r"update should give loss/qf of shape \(S,\) = \(2,\), but gave \(\)"),
+    (patched("observe", "raise KeyError('x')"), r"observe failed .*KeyError: 'x'"),
+])
+def test_a_bad_agent_file_is_one_line_and_leaves_nothing(tmp_path, capsys, text, words):
+    argv = tiny(tmp_path, "--log", write(tmp_path, text))
+    assert re.search(words, refused(capsys, tmp_path, argv))
+
+
+def test_cuda_where_there_is_none_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(capsys, tmp_path, tiny(tmp_path, "--log", "--cuda"))
+    assert line.startswith("error: --cuda: torch sees no CUDA device here; leave --cuda out")
+
+
+def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "none"):
+        line = refused(capsys, tmp_path, ["--resume", str(folder)])
+        assert f"cannot read {folder}/config.json" in line
+
+
+@pytest.mark.parametrize("flags", [
+    ["--resume", "{run}", "--steps", "500"], ["--steps=500", "--resume", "{run}"],
+    ["--resume={run}", "--steps", "500"], ["--resume={run}", "--steps=500"]])
+def test_a_run_is_resumed_with_no_other_flag(finished, tmp_path, capsys, flags):
+    run = shutil.copytree(finished, tmp_path / "run")
+    argv = [flag.format(run=run) for flag in flags]
+    assert "give no other flag" in refused(capsys, tmp_path, argv)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_is_plain_words_in_a_terminal_and_a_pipe(tmp_path, capsys, monkeypatch, terminal):
+    """capsys calls its encoding UTF-8, where tyro draws boxes of dashes: it knows utf-8 alone."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    line = refused(capsys, tmp_path, tiny(tmp_path, "--log", "--steps", "abc"))
+    assert re.fullmatch(r"error: [\w ]*--steps: [^\x1b]*'abc'\n", line)
+
+
+def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
+    argv = [sys.executable, "learn_simple.py", *tiny(tmp_path, "--log", "--env", "CartPole-v1")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"error: CartPole-v1 has actions Discrete\(2\);.*\n", done.stderr)
+
+
+# Good input
+
+
+def test_no_argument_is_a_quick_check_of_sac():
+    options, config = command.parse([])
+    assert options == command.Options()
+    assert (options.agent, options.env, options.seeds) == ("agents/sac.py", ("Pendulum-v1",), 1)
+    assert not options.log and config["actor_lr"] == 3e-4
+
+
+def test_spellings_of_numbers_and_flags_are_equal():
+    assert command.parse(["--seed", "8"]) == command.parse(["--seeds", "8"])
+    assert command.parse(["--seed", "8"])[0].seeds == 8
+    assert command.parse(["--steps", "20_000"])[0].steps == 20_000
+    assert command.parse(["--eval_every=50"]) == command.parse(["--eval-every", "50"])
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_every_setting_of_an_agent_is_a_flag(path):
+    _, defaults = command.parse([str(path)])
+    wanted, flags = {}, []
+    for name, default in defaults.items():
+        flag = name.replace("_", "-")
+        if isinstance(default, bool):
+            wanted[name] = not default
+            flags += [f"--no-{flag}" if default else f"--{flag}"]
+        elif isinstance(default, str):
+            wanted[name] = default
+            flags += [f"--{flag}", default]
+        else:
+            wanted[name] = default + 1 if isinstance(default, int) else (default or 0) / 2 + 0.25
+            flags += [f"--{flag}", str(wanted[name])]
+    assert command.parse([str(path), *flags])[1] == wanted != defaults
+
+
+def test_the_comments_of_the_settings_are_their_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.run(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for words in ("Soft Actor-Critic", "--qf-width INT", "units of each of a critic's",
+                  "--steps INT", "default: 6000"):
+        assert words in out
+
+
+@pytest.mark.parametrize("argv", ["agents/ppo.py --env A B", "--env A B agents/ppo.py",
+                                  "--env A B --width 8 agents/ppo.py"])
+def test_the_agent_may_stand_before_or_after_its_environments(argv):
+    options, config = command.parse(argv.split())
+    assert options.agent == "agents/ppo.py" and options.env == ("A", "B") and "gae_lambda" in config
+
+
+def test_a_run_may_be_named_after_its_file():
+    options, _ = command.parse(["--name", "mine.py", "agents/ppo.py"])
+    assert (options.name, options.agent) == ("mine.py", "agents/ppo.py")
+
+
+def test_a_config_brings_a_runs_settings_and_flags_win(finished):
+    given = ["--config", str(finished / "config.json")]
+    options, config = command.parse(given)
+    assert options.env == ("Pendulum-v1",) and options.runs == finished.parent and options.log
+    assert (options.seeds, options.steps, options.name) == (2, 300, "first")
+    assert (config["gamma"], config["qf_width"], config["tau"]) == (0.9, 8, 0.005)
+    changed, other = command.parse([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
+    assert changed == dataclasses.replace(options, steps=20, log=False)
+    assert other == config | {"gamma": 0.5}
+
+
+def test_a_config_brings_its_agent(tmp_path):
+    path = write(tmp_path, SAC.replace("gamma: float = 0.99", "discount: float = 0.7"))
+    saved = write(tmp_path, json.dumps({"options": {"agent": path}, "config": {}}), "config.json")
+    options, config = command.parse(["--config", saved])
+    assert options.agent == path and config["discount"] == 0.7
+
+
+def test_a_run_without_log_leaves_no_file_and_prints_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0)
+    assert command.run(tiny(tmp_path)) == 0
+    assert not list(tmp_path.iterdir())
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("Pendulum-v1: ")]
+    done = [int(re.match(r"Pendulum-v1: (\d+)/300 steps, ETA \d+ s, ", line)[1]) for line in lines]
+    assert len(done) > 50 and done == sorted(set(done)) and done[-1] == 300
+    assert re.search(r"ETA 0 s, \d+ steps/s, \d+ updates/s, return -\d+\.\d$", lines[-1])
+    assert "\x1b" not in out and "Pendulum-v1 ━" not in out, "a bar among the lines"
+    assert not err
+    assert re.search(r"Pendulum-v1\s*.\s*1 .*0:-\d+\.\d", out), "no row in the table"
+
+
+def test_a_logged_run_leaves_its_metrics_events_picture_and_settings(finished):
+    assert finished.name.startswith("first-")
+    assert (finished / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (finished / "sac.py").read_text() == SAC
+    settings = json.loads((finished / "config.json").read_text())
+    assert settings["name"] == "first" and settings["options"]["seeds"] == 2
+    assert settings["options"]["processes"] == 1 and settings["config"]["gamma"] == 0.9
+    assert "torch" in json.loads((finished / "versions.json").read_text())
+    group = finished / "Pendulum-v1" / "sac"
+    folders = ("seed_0", "seed_1", "all_seeds", "stack_0_1")
+    assert sorted(path.name for path in group.iterdir()) == sorted(folders)
+    assert all(list((group / name).glob("events.out.tfevents.*")) for name in folders[:3])
+    assert [path.name[:17] for path in sorted(group.glob("stack_0_1/*"))][-1] == "step_000000000300"
+    for seed in (0, 1):
+        rows = metrics(finished, seed=seed)
+        assert [row["step"] for row in rows] == list(range(3, 301, 3))
+        evaluated = [row["step"] for row in rows if "return/eval" in row]
+        assert evaluated == list(range(30, 301, 30)) and "loss/qf" in rows[-1]
+    assert metrics(finished, seed=0) != metrics(finished, seed=1)
+
+
+def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsys):
+    again = ["--config", str(finished / "config.json"), "--runs", str(tmp_path)]
+    assert command.run(again) == 0
+    for seed in (0, 1):
+        assert metrics(next(tmp_path.iterdir()), seed=seed) == metrics(finished, seed=seed)
+
+
+def test_an_agent_of_ones_own_trains(tmp_path, capsys):
+    path = write(tmp_path, SAC.replace("gamma: float = 0.99", "gamma: float = 0.7"))
+    assert command.run([path, *tiny(tmp_path, "--log", "--steps", "40")]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    assert run.name.startswith("mine-") and (run / "mine.py").read_text() == Path(path).read_text()
+    assert json.loads((run / "config.json").read_text())["config"]["gamma"] == 0.7
+    assert metrics(run, agent="mine")[-1]["step"] == 40
+
+
+# Interruption, resumption, failure
+
+
+def interrupt(monkeypatch, number, at):
+    """Send this process a signal when the progress reaches a step."""
+    def update(self, place, message):
+        if message["step"] == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command.SweepProgress, "update", update)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_its_exit_code(tmp_path, monkeypatch, number, code):
+    interrupt(monkeypatch, number, at=30)
+    assert command.run(tiny(tmp_path)) == code
+
+
+def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGINT, at=99)
+        argv = tiny(tmp_path, "--log", "--checkpoint-every", "0")
+        assert command.run(argv) == 128 + signal.SIGINT
+    run = next((tmp_path / "runs").iterdir())
+    before = metrics(run)
+    assert before[-1]["step"] == 99 and not (run / "learning_curves.png").exists()
+    assert [path.name[:17] for path in run.glob("*/*/stack_0_0/*")] == ["step_000000000099"]
+    assert command.run(["--resume", str(run)]) == 0
+    rows = metrics(run)
+    assert rows[:len(before)] == before
+    assert [row["step"] for row in rows] == list(range(3, 301, 3))
+    assert list((tmp_path / "runs").iterdir()) == [run] and (run / "learning_curves.png").exists()
+    assert not capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path, SAC)
+    interrupt(monkeypatch, signal.SIGINT, at=9)
+    assert command.run([path, *tiny(tmp_path, "--log")]) == 128 + signal.SIGINT
+    capsys.readouterr()
+    write(tmp_path, SAC + "\n# another\n")
+    run = next((tmp_path / "runs").iterdir())
+    line = refused(capsys, tmp_path, ["--resume", str(run)])
+    assert f"{path} is not what {run} began with; put {run}/mine.py back" in line
+
+
+def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
+    fails = """if self.spec.id == "Pendulum-v1" and self.transitions > 100:
+        raise RuntimeError("the update broke")
+    return {}"""
+    argv = tiny(tmp_path, "--log", "--processes", "2", "--seeds", "2", "--eval-every", "300",
+                "--env", "Pendulum-v1", "MountainCarContinuous-v0",
+                write(tmp_path, patched("update", fails)))
+    assert command.run(argv) == 1
+    out, err = capfd.readouterr()
+    failed = [line for line in err.splitlines() if line.startswith("FAILED ")]
+    assert failed == ["FAILED Pendulum-v1 seeds 0 to 1: RuntimeError: the update broke"]
+    run = next((tmp_path / "runs").iterdir())
+    last = {env_id: metrics(run, env_id, "mine", seed=1)[-1]["step"]
+            for env_id in ("Pendulum-v1", "MountainCarContinuous-v0")}
+    assert last == {"Pendulum-v1": 99, "MountainCarContinuous-v0": 300}
+    assert (run / "learning_curves.png").exists()
+    assert "MountainCarContinuous-v0: 600/600 steps" in out and "Pendulum-v1: 600/600" not in out

@@ -1,0 +1,375 @@
+"""The training loop and the evaluation loop: what they do with time, ends, faults and interrupts.
+
+The scripted agent acts with ones, so that the return of a Diary episode is its length, which the
+first observation tells."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lab import agent_file, checkpoint, envs
+from lab.envs import UserError
+from lab.recorder import read_metrics
+from lab.rollout import Job, due, evaluate, train
+from tests import probe_envs  # noqa: F401, registers the environments
+from tests.conftest import small_config
+
+SAC = Path("agents/sac.py").resolve()
+SMALL_SAC = dataclasses.asdict(small_config(agent_file.load(SAC)))
+DIARY, TARGET = "lab-tests/Diary-v0", "lab-tests/Target-v0"
+LENGTH = 2  # the place in a Diary's observation
+
+SCRIPTED = '''
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    nan_from: int = 1_000_000  # transitions after which the second seed's loss is NaN
+
+
+class Agent:
+    def __init__(self, spec, config, seeds, num_envs, total_steps, device, accelerate):
+        self.config, self.seeds, self.transitions = config, seeds, 0
+
+    def act(self, obs, explore=True):
+        return torch.ones(*obs.shape[:2], 1)
+
+    def observe(self, obs, *rest):
+        self.transitions += obs.shape[1]
+
+    def update(self):
+        loss = torch.tensor([float(self.transitions + seed) for seed in self.seeds])
+        if self.transitions >= self.config.nan_from:
+            loss[1] = float("nan")
+        return {"loss/scripted": loss}
+
+    def state_dict(self):
+        return {"transitions": self.transitions}
+
+    def load_state_dict(self, state):
+        self.transitions = state["transitions"]
+'''
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    path = tmp_path / "scripted.py"
+    path.write_text(SCRIPTED)
+    return str(path)
+
+
+def make_job(agent_path=SAC, config=SMALL_SAC, **settings):
+    defaults = {"env_id": TARGET, "seeds": (0, 1), "steps": 100, "eval_every": 10, "log_every": 5,
+                "checkpoint_every": 0, "eval_episodes": 2}
+    return Job(str(agent_path), config, **{**defaults, **settings})
+
+
+def run(job):
+    """Train -> every message."""
+    messages = []
+    train(job, messages.append)
+    return messages
+
+
+def rows_of(messages):
+    """seed -> step -> the row, without the perf/* that depend on the clock."""
+    rows = {}
+    for message in messages:
+        for seed, row in message.get("rows", {}).items():
+            rows.setdefault(seed, {})[message["step"]] = dict(row)
+    return rows
+
+
+def files_of(job):
+    """The same from the files."""
+    rows = {}
+    for seed in job.seeds:
+        written = read_metrics(job.group / f"seed_{seed}" / "metrics.jsonl")
+        rows[seed] = {row["step"]: {k: v for k, v in row.items() if k not in ("step", "wall_time")
+                                    and not k.startswith("perf/")} for row in written}
+        assert len(rows[seed]) == len(written), "a step is written twice"
+    return rows
+
+
+def without(rows, *tags):
+    return {seed: {step: {k: v for k, v in row.items() if k not in tags}
+                   for step, row in by_step.items()} for seed, by_step in rows.items()}
+
+
+def interrupt_at(step, act):
+    """An emit that calls `act` when the row of that step is there."""
+    def emit(message):
+        if message["step"] == step and "rows" in message:
+            act()
+    return emit
+
+
+def fail():
+    raise RuntimeError("the reader is gone")
+
+
+class Ones:
+    def __init__(self):
+        self.explored = []
+
+    def act(self, obs, explore=True):
+        self.explored.append(explore)
+        return torch.ones(*obs.shape[:2], 1)
+
+
+def test_evaluation_is_the_mean_over_the_first_episode_of_each_environment():
+    evaluation, agent = envs.make(DIARY, [0, 1, 2], 4), Ones()
+    obs = evaluation.reset(envs.EVALUATION, 7)
+    assert len(set(obs[0, :, LENGTH].tolist())) > 1, "the environments end at different steps"
+    assert evaluate(agent, evaluation, 7) == pytest.approx(obs[..., LENGTH].mean(1).tolist())
+    assert agent.explored == [False] * int(obs[..., LENGTH].max())
+    assert evaluate(agent, evaluation, 7) == evaluate(agent, evaluation, 7)
+    assert evaluate(agent, evaluation, 8) != evaluate(agent, evaluation, 7)
+
+
+@pytest.mark.parametrize("every, num_envs, expected", [
+    (10, 1, [10, 20, 30]), (10, 4, [12, 20, 32]), (10, 12, [12, 24, 36]), (3, 4, list(
+        range(4, 40, 4))), (0, 4, []), (100, 4, [])])
+def test_due_once_for_each_multiple_that_the_environments_cross(every, num_envs, expected):
+    steps = range(num_envs, 40, num_envs)
+    assert [step for step in steps if due(step, every, num_envs)] == expected
+
+
+def test_rows_come_when_due_and_evaluations_ten_times(tmp_path):
+    job = make_job(run=str(tmp_path / "run"))
+    messages = run(job)
+    rows = rows_of(messages)
+    assert rows == files_of(job) and list(rows) == [0, 1]
+    for by_step in rows.values():
+        assert list(by_step) == list(range(5, 101, 5))
+        assert [s for s, row in by_step.items() if "return/eval" in row] == list(range(10, 101, 10))
+        assert all({"loss/qf", "loss/actor"} <= set(row) for s, row in by_step.items() if s > 10)
+    for row in read_metrics(job.group / "seed_1" / "metrics.jsonl"):
+        assert row["perf/steps_per_s"] > 0 and "perf/updates_per_s" in row
+    assert messages[0] == {"step": 0} and messages[-1]["step"] == 100
+    assert len(list(job.checkpoints.iterdir())) == 1
+
+
+def test_without_a_run_folder_no_file_is_left(tmp_path, monkeypatch):
+    with_files = run(make_job(run=str(tmp_path / "run"), checkpoint_every=20))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert rows_of(run(make_job(checkpoint_every=20))) == rows_of(with_files)
+    assert list(empty.iterdir()) == []
+
+
+def test_several_environments_log_evaluate_and_checkpoint_at_the_first_step_past_the_mark(tmp_path):
+    job = make_job(run=str(tmp_path), num_envs=3, steps=60, log_every=10, eval_every=20,
+                   checkpoint_every=50)
+    rows = rows_of(run(job))[0]
+    assert list(rows) == [12, 21, 30, 42, 51, 60]
+    assert [step for step, row in rows.items() if "return/eval" in row] == [21, 42, 60]
+    assert sorted(int(path.name[5:17]) for path in job.checkpoints.iterdir()) == [51, 60]
+
+
+def test_a_run_ends_with_a_row_an_evaluation_and_a_checkpoint(tmp_path):
+    job = make_job(run=str(tmp_path), steps=7, log_every=100, eval_every=100)
+    rows = rows_of(run(job))[1]
+    assert list(rows) == [7] and "return/eval" in rows[7]
+    assert checkpoint.load_latest(job.checkpoints)["step"] == 7
+
+
+@pytest.mark.parametrize("num_envs, replay_ratio", [(1, 1.0), (2, 0.5), (2, 2.0)])
+def test_updates_are_counted_against_transitions(num_envs, replay_ratio):
+    messages = run(make_job(config=SMALL_SAC | {"replay_ratio": replay_ratio}, num_envs=num_envs,
+                            log_every=20, eval_every=100))
+    speeds = [m for m in messages if "rows" in m]
+    assert len(speeds) == 5
+    for message in speeds[1:]:  # in the first 20 steps learning starts
+        ratio = message["perf/updates_per_s"] / message["perf/steps_per_s"]
+        assert ratio == pytest.approx(replay_ratio)
+
+
+def test_a_row_holds_the_episodes_since_the_row_before(scripted):
+    job = make_job(scripted, {}, env_id=DIARY, num_envs=2, steps=60, log_every=10, eval_every=60)
+    rows = rows_of(run(job))
+    training, lengths = envs.make(DIARY, job.seeds, 2), {0: [], 1: []}
+    training.reset(envs.TRAINING, 0)
+    for step in range(2, 61, 2):
+        for episode in training.step(torch.ones(2, 2, 1)).episodes:
+            lengths[episode.seed].append(episode.length)
+        for seed in job.seeds if step % 10 == 0 else ():
+            mean = sum(lengths[seed]) / len(lengths[seed])
+            assert rows[seed][step]["length/train"] == pytest.approx(mean)
+            assert rows[seed][step]["return/train"] == pytest.approx(mean)
+            assert rows[seed][step]["loss/scripted"] == step - 2 + seed
+            lengths[seed] = []
+
+
+def test_the_same_job_twice_gives_equal_metrics(tmp_path):
+    first, second = (make_job(run=str(tmp_path / name)) for name in "ab")
+    run(first)
+    run(second)
+    assert files_of(first) == files_of(second)
+    other = rows_of(run(make_job(seeds=(0, 2))))
+    assert other[0].keys() == files_of(first)[0].keys() and other[2] != files_of(first)[1]
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    often, once = (make_job(run=str(tmp_path / str(every)), eval_every=every)
+                   for every in (5, 100))
+    rows = [without(rows_of(run(job)), "return/eval") for job in (often, once)]
+    assert rows[0] == rows[1] and len(rows[0][0]) == 20
+    ends = [checkpoint.load_latest(job.checkpoints)["agent"] for job in (often, once)]
+    assert torch.equal(ends[0]["replay"]["rows"], ends[1]["replay"]["rows"])
+    assert all(map(torch.equal, ends[0]["generators"], ends[1]["generators"]))
+
+
+def test_only_terminations_reach_the_replay_and_next_obs_is_the_true_successor(tmp_path):
+    job = make_job(env_id=DIARY, run=str(tmp_path), num_envs=2)
+    run(job)
+    replay = checkpoint.load_latest(job.checkpoints)["agent"]["replay"]
+    assert replay["size"] == 100
+    obs, _, next_obs, _, terminations = replay["rows"].split([4, 1, 4, 1, 1], -1)
+    episode, step, length, start = obs.unbind(-1)
+    assert torch.equal(next_obs, torch.stack([episode, step + 1, length, start], -1))
+    end, kind = step + 1 == length, episode % 3
+    assert torch.equal(terminations[..., 0] == 1, end & (kind != 1))
+    assert all((end & (kind == k)).sum() > 3 for k in range(3))
+
+
+@pytest.fixture(autouse=True)
+def sigterm_is_an_interrupt():
+    """As in the command: by itself it would end pytest, once train has passed it on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, number):
+    job = make_job(run=str(tmp_path))
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(job, interrupt_at(45, lambda: signal.raise_signal(number)))
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert checkpoint.load_latest(job.checkpoints)["step"] == 45
+    before = files_of(job)
+    assert list(before[0]) == list(range(5, 46, 5))
+    messages = run(job)
+    assert messages[0] == {"step": 45}
+    after = files_of(job)
+    for seed in job.seeds:
+        assert list(after[seed]) == list(range(5, 101, 5))
+        assert all(after[seed][step] == row for step, row in before[seed].items())
+    for m in messages:
+        if "rows" in m:
+            assert m["perf/updates_per_s"] / m["perf/steps_per_s"] == pytest.approx(1)
+    assert checkpoint.load_latest(job.checkpoints)["agent"]["counters"]["transitions"] == 100
+
+
+@pytest.mark.xfail(strict=True, reason="open: environments begin anew on resuming, and the "
+                   "episodes and metrics since the last row are forgotten")
+def test_an_interrupted_job_ends_as_one_that_was_not(tmp_path):
+    whole, halves = (make_job(run=str(tmp_path / name)) for name in ("whole", "halves"))
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(halves, interrupt_at(45, lambda: signal.raise_signal(signal.SIGTERM)))
+    run(halves)
+    assert files_of(whole) == files_of(halves)
+
+
+def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(tmp_path):
+    job = make_job(run=str(tmp_path), checkpoint_every=20)
+    with pytest.raises(RuntimeError, match="reader"):
+        train(job, interrupt_at(55, fail))
+    assert list(files_of(job)[0])[-1] == 55
+    messages = run(job)
+    assert messages[0] == {"step": 40} and list(rows_of(messages)[0]) == list(range(45, 101, 5))
+    assert list(files_of(job)[0]) == list(files_of(job)[1]) == list(range(5, 101, 5))
+
+
+def test_a_job_that_was_done_is_not_trained_again(tmp_path):
+    job = make_job(run=str(tmp_path))
+    run(job)
+    before = files_of(job)
+    assert run(job) == [{"step": 100}]
+    assert files_of(job) == before
+
+
+def test_a_second_interrupt_ends_at_once_without_a_checkpoint(tmp_path):
+    job, after = make_job(run=str(tmp_path)), []
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        after.append("the first was noted")
+        signal.raise_signal(signal.SIGINT)
+        after.append("the second was not")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, interrupt_at(45, twice))
+    assert after == ["the first was noted"] and checkpoint.load_latest(job.checkpoints) is None
+
+
+def test_tensorboard_shows_each_step_of_an_interrupted_job_once(tmp_path):
+    job = make_job(run=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        train(job, interrupt_at(45, lambda: signal.raise_signal(signal.SIGTERM)))
+    run(job)
+    for seed, rows in files_of(job).items():
+        board = EventAccumulator(str(job.group / f"seed_{seed}")).Reload()
+        for tag in ("return/train", "return/eval", "loss/qf"):
+            expected = [step for step, row in rows.items() if tag in row]
+            assert sorted(event.step for event in board.Scalars(tag)) == expected
+
+
+def test_a_seed_whose_metrics_turn_nan_fails_once_and_the_others_go_on(tmp_path, scripted):
+    job = make_job(scripted, {"nan_from": 42}, env_id=DIARY, seeds=(3, 5, 4), run=str(tmp_path),
+                   checkpoint_every=20)
+    with pytest.raises(RuntimeError):
+        train(job, interrupt_at(75, fail))
+    whole = run(dataclasses.replace(job, run=None))
+    failures = [m for m in whole if "failed_seed" in m]
+    assert failures == [{"failed_seed": 5, "step": 45, "reason": "loss/scripted is not finite"}]
+    steps = {seed: list(rows) for seed, rows in rows_of(whole).items()}
+    assert steps == {seed: list(range(5, 101 if seed != 5 else 45, 5)) for seed in (3, 5, 4)}
+    resumed = run(job)
+    failures = [m for m in resumed if "failed_seed" in m]
+    assert failures == resumed[:1] == [{"failed_seed": 5, "reason": "failed before"}]
+    assert resumed[1] == {"step": 60}
+    assert {seed: list(rows) for seed, rows in files_of(job).items()} == steps
+
+
+def test_a_seeds_failure_leaves_the_rows_of_the_others_as_they_were(scripted):
+    clean, broken = (rows_of(run(make_job(scripted, {"nan_from": n}, env_id=DIARY,
+                                          seeds=(3, 5, 4)))) for n in (1000, 42))
+    assert clean[3] == broken[3] and clean[4] == broken[4] and clean[5] != broken[5]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    messages = run(make_job(run=str(tmp_path), checkpoint_every=60))
+    warnings = [m["warning"] for m in messages if "warning" in m]
+    assert len(warnings) == 2 and "no checkpoint at step 60" in warnings[0]
+    assert list(rows_of(messages)[0])[-1] == 100
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"env_id": "lab-tests/Unbounded-v0"}, "sac.py on lab-tests/Unbounded-v0: action_low"),
+    ({"env_id": "lab-tests/DictObservations-v0"}, "has observations Dict"),
+    ({"config": {"gama": 0.9}}, "has no setting 'gama'"),
+    ({"config": {"gamma": 1.5}}, "gamma must lie in"),
+    ({"agent_path": "agents/missing.py"}, "no agent file"),
+    ({"backend": "asink"}, "no backend"),
+])
+def test_a_job_that_cannot_work_is_refused_in_one_line_before_it_writes(tmp_path, settings, words):
+    with pytest.raises(UserError) as caught:
+        train(make_job(run=str(tmp_path / "run"), **settings), print)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

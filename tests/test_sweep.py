@@ -1,0 +1,166 @@
+"""Shares of the seeds, and jobs in processes: what becomes of each."""
+
+import math
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lab import sweep
+from lab.rollout import Job
+
+SAC = Path("agents/sac.py").read_text()
+FAILURES = {
+    "user": ("raise UserError('no luck; try another')", r"no luck; try another"),
+    "exception": ("raise ZeroDivisionError('first\\nsecond')", r"ZeroDivisionError: first"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", r"its process ended with code -9"),
+}
+
+
+def make_job(folder, name, line="return {}", **settings):
+    """A job of SAC whose update is `line` after 20 steps; it reports every 10 steps."""
+    path = folder / f"{name}.py"
+    path.write_text(f"""{SAC}
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from lab.envs import UserError
+
+
+def patch(self):
+    if self.transitions >= 20:
+        {line}
+    return {{}}
+
+
+Agent.update = patch
+""")
+    small = {"actor_width": 8, "qf_width": 8, "buffer_size": 100}
+    return Job(**{"agent_path": str(path), "config": small, "env_id": "Pendulum-v1", "seeds": (0,),
+                  "steps": 40, "eval_every": 1_000_000, "log_every": 10, "checkpoint_every": 0,
+                  "eval_episodes": 1} | settings)
+
+
+def saved_steps(job):
+    return [int(re.match(r"step_(\d+)-", path.name)[1]) for path in job.checkpoints.glob("*.pt")]
+
+
+# Shares
+
+
+def cost(largest, shares, environments, processes):
+    """Rounds of the processes times the size of the largest share."""
+    return math.ceil(environments * shares / processes) * largest
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("environments", [1, 2, 3, 5])
+def test_shares_cover_the_seeds_at_the_least_cost_in_the_fewest_stacks(environments, processes):
+    for count in range(1, 25):
+        seeds = range(100, 100 + count)
+        shares = sweep.split_seeds(seeds, environments, processes)
+        assert [seed for share in shares for seed in share] == list(seeds)
+        assert all(shares)
+        ours = cost(max(map(len, shares)), len(shares), environments, processes)
+        costs = {n: cost(math.ceil(count / n), n, environments, processes)
+                 for n in range(1, count + 1)}
+        assert ours == min(costs.values())
+        assert len(shares) == min(n for n in costs if costs[n] == ours)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("count, environments, processes, sizes", [
+    (8, 1, 1, [8]), (8, 1, 2, [4, 4]), (8, 2, 2, [8]), (8, 4, 2, [8]), (8, 1, 16, [1] * 8),
+    (3, 1, 2, [2, 1]), (8, 3, 2, [4, 4]), (1, 1, 4, [1])])
+def test_shares_known_by_hand(count, environments, processes, sizes):
+    assert [len(s) for s in sweep.split_seeds(range(count), environments, processes)] == sizes
+
+
+# One job, in this process
+
+
+def test_one_job_runs_in_this_process(tmp_path):
+    messages = []
+    job = make_job(tmp_path, "mine")
+    assert sweep.run([job], 4, lambda place, message: messages.append((place, message))) == {}
+    assert {place for place, _ in messages} == {0}
+    assert [message["step"] for _, message in messages] == [0, 10, 20, 30, 40]
+    assert "return/eval" in messages[-1][1]["rows"][0]
+
+
+@pytest.mark.parametrize("kind", ["user", "exception"])
+def test_one_job_that_fails_is_reported(tmp_path, capsys, kind):
+    line, reason = FAILURES[kind]
+    failures = sweep.run([make_job(tmp_path, "mine", line)], 1, lambda *_: None)
+    assert list(failures) == [0] and re.fullmatch(reason, failures[0])
+    assert ("Traceback" in capsys.readouterr().err) == (kind == "exception")
+
+
+# Several jobs, each in a process of its own
+
+
+def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
+    """Two processes work through four jobs, of which three fail."""
+    jobs = [make_job(tmp_path, kind, line) for kind, (line, _) in FAILURES.items()]
+    jobs.append(make_job(tmp_path, "good", seeds=(3, 4)))
+    rows, alive = {place: [] for place in range(4)}, []
+
+    def report(place, message):
+        alive.append(len(multiprocessing.active_children()))
+        if "rows" in message:
+            rows[place].append((message["step"], sorted(message["rows"])))
+
+    failures = sweep.run(jobs, 2, report)
+    assert sorted(failures) == [0, 1, 2]
+    for place, (_, reason) in enumerate(FAILURES.values()):
+        assert re.fullmatch(reason, failures[place])
+        assert rows[place] == [(10, [0]), (20, [0])]
+    assert rows[3] == [(10, [3, 4]), (20, [3, 4]), (30, [3, 4]), (40, [3, 4])]
+    assert max(alive) <= 2 and not multiprocessing.active_children()
+    assert capfd.readouterr().err.count("Traceback") == 1, "of the unexpected exception alone"
+
+
+def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
+    endless = {"steps": 1_000_000, "run": str(tmp_path), "log_every": 10}
+    jobs = [make_job(tmp_path, "mine", seeds=seeds, **endless) for seeds in ((0,), (1, 2))]
+    for job in jobs:
+        assert not job.checkpoints.exists()
+    reached, children = {}, []
+
+    def report(place, message):
+        reached[place] = message["step"]
+        if len(reached) == 2 and all(reached.values()):
+            children.extend(multiprocessing.active_children())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(jobs, 2, report)
+    assert len(children) == 2 and not any(child.is_alive() for child in children)
+    for place, job in enumerate(jobs):
+        [step] = saved_steps(job)
+        assert reached[place] <= step < job.steps
+
+
+def test_ctrl_c_in_a_terminal_leaves_checkpoints(tmp_path):
+    """The terminal signals parent and child alike; the child is amid a step that lasts."""
+    line = f"Path({str(tmp_path / 'amid')!r}).touch(); time.sleep(1)"
+    job = make_job(tmp_path, "mine", line, steps=1000, run=str(tmp_path))
+
+    def report(place, message):
+        if message["step"] == 20:
+            [child] = multiprocessing.active_children()
+            while child.is_alive() and not (tmp_path / "amid").exists():
+                time.sleep(0.01)
+            os.kill(child.pid, signal.SIGINT)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run([job, job], 1, report)
+    assert len(saved_steps(job)) == 1
