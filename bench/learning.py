@@ -30,7 +30,8 @@ EXPERIMENTS = {
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander": (
         "agents/ppo.py --env LunarLanderContinuous-v3 --seeds 5 --steps 500_000 --gamma 0.999 "
-        "--gae-lambda 0.98 --num-steps 4096 --num-minibatches 64 --ent-coef 0.01", "200 counts as solved"),
+        "--gae-lambda 0.98 --num-steps 4096 --num-minibatches 64 --ent-coef 0.01",
+        "200 counts as solved"),
 }
 
 
