@@ -1,0 +1,31 @@
+"""What the README says is so."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lab import command
+
+README = Path("README.md").read_text()
+COMMANDS = [shlex.split(line, comments=True)[2:] for line in README.splitlines()
+            if line.startswith("python learn_simple.py") and "--help" not in line]
+
+
+def test_the_loop_that_is_quoted_is_the_loop_that_runs():
+    (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "agent.act(obs)" in loop and loop in Path("lab/rollout.py").read_text()
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_every_command_can_be_read(argv, tmp_path):
+    mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
+    options, _ = command.parse([str(mine) if arg == "../mine.py" else arg for arg in argv])
+    assert command.make_jobs(options, {}, 2, None)
+
+
+def test_every_path_that_is_named_exists():
+    for path in re.findall(r"\b(?:agents|lab|bench|tests)/[\w/.-]*\w", README):
+        assert Path(path).exists(), path
