@@ -246,3 +246,13 @@ def test_the_band_is_made_anew_on_resuming(tmp_path):
     for _ in range(2):
         AllSeeds(tmp_path, [0, 1, 2]).refresh()
     assert [s for s, _ in scalars(tmp_path / "all_seeds")["return/eval_mean"]] == [10, 20, 30]
+
+
+def test_a_failed_seed_does_not_end_the_band_of_the_others(tmp_path):
+    band = AllSeeds(tmp_path, [0, 1, 2])
+    write_seeds(tmp_path, [0, 1])
+    write_seeds(tmp_path, [2], steps=(10,))
+    band.alive.discard(2)
+    band.refresh()
+    means = scalars(tmp_path / "all_seeds")["return/eval_mean"]
+    assert means == [(10, 2.0), (20, 3.5), (30, 4.75)]
