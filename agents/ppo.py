@@ -14,6 +14,7 @@ Departures, each with its reason
     python learn_simple.py agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 --log
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class Network(nn.Module):
         self.head = Linear(generators, width, out_dim, gain)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x))))).type_as(x)
+        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x))))).type_as(x)  # not in bf16
 
 
 class Normaliser(nn.Module):
@@ -137,6 +138,9 @@ def validate(config, num_envs):
             value = getattr(config, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
+    if config.norm_adv and config.num_minibatches >= config.num_steps * num_envs:
+        raise ValueError(f"num_minibatches must leave norm_adv two rows in each of them, "
+                         f"{config.num_minibatches} does not")
     if config.num_steps * num_envs % config.num_minibatches:
         raise ValueError(f"num_minibatches must divide num_steps x num_envs = "
                          f"{config.num_steps} x {num_envs}, {config.num_minibatches} does not")
@@ -198,7 +202,7 @@ class Agent:
         self.transitions += self.num_envs
 
     def update(self):
-        """Learn from a full rollout -> metrics, each (S,); {} while it fills."""
+        """Learn from a full rollout, a step after it is full -> metrics, each (S,); else {}."""
         if self.filled < self.config.num_steps:
             return {}
         self.filled = 0
@@ -206,11 +210,14 @@ class Agent:
             done = (self.transitions - self.rollout[0, :, :, 0].numel()) / self.total_steps
             self.optimizer.param_groups[0]["lr"].fill_(self.config.lr * max(0.0, 1 - done))
         obs, samples, explained = self._prepare_rollout()
-        stopped, kept = torch.zeros(len(obs), 1, 1, dtype=torch.bool, device=self.device), []
+        stopped = torch.zeros(len(obs), 1, 1, dtype=torch.bool, device=self.device)
+        kept, metrics = [], {}
         for _ in range(self.config.update_epochs):
-            metrics = self._update_epoch(samples)
+            latest = self._update_epoch(samples)
             for new, old in kept:
                 new.copy_(torch.where(stopped, old, new))
+            metrics = {name: torch.where(stopped[:, 0, 0], metrics.get(name, value), value)
+                       for name, value in latest.items()}
             if self.config.target_kl is not None:
                 stopped |= (metrics["policy/approx_kl"] > self.config.target_kl)[:, None, None]
                 kept = [(x, x.clone()) for x in self._learned()]
@@ -321,7 +328,7 @@ class Agent:
             raise ValueError(f"rollout is {tuple(self.rollout.shape)}, the checkpoint's is "
                              f"{tuple(state['tensors']['rollout'].shape)}: same envs and seeds?")
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
         for name in self.TENSORS:
             getattr(self, name).data.copy_(state["tensors"][name])
         self.filled, self.transitions = (state["counters"][k] for k in ("filled", "transitions"))

@@ -38,7 +38,7 @@ class Config:
     # Entropy
     autotune: bool = True  # learn the temperature; off: keep it at alpha
     alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
-    target_entropy: float = -1.0  # nats for each action dimension
+    target_entropy: float = -1.0  # nats for each action dimension, in environment units
     # Networks
     actor_width: int = 256  # units of each of the actor's two hidden layers
     qf_width: int = 256  # units of each of a critic's two hidden layers
@@ -96,7 +96,7 @@ class Actor(nn.Module):
 
     def forward(self, obs):
         x = self.fc2(self.fc1(obs).relu_()).relu_()  # in place: 4% of an update on a CPU
-        mean, log_std = self.head(x).type_as(obs).chunk(2, dim=-1)
+        mean, log_std = self.head(x).type_as(obs).chunk(2, dim=-1)  # no bf16 from here on
         return mean, 3.5 * torch.tanh(log_std) - 1.5  # log_std in [-5, 2]
 
     def sample(self, obs, noise):
@@ -185,6 +185,8 @@ class Agent:
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
 
+        self.low, self.high = (torch.tensor(bound, device=self.device)
+                               for bound in (spec.action_low, spec.action_high))
         self.actor = Actor(self.generators, spec, config.actor_width)
         self.qf = QFunctions(self.generators, spec, config.qf_width)
         self.qf_frozen = frozen(self.qf)
@@ -212,8 +214,8 @@ class Agent:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
         if explore and self.transitions < self.learning_starts:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
-            return self.actor.centre + self.actor.scale * (2 * uniform - 1)
-        return self.actor.sample(obs, noise)[0]
+            return self.low + (self.high - self.low) * uniform
+        return self.actor.sample(obs, noise)[0].clamp(self.low, self.high)  # rounding may pass them
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
         """One step, each (S, N, ...). A truncation is no end of the task: it is not stored."""
@@ -247,6 +249,7 @@ class Agent:
         loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
         self.qf_optimizer.step()
         self.qf_optimizer.zero_grad()  # last: compilation needs one graph up to here
+        # qf_frozen holds the weights of qf itself
         torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf_frozen.parameters()),
                              self.config.tau)
         return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
@@ -283,7 +286,7 @@ class Agent:
             raise ValueError(f"replay is {tuple(self.replay.rows.shape)}, the checkpoint's is "
                              f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
         self.log_alpha.data.copy_(state["log_alpha"])
         self.replay.rows.copy_(state["replay"]["rows"])
         self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))

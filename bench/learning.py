@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import recorder, report, stats  # noqa: E402
+from lab import command, recorder, report, stats  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 # name -> arguments of learn_simple.py, and what others have published at the same number of steps
@@ -44,11 +44,16 @@ def train(name: str) -> Path:
 
 def keep(name: str, run: Path) -> None:
     """Copy what a reader needs of a run into bench/results/<name>/."""
+    settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
+                                  command.parse(EXPERIMENTS[name][0].split()))
+    options = settings["options"]
+    if settings["config"] != config or (options["env"], options["seeds"], options["steps"]) != (
+            list(wanted.env), wanted.seeds, wanted.steps):
+        raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "versions.json", "learning_curves.png"):
         shutil.copyfile(run / file, folder / file)
-    options = json.loads((run / "config.json").read_text())["options"]
     group = recorder.group_folder(run, options["env"][0], Path(options["agent"]).stem)
     curves = report.read_curves(group, range(options["seeds"]), "return/eval")
     with (folder / "returns.csv").open("w", newline="") as file:
@@ -66,7 +71,9 @@ def write_table() -> None:
         if not path.exists():
             continue
         with path.open() as file:
-            final = {row["seed"]: float(row["return_eval"]) for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+        end = max(int(row["step"]) for row in rows)  # a seed that failed has no row there
+        final = {r["seed"]: float(r["return_eval"]) for r in rows if int(r["step"]) == end}
         mean, low, high = stats.t_interval(list(final.values()))
         lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
@@ -81,6 +88,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for unknown in set(options.names) - set(EXPERIMENTS):
         parser.error(f"no experiment {unknown!r}; there are {', '.join(EXPERIMENTS)}")
+    if options.run and len(options.names) != 1:
+        parser.error("--run needs the name of its one experiment")
     for name in options.names or EXPERIMENTS:
         keep(name, options.run or train(name))
     write_table()

@@ -67,13 +67,13 @@ def measure_peer(library: str, algorithm: str) -> float:
 
     class Clock(BaseCallback):
         def _on_step(self) -> bool:
-            if self.num_timesteps == warm_up:
+            if self.num_timesteps == warm_up + 1:  # the update of the step before is over
                 self.begun = time.perf_counter()
             return True
 
     clock = Clock()
     model.learn(warm_up + window, callback=clock)
-    return (model.num_timesteps - warm_up) / (time.perf_counter() - clock.begun)
+    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.begun)
 
 
 def measure_memory() -> float:
@@ -140,6 +140,14 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kept_rows(options: argparse.Namespace) -> list[dict]:
+    """Rows of the result file for the algorithms that were not measured now."""
+    if not options.out.exists():
+        return []
+    rows = json.loads(options.out.read_text())["rows"]
+    return [row for row in rows if row["case"][0] not in options.algorithms]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", help="Python of the environment with the peers")
@@ -183,8 +191,9 @@ def main() -> None:
         "peer_versions": versions(options.peers, ["torch", "stable-baselines3", "sbx-rl", "jax",
                                                   "gymnasium", "mujoco", "numpy"]),
         "memory_mib_8_seeds_sac_100k_steps": round(memory),
-        "rows": [{"case": case, "steps_per_s": [round(v, 1) for v in values]}
-                 for case, values in rows.items()],
+        "rows": kept_rows(options) + [
+            {"case": case, "steps_per_s": [round(v, 1) for v in values]}
+            for case, values in rows.items()],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -50,7 +50,8 @@ def check_device(device: str) -> None:
 
 def can_compile() -> bool:
     """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
-    return any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]))
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", usual)) is not None
 
 
 class Accelerator:

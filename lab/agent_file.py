@@ -61,7 +61,8 @@ def build(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: Sequen
 
 def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,
                    device: str) -> None:
-    """One step of a small stack. UserError names the verb, what it should give and what came."""
+    """The first steps of a small stack, up to its first update (or a rollout that long).
+    UserError names the verb, what it should give and what came."""
     S, N = 2, num_envs
     agent = build(path, config, spec, [0, 1], N, N, device, lambda fn: fn)
     stem = Path(path).name
@@ -87,10 +88,14 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         expect("act", wanted, tuple(actions.shape) == (S, N, spec.action_dim),
                tuple(actions.shape))
         expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
-    zeros = torch.zeros(S, N, device=device)
-    call("observe", obs, actions, zeros, obs, zeros, zeros)
-    metrics = call("update")
-    expect("update", "a dict of metrics", isinstance(metrics, dict), type(metrics).__name__)
+    zeros, metrics = torch.zeros(S, N, device=device), {}
+    for _ in range(5_000):
+        call("observe", obs, actions, zeros, obs, zeros, zeros)
+        metrics = call("update")
+        expect("update", "a dict of metrics", isinstance(metrics, dict), type(metrics).__name__)
+        if metrics:
+            break
+        call("act", obs)
     for name, value in metrics.items():
         expect("update", "names with tensors", isinstance(name, str)
                and isinstance(value, torch.Tensor), f"{name!r} with a {type(value).__name__}")

@@ -37,7 +37,7 @@ class Options:
     eval_every: int | None = None  # steps between evaluations; none: ten a run
     eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
     log_every: int | None = None  # steps between logged rows; none: a hundred a run
-    checkpoint_every: int | None = None  # steps between checkpoints; none: ten a run
+    checkpoint_every: int | None = None  # steps between checkpoints; none: ten, 0: the last
     # How to run
     processes: int | None = None  # parallel processes; none: one for each physical core
     compile: bool = False  # torch.compile the update
@@ -80,7 +80,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     before = _read_settings(source) if source else {"options": {}, "config": {}}
     if resume and len(words) > 2:
         raise UserError("--resume takes every setting from the run; give no other flag")
-    kept = {k: v for k, v in before["options"].items() if k not in ("config", "resume")}
+    dropped = ("config", "resume") if resume else ("config", "resume", "processes")
+    kept = {k: v for k, v in before["options"].items() if k not in dropped}
     place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
                   and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
     path = kept.get("agent", Options.agent) if place is None else argv[place]
@@ -177,7 +178,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
     processes = options.processes or accelerate.physical_cores()
     jobs = make_jobs(options, config, processes, options.resume)
     for job in {job.env_id: job for job in jobs}.values():
-        spec = envs.make(job.env_id, [0]).spec
+        spec = envs.make(job.env_id, [0], backend=job.backend, device=job.device).spec
         agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
 
     folder = options.resume
@@ -193,20 +194,31 @@ def train(options: Options, config: dict[str, Any]) -> int:
     groups = {job.env_id: job.group for job in jobs if job.group}
     boards = {env_id: recorder.AllSeeds(group, seeds) for env_id, group in groups.items()}
     final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
+    lost: list[str] = []
     with SweepProgress(jobs) as progress:
         def receive(place: int, message: dict[str, Any]) -> None:
             progress.update(place, message)
+            env_id = jobs[place].env_id
             returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
                        if "return/eval" in row}
-            final[jobs[place].env_id].update(returns)
+            if returns and message["step"] >= options.steps:
+                final[env_id].update(returns)
+            if "failed_seed" in message:
+                lost.append(f"{env_id} seed {message['failed_seed']}: {message['reason']}")
             if boards:
-                boards[jobs[place].env_id].alive.discard(message.get("failed_seed"))
-            if returns and boards:
-                boards[jobs[place].env_id].refresh()
+                boards[env_id].alive.discard(message.get("failed_seed"))
+                if returns:
+                    boards[env_id].refresh()
 
         failures = sweep.run(jobs, processes, receive)
-    if groups:
-        final = {env_id: report.final_returns(group, seeds) for env_id, group in groups.items()}
+    for place, reason in sorted(failures.items()):
+        job = jobs[place]
+        lost.append(f"{job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: {reason}")
+        if boards:
+            boards[job.env_id].alive -= set(job.seeds)
+    for env_id, group in groups.items():
+        boards[env_id].refresh()
+        final[env_id] = report.final_returns(group, seeds, options.steps)
     agent_name = Path(options.agent).stem
     title = f"{agent_name}: evaluation return after {options.steps} steps of each seed"
     Console().print(report.table(final, title))
@@ -217,11 +229,9 @@ def train(options: Options, config: dict[str, Any]) -> int:
         report.draw_learning_curves(picture, curves, jobs[0].name)
         print(f"run folder: {folder}\npicture:    {picture}\n"
               f"look at it: tensorboard --logdir {folder}")
-    for place, reason in sorted(failures.items()):
-        job = jobs[place]
-        print(f"FAILED {job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: {reason}",
-              file=sys.stderr)
-    return 1 if failures else 0
+    for reason in lost:
+        print(f"FAILED {reason}", file=sys.stderr)
+    return 1 if lost else 0
 
 
 def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:

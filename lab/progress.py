@@ -19,7 +19,8 @@ class SweepProgress:
     def __init__(self, jobs: Sequence[Job]):
         self.jobs, self.console = jobs, Console()
         self.steps = [0] * len(jobs)
-        self.resumed: dict[int, int] = {}  # the step from which each job went on
+        self.begun: dict[str, float] = {}  # when each environment's first job began
+        self.resumed: dict[int, int] = {}  # the step from which each job goes on
         self.speeds: list[tuple[float, float]] = [(0.0, 0.0)] * len(jobs)
         self.returns: dict[str, dict[int, float]] = {job.env_id: {} for job in jobs}
         self.totals = {e: sum(j.steps * len(j.seeds) for j in jobs if j.env_id == e)
@@ -30,8 +31,7 @@ class SweepProgress:
                             disable=not self.console.is_terminal)
         self.tasks = {e: self.bar.add_task(e, total=total, state="starting")
                       for e, total in self.totals.items()}
-        self.begun = time.monotonic()
-        self.printed = {e: self.begun for e in self.returns}
+        self.printed = dict.fromkeys(self.returns, time.monotonic())
 
     def __enter__(self) -> "SweepProgress":
         self.bar.start()
@@ -51,6 +51,7 @@ class SweepProgress:
         if "step" not in message or "failed_seed" in message:
             return
         self.steps[place] = message["step"]
+        self.begun.setdefault(job.env_id, time.monotonic())
         self.resumed.setdefault(place, message["step"])
         if "rows" in message:
             self.speeds[place] = message["perf/steps_per_s"], message["perf/updates_per_s"]
@@ -70,10 +71,10 @@ class SweepProgress:
         state = f"{speed:.0f} steps/s, {updates:.0f} updates/s, {reached}"
         self.bar.update(self.tasks[env_id], completed=done, state=state)
         now, total = time.monotonic(), self.totals[env_id]
+        before = sum(self.resumed.get(i, 0) * len(self.jobs[i].seeds) for i in places)
         finished = done >= total and self.printed[env_id] != float("inf")
         if not self.console.is_terminal and (
-                finished or now - self.printed[env_id] >= PLAIN_SECONDS):
+                finished or (done > before and now - self.printed[env_id] >= PLAIN_SECONDS)):
             self.printed[env_id] = float("inf") if finished else now
-            before = sum(self.resumed.get(i, 0) * len(self.jobs[i].seeds) for i in places)
-            left = (total - done) * (now - self.begun) / max(done - before, 1)
+            left = (total - done) * (now - self.begun[env_id]) / max(done - before, 1)
             print(f"{env_id}: {done}/{total} steps, ETA {left:.0f} s, {state}", flush=True)

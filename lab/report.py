@@ -11,10 +11,10 @@ from lab import recorder, stats
 Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
 
 
-def final_returns(group: Path, seeds: Sequence[int]) -> dict[int, float]:
-    """The last evaluation return of each seed that has one."""
+def final_returns(group: Path, seeds: Sequence[int], steps: int) -> dict[int, float]:
+    """The last evaluation return of each seed that got as far as `steps`."""
     curves = read_curves(group, seeds, "return/eval")
-    return {seed: curve[-1][1] for seed, curve in curves.items() if curve}
+    return {seed: curve[-1][1] for seed, curve in curves.items() if curve and curve[-1][0] >= steps}
 
 
 def read_curves(group: Path, seeds: Sequence[int], tag: str) -> Curves:

@@ -13,9 +13,11 @@ import torch
 
 from lab import agent_file, checkpoint, envs
 from lab.accelerate import Accelerator
+from lab.envs import UserError
 from lab.recorder import SeedRecorder, group_folder
 
 Emit = Callable[[dict[str, Any]], None]
+ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,24 @@ def train(job: Job, emit: Emit) -> None:
 
 
 def evaluate(agent: Any, evaluation: envs.SyncEnvs, *stream: int) -> list[float]:
-    """Mean return of each seed over one deterministic episode in each of its environments."""
+    """Mean return of each seed over one deterministic episode in each of its environments.
+    UserError if an episode does not end."""
     obs = evaluation.reset(envs.EVALUATION, *stream)
     seeds, num_envs = evaluation.shape
     returns: list[list[float]] = [[] for _ in range(seeds)]
-    waiting = seeds * num_envs
     finished: set[int] = set()
-    while waiting > len(finished):
+    limit = evaluation.spec.max_episode_steps or ENDLESS
+    for _ in range(limit):
         t = evaluation.step(agent.act(obs, explore=False))
         obs = t.obs
         for episode in t.episodes:
             if episode.env not in finished:  # its first; the others are still running theirs
                 finished.add(episode.env)
                 returns[episode.seed].append(episode.episode_return)
-    return [sum(r) / len(r) for r in returns]
+        if len(finished) == seeds * num_envs:
+            return [sum(r) / len(r) for r in returns]
+    raise UserError(f"{evaluation.spec.id}: an evaluation episode does not end in {limit} steps; "
+                    "register the environment with max_episode_steps")
 
 
 def due(step: int, every: int, num_envs: int) -> bool:
@@ -104,7 +110,8 @@ class Log:
 
     def __init__(self, job: Job, accelerate: Accelerator, emit: Emit):
         self.job, self.accelerate, self.emit = job, accelerate, emit
-        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, "sync", job.device)
+        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, job.backend,
+                                    job.device)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.episodes: defaultdict[int, list[envs.Episode]] = defaultdict(list)
@@ -158,6 +165,7 @@ class Log:
         if self.metrics:  # the one place where the host waits for the device
             values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
             columns = dict(zip(self.metrics, values, strict=True))
+            self.metrics = {}  # or the rows until the next update would repeat them
         rows = {}
         for place, seed in enumerate(self.job.seeds):
             row = {tag: values[place] for tag, values in columns.items()}

@@ -53,6 +53,27 @@ def test_act_gives_bounded_actions_for_any_number_of_environments(module, num_en
                 assert (actions >= low).all() and (actions <= high).all()
 
 
+def test_actions_never_leave_the_bounds_by_rounding(module):
+    """centre + scale is not always the bound in float32."""
+    for seed in range(20):
+        edges = torch.rand(2, 50, generator=torch.Generator().manual_seed(seed)) * 10 - 5
+        low, high = edges.min(0).values, edges.max(0).values
+        agent = make_agent(module, spec=make_spec(low=low.tolist(), high=high.tolist()))
+        for explore in (True, False):
+            actions = agent.act(1e6 * torch.randn(2, 9, 3), explore=explore)
+            assert (actions >= low).all() and (actions <= high).all()
+
+
+def test_loading_a_state_leaves_the_agent_that_gave_it_alone(module):
+    giver, taker = (make_agent(module, seeds=seeds) for seeds in ((0, 1), (2, 3)))
+    drive(giver, make_steps((0, 1), 1, 30))
+    taker.load_state_dict(giver.state_dict())
+    before = copy.deepcopy(flat_state(giver.state_dict()))
+    drive(taker, make_steps((0, 1), 1, 30))
+    after = flat_state(giver.state_dict())
+    assert all(same(before[name], after[name]) for name in before)
+
+
 def test_acting_without_exploring_changes_nothing(module):
     agent = make_agent(module)
     drive(agent, make_steps((0, 1), 1, 30))

@@ -348,7 +348,7 @@ def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch
 
 
 def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
-    fails = """if self.spec.id == "Pendulum-v1" and self.transitions > 100:
+    fails = """if self.spec.id == "Pendulum-v1" and self.transitions > 100 and self.replay.size > 1:
         raise RuntimeError("the update broke")
     return {}"""
     argv = tiny(tmp_path, "--log", "--processes", "2", "--seeds", "2", "--eval-every", "300",
@@ -364,3 +364,17 @@ def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
     assert last == {"Pendulum-v1": 99, "MountainCarContinuous-v0": 300}
     assert (run / "learning_curves.png").exists()
     assert "MountainCarContinuous-v0: 600/600 steps" in out and "Pendulum-v1: 600/600" not in out
+
+
+@pytest.mark.parametrize("log", ["--log", "--no-log"])
+def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, log):
+    diverges = """loss = torch.zeros(len(self.generators))
+    if self.transitions > 150 and self.replay.size > 1:
+        loss[1] = float("nan")
+    return {"loss/qf": loss}"""
+    path = write(tmp_path, patched("update", diverges))
+    assert command.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
+    out, err = capsys.readouterr()
+    assert err == "FAILED Pendulum-v1 seed 1: loss/qf is not finite\n"
+    row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
+    assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)

@@ -253,6 +253,21 @@ def test_a_seed_past_target_kl_stops_and_the_other_goes_on(float64):
         torch.testing.assert_close(ours[first], theirs[0])
 
 
+def test_the_metrics_of_a_stopped_seed_are_of_its_last_epoch():
+    agent = make_agent(ppo, target_kl=0.5, update_epochs=4)
+    kls = iter(torch.tensor([[0.1, 0.1], [0.6, 0.2], [0.3, 0.3], [0.9, 0.4]]))
+    agent._learned = lambda: []
+    agent._update_epoch = lambda samples: {"policy/approx_kl": next(kls)}
+    (metrics,) = drive(agent, make_steps((0, 1), 1, 9))
+    torch.testing.assert_close(metrics["policy/approx_kl"], torch.tensor([0.6, 0.4]))
+
+
+def test_a_minibatch_of_one_row_cannot_be_normalised():
+    with pytest.raises(ValueError, match=r"num_minibatches .* 8 does not"):
+        make_agent(ppo, num_steps=8, num_minibatches=8)
+    make_agent(ppo, num_steps=8, num_minibatches=8, norm_adv=False)
+
+
 def test_rpo_shifts_the_mean_within_its_bounds_and_only_while_updating():
     agent = make_agent(ppo, rpo_alpha=0.5, num_envs=16)
     shifts = []

@@ -49,7 +49,8 @@ def test_curves_and_final_returns_are_read_from_the_rows(tmp_path):
         recorder.close({}, None)
     curves = report.read_curves(tmp_path, [0, 1, 2], "return/eval")
     assert curves == {0: [(10, 10.0), (20, 20.0)], 1: [], 2: []}
-    assert report.final_returns(tmp_path, [0, 1, 2]) == {0: 20.0}
+    assert report.final_returns(tmp_path, [0, 1, 2], 20) == {0: 20.0}
+    assert report.final_returns(tmp_path, [0, 1, 2], 30) == {}, "it did not get as far"
 
 
 def test_the_band_holds_the_steps_of_every_seed_that_got_as_far():

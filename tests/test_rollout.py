@@ -11,11 +11,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import agent_file, checkpoint, envs
+from lab import agent_file, checkpoint, envs, rollout
 from lab.envs import UserError
 from lab.recorder import read_metrics
 from lab.rollout import Job, due, evaluate, train
-from tests import probe_envs  # noqa: F401, registers the environments
+from tests import probe_envs
 from tests.conftest import small_config
 
 SAC = Path("agents/sac.py").resolve()
@@ -373,3 +373,11 @@ def test_a_job_that_cannot_work_is_refused_in_one_line_before_it_writes(tmp_path
         train(make_job(run=str(tmp_path / "run"), **settings), print)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
+    monkeypatch.setattr(rollout, "ENDLESS", 50)
+    monkeypatch.setattr(probe_envs.Target, "step", lambda self, action: (
+        self._observe(), 0.0, False, False, {}))
+    with pytest.raises(UserError, match=r"does not end in 50 steps; register .* max_episode_steps"):
+        train(make_job(SAC, SMALL_SAC, env_id=TARGET), lambda message: None)
