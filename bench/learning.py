@@ -28,6 +28,9 @@ EXPERIMENTS = {
         "agents/sac.py --env HalfCheetah-v4 --seeds 5 --steps 100_000", "6156 (SimbaV2's curves)"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
+    "ppo-lunarlander-defaults": (
+        "agents/ppo.py --env LunarLanderContinuous-v3 --seeds 5 --steps 500_000",
+        "200 counts as solved"),
     "ppo-lunarlander": (
         "agents/ppo.py --env LunarLanderContinuous-v3 --seeds 5 --steps 500_000 --gamma 0.999 "
         "--gae-lambda 0.98 --num-steps 4096 --num-minibatches 64 --ent-coef 0.01",
