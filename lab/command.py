@@ -190,48 +190,65 @@ def train(options: Options, config: dict[str, Any]) -> int:
     if folder:
         print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
 
-    seeds = range(options.seeds)
-    groups = {job.env_id: job.group for job in jobs if job.group}
-    boards = {env_id: recorder.AllSeeds(group, seeds) for env_id, group in groups.items()}
-    final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
-    lost: list[str] = []
+    outcome = Outcome(jobs, options)
     with SweepProgress(jobs) as progress:
-        def receive(place: int, message: dict[str, Any]) -> None:
+        def report_message(place: int, message: dict[str, Any]) -> None:
             progress.update(place, message)
-            env_id = jobs[place].env_id
-            returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
-                       if "return/eval" in row}
-            if returns and message["step"] >= options.steps:
-                final[env_id].update(returns)
-            if "failed_seed" in message:
-                lost.append(f"{env_id} seed {message['failed_seed']}: {message['reason']}")
-            if boards:
-                boards[env_id].alive.discard(message.get("failed_seed"))
-                if returns:
-                    boards[env_id].refresh()
+            outcome.receive(jobs[place], message)
 
-        failures = sweep.run(jobs, processes, receive)
+        failures = sweep.run(jobs, processes, report_message)
     for place, reason in sorted(failures.items()):
-        job = jobs[place]
-        lost.append(f"{job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: {reason}")
-        if boards:
-            boards[job.env_id].alive -= set(job.seeds)
-    for env_id, group in groups.items():
-        boards[env_id].refresh()
-        final[env_id] = report.final_returns(group, seeds, options.steps)
-    agent_name = Path(options.agent).stem
-    title = f"{agent_name}: evaluation return after {options.steps} steps of each seed"
-    Console().print(report.table(final, title))
-    if folder:
-        picture = folder / "learning_curves.png"
-        curves = {env_id: report.read_curves(group, seeds, "return/eval")
-                  for env_id, group in groups.items()}
-        report.draw_learning_curves(picture, curves, jobs[0].name)
-        print(f"run folder: {folder}\npicture:    {picture}\n"
-              f"look at it: tensorboard --logdir {folder}")
-    for reason in lost:
-        print(f"FAILED {reason}", file=sys.stderr)
-    return 1 if lost else 0
+        outcome.lose(jobs[place], jobs[place].seeds, reason)
+    outcome.show(folder)
+    return 1 if outcome.lost else 0
+
+
+class Outcome:
+    """What becomes of the seeds: the board of all of them, final returns, losses."""
+
+    def __init__(self, jobs: Sequence[Job], options: Options):
+        self.options, self.seeds = options, range(options.seeds)
+        self.title = jobs[0].name
+        self.groups = {job.env_id: job.group for job in jobs if job.group}
+        self.boards = {env_id: recorder.AllSeeds(group, self.seeds)
+                       for env_id, group in self.groups.items()}
+        self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
+        self.lost: list[str] = []
+
+    def receive(self, job: Job, message: dict[str, Any]) -> None:
+        if "failed_seed" in message:
+            self.lose(job, [message["failed_seed"]], message["reason"])
+        returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
+                   if "return/eval" in row}
+        if returns and message["step"] >= job.steps:
+            self.final[job.env_id].update(returns)
+        if returns and self.boards:
+            self.boards[job.env_id].refresh()
+
+    def lose(self, job: Job, seeds: Sequence[int], reason: str) -> None:
+        """These seeds will not get to the end."""
+        names = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+        self.lost.append(f"{job.env_id} {names}: {reason}")
+        if self.boards:
+            self.boards[job.env_id].alive -= set(seeds)
+
+    def show(self, folder: Path | None) -> None:
+        """The table, the picture, and where to look."""
+        for env_id, group in self.groups.items():
+            self.boards[env_id].refresh()
+            self.final[env_id] = report.final_returns(group, self.seeds, self.options.steps)
+        agent_name = Path(self.options.agent).stem
+        title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
+        Console().print(report.table(self.final, title))
+        if folder:
+            picture = folder / "learning_curves.png"
+            curves = {env_id: report.read_curves(group, self.seeds, "return/eval")
+                      for env_id, group in self.groups.items()}
+            report.draw_learning_curves(picture, curves, self.title)
+            print(f"run folder: {folder}\npicture:    {picture}\n"
+                  f"look at it: tensorboard --logdir {folder}")
+        for reason in self.lost:
+            print(f"FAILED {reason}", file=sys.stderr)
 
 
 def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:
