@@ -27,7 +27,8 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
     """environment -> seed -> final return, as a table with intervals."""
     result = Table(title=title, title_justify="left")
     for heading in ("environment", "n", "mean", "95% t interval", "IQM", "each seed"):
-        result.add_column(heading, justify="left" if heading[0] == "e" else "right")
+        name = heading == "environment"
+        result.add_column(heading, justify="left" if name else "right", no_wrap=name)
     for env_id, by_seed in returns.items():
         values = list(by_seed.values())
         mean, lower, upper = stats.t_interval(values)
