@@ -52,7 +52,8 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
         for curve in by_seed.values():
             steps, returns = zip(*curve, strict=True) if curve else ((), ())
             axis.plot(steps, returns, color="tab:blue", linewidth=0.8, alpha=0.4)
-        steps, means, lower, upper = zip(*band(by_seed), strict=True) if band(by_seed) else [()] * 4
+        points = band(by_seed)
+        steps, means, lower, upper = zip(*points, strict=True) if points else [()] * 4
         axis.plot(steps, means, color="tab:blue", linewidth=2.2)
         axis.fill_between(steps, lower, upper, color="tab:blue", alpha=0.15, linewidth=0)
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
