@@ -65,7 +65,7 @@ def reference_networks(agent):
 
     def mlp(network, place):
         first, second, head = (copy_of(layer, place) for layer in (
-            network.fc1, network.fc2, network.head))
+            network.mlp.fc1, network.mlp.fc2, network.mlp.head))
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), head)
 
     return mlp(agent.actor, 0), [mlp(agent.qf, 0), mlp(agent.qf, 1)], [

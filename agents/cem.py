@@ -1,0 +1,324 @@
+"""CEM: CrossQ without an actor: each action is searched for where the critics are highest.
+
+The cross-entropy method of QT-Opt, Kalashnikov et al. 2018, arXiv 1806.10293, section 4.2; the warm
+start and the clipping of iCEM, Pinneri et al. 2020, arXiv 2008.06389. Differences from crossq.py:
+1. The search in place of the actor, for the targets too; so there is no entropy and no temperature.
+
+Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
+1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
+2. Batch renormalisation before each layer of the critics. Every tensor starts with S, the seeds
+that train side by side; read it as 1.
+
+    python learn_simple.py agents/cem.py --env Pendulum-v1 --seeds 8 --steps 10_000 --log
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+PLASTICITY_EVERY = 2_048  # transitions of one seed
+
+
+@dataclass(frozen=True)
+class Config:
+    gamma: float = 0.99  # discount a step
+    # Replay and schedule
+    buffer_size: int = 1_000_000  # transitions a seed; no more than the run's steps are allocated
+    learning_starts: int = 5_000  # random transitions before learning, at most a tenth of the run
+    replay_ratio: float = 1.0  # gradient steps a transition
+    batch_size: int = 256  # transitions a gradient step
+    # Optimisation
+    qf_lr: float = 1e-3  # Adam step size of the critics
+    beta1: float = 0.5  # Adam's decay of the mean gradient
+    renorm: bool = True  # batch renormalisation; off: plain batch normalisation
+    renorm_warmup: int = 100_000  # a network's training steps before renormalisation begins
+    # Search, in units of half an action's range
+    iterations: int = 6  # rounds for each decision
+    samples: int = 32  # candidates a round for each action dimension
+    target_iterations: int = 2  # the same for the targets
+    target_samples: int = 8
+    noise: float = 0.1  # standard deviation of exploration around the best action
+    # Networks
+    qf_width: int = 1_024  # units of each of a critic's two hidden layers
+
+
+def randn(generators, *shape):
+    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+def td_target(rewards, terminations, next_values, gamma):
+    """All (S, B). Only a termination cuts the bootstrap; a truncation does not. Eq. 5."""
+    return rewards + gamma * (1 - terminations) * next_values
+
+
+@torch.no_grad()
+def plasticity(name, network, hidden):
+    """How well a network can still learn: metrics (S,) from the activations of its hidden layers.
+
+    hidden: (S * copies, B, units) each. A dead unit has one output for the whole batch; a dormant
+    one is active no more than 0.025 times as much as its layer's mean: 2302.12902, definition 3.1.
+    """
+    weights = torch.cat([p.flatten(1) for p in network.parameters()], 1)
+    activity = [x.abs().mean(1) for x in hidden]
+    dead = [x.amax(1) == x.amin(1) for x in hidden]
+    dormant = [x <= 0.025 * x.mean(1, keepdim=True) for x in activity]
+    return {f"plasticity/{name}_weight_magnitude": weights.abs().mean(1)} | {
+        f"plasticity/{name}_{kind}": torch.cat(
+            [x.view(len(weights), -1) for x in units], 1).to(weights.dtype).mean(1)
+        for kind, units in (("dead_units", dead), ("dormant_ratio", dormant))}
+
+
+class Linear(nn.Module):
+    """`copies` dense layers a seed, side by side: (S * copies, B, in) -> (S * copies, B, out)."""
+
+    def __init__(self, generators, fan_in, fan_out, copies=1):
+        super().__init__()
+        bound = fan_in**-0.5  # as nn.Linear
+        shape = (copies, fan_in + 1, fan_out)
+        draws = [torch.empty(shape, device=g.device).uniform_(-bound, bound, generator=g)
+                 for g in generators]
+        bias, weight = torch.stack(draws).split([1, fan_in], dim=2)
+        self.weight = nn.Parameter(weight.contiguous())  # (S, copies, in, out)
+        self.bias = nn.Parameter(bias.contiguous())  # (S, copies, 1, out)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias.flatten(0, 1), x, self.weight.flatten(0, 1))
+
+
+class BatchNorm(nn.Module):
+    """Batch renormalisation of each copy by itself, (S * copies, B, units) to the same, not bf16:
+    1702.03275, algorithm 1, r_max 3, d_max 5; plain normalisation for the first training steps."""
+
+    def __init__(self, generators, config, units, copies):
+        super().__init__()
+        zeros = torch.zeros(len(generators), copies, 1, units, device=generators[0].device)
+        self.weight, self.bias = nn.Parameter(zeros + 1), nn.Parameter(zeros.clone())
+        self.register_buffer("mean", zeros.clone())
+        self.register_buffer("var", zeros + 1)
+        warmup = config.renorm_warmup if config.renorm else math.inf
+        self.register_buffer("warmup", zeros.new_tensor(warmup))  # steps left
+
+    def forward(self, x, train):
+        weight, bias, mean, var = (
+            t.flatten(0, 1) for t in (self.weight, self.bias, self.mean, self.var))
+        scale = (var + 1e-3).rsqrt()
+        if train:
+            b_var, b_mean = torch.var_mean(x.type_as(var), 1, correction=0, keepdim=True)
+            b_scale = (b_var + 1e-3).rsqrt()
+            with torch.no_grad():
+                warm = self.warmup <= 0
+                r = torch.where(warm, (scale / b_scale).clamp(1 / 3, 3), 1.0)
+                d = torch.where(warm, ((b_mean - mean) * scale).clamp(-5, 5), 0.0)
+                mean.lerp_(b_mean, 0.01)
+                var.lerp_(b_var * (x.shape[1] / (x.shape[1] - 1)), 0.01)  # unbiased, as torch's
+                self.warmup -= 1
+            mean, scale, bias = b_mean, b_scale * r, bias + d * weight
+        return torch.addcmul(bias - mean * scale * weight, x, scale * weight)
+
+
+class MLP(nn.Module):
+    """Two hidden layers, `copies` of them a seed: (S * copies, B, in) -> (S * copies, B, out)."""
+
+    def __init__(self, generators, config, fan_in, width, fan_out, copies=1):
+        super().__init__()
+        self.norms = nn.ModuleList(
+            BatchNorm(generators, config, units, copies) for units in (fan_in, width, width))
+        self.fc1 = Linear(generators, fan_in, width, copies)
+        self.fc2 = Linear(generators, width, width, copies)
+        self.head = Linear(generators, width, fan_out, copies)
+
+    def hidden(self, x, train=False):
+        """-> the activations of each hidden layer, (S * copies, B, width)."""
+        first = self.fc1(self.norms[0](x, train)).relu_()  # in place: 4% of an update on a CPU
+        return first, self.fc2(self.norms[1](first, train)).relu_()
+
+    def forward(self, x, train):
+        last = self.norms[2](self.hidden(x, train)[-1], train)
+        return self.head(last).type_as(x)  # no bf16 from here on
+
+
+class QFunctions(nn.Module):
+    """Two critics: obs (S, B, O), actions (S, B, A) -> values (S, 2, B)."""
+
+    def __init__(self, generators, spec, config):
+        super().__init__()
+        fan_in = spec.obs_dim + spec.action_dim
+        self.mlp = MLP(generators, config, fan_in, config.qf_width, 1, copies=2)
+
+    def forward(self, obs, actions, train=False):
+        x = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
+        return self.mlp(x, train).view(-1, 2, obs.shape[1])
+
+
+class Replay:
+    """The last `capacity` transitions of each seed: one row holds one whole transition."""
+
+    def __init__(self, generators, capacity, spec):
+        self.widths = [spec.obs_dim, spec.action_dim, spec.obs_dim, 1, 1]
+        shape = (len(generators), capacity, sum(self.widths))
+        self.rows = torch.zeros(shape, device=generators[0].device)
+        self.generators, self.position, self.size = generators, 0, 0
+
+    def add(self, obs, actions, next_obs, rewards, terminations):
+        """Each (S, N, ...): N new rows a seed; the capacity is a multiple of N."""
+        end = self.position + obs.shape[1]
+        flags = torch.stack([rewards, terminations.to(rewards.dtype)], -1)
+        self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)
+        self.position, self.size = end % self.rows.shape[1], max(self.size, end)
+
+    def sample(self, batch_size):
+        """-> obs, actions, next_obs (S, B, ...), rewards, terminations (S, B), with replacement."""
+        seeds, capacity, width = self.rows.shape
+        picks = torch.cat([
+            torch.randint(self.size, (batch_size,), generator=g, device=g.device) + s * capacity
+            for s, g in enumerate(self.generators)])
+        batch = self.rows.view(-1, width).index_select(0, picks).view(seeds, batch_size, width)
+        obs, actions, next_obs, rewards, terminations = batch.split(self.widths, -1)
+        return obs, actions, next_obs, rewards.squeeze(-1), terminations.squeeze(-1)
+
+
+def validate(spec, config):
+    """ValueError that names the field and the value."""
+    for low, high, names in (
+            (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations "
+                      "samples target_samples"),
+            (0, 1e9, "learning_starts replay_ratio qf_lr noise"),
+            (0, 1, "gamma beta1")):
+        for name in names.split():
+            value = getattr(config, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
+    for name in ("action_low", "action_high"):
+        if not all(map(math.isfinite, getattr(spec, name))):
+            raise ValueError(f"{name} must be finite to search actions, not {getattr(spec, name)}")
+
+
+class Agent:
+    name = "cem"
+
+    def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
+                 accelerate=lambda fn: fn):
+        validate(spec, config)
+        self.spec, self.config, self.num_envs = spec, config, num_envs
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
+        self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
+        self.transitions = self.critic_steps = 0  # of one seed
+
+        self.low, self.high = (torch.tensor(bound, device=self.device)
+                               for bound in (spec.action_low, spec.action_high))
+        self.centre, self.scale = (self.high + self.low) / 2, (self.high - self.low) / 2
+        self.plans = torch.zeros(len(seeds), num_envs, spec.action_dim, device=self.device)
+        self.qf = QFunctions(self.generators, spec, config)
+        fused = {"fused": True, "betas": (config.beta1, 0.999),
+                 "capturable": self.device.type == "cuda"}
+        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
+        capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
+        self.replay = Replay(self.generators, capacity, spec)
+        self.metrics = {}
+        self.critic_step = accelerate(self._update_critic)
+        self.search = accelerate(self._search)
+
+    @torch.no_grad()
+    def act(self, obs, explore=True):
+        """obs (S, N, O) -> actions (S, N, A) in environment units; no noise if not exploring."""
+        noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
+        if explore:
+            noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
+        if explore and self.transitions < self.learning_starts:
+            uniform = torch.special.ndtr(noise)  # the normal's distribution function
+            return self.low + (self.high - self.low) * uniform
+        c, (_, N, A) = self.config, noise.shape
+        warm = explore and self.num_envs == N
+        generators = self.generators if explore else [
+            torch.Generator(self.device).manual_seed(0) for _ in self.generators]
+        draws = randn(generators, c.iterations, N, c.samples * A, A)
+        plans = self.search(obs, self.plans if warm else torch.zeros_like(noise), draws)
+        self.plans = plans if warm else self.plans
+        actions = self.centre + self.scale * (plans + c.noise * noise)
+        return actions.clamp(self.low, self.high)
+
+    def _search(self, obs, mean, draws):
+        """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A) -> (S, B, A) in [-1, 1]."""
+        std, obs = torch.full_like(mean, 0.5), obs.repeat_interleave(draws.shape[3], dim=1)
+        for noise in draws.unbind(1):
+            x = (mean[:, :, None] + std[:, :, None] * noise).clamp(-1, 1)
+            values = self.qf(obs, self.centre + self.scale * x.flatten(1, 2)).amin(1)
+            best = values.view(x.shape[:3]).topk(max(2, x.shape[2] // 8)).indices
+            elites = x.gather(2, best[..., None].expand(-1, -1, -1, x.shape[3]))
+            agreed = std.mean(-1, keepdim=True) < 0.025  # this row's search is over
+            mean = mean.where(agreed, elites.mean(2))
+            std = std.where(agreed, elites.std(2, correction=0).clamp(min=0.01))
+        return mean
+
+    def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
+        """One step, each (S, N, ...). A truncation is no end of the task: it is not stored."""
+        self.plans = self.plans.where((terminations + truncations)[..., None] == 0, 0.0)
+        self.replay.add(obs, actions, next_obs, rewards, terminations)
+        self.transitions += obs.shape[1]
+
+    def update(self):
+        """The gradient steps due since the last call -> the last one's metrics, each (S,)."""
+        if self.transitions < self.learning_starts:
+            return {}
+        seen = self.transitions - self.learning_starts + self.num_envs
+        due = int(seen * self.config.replay_ratio) - self.critic_steps
+        for _ in range(due):
+            batch = self.replay.sample(self.config.batch_size)
+            A, samples = self.spec.action_dim, self.config.target_samples * self.spec.action_dim
+            noise = randn(self.generators, self.config.target_iterations, len(batch[0][0]), samples, A)
+            self.metrics.update(self.critic_step(*batch, noise))
+            self.critic_steps += 1
+        metrics = dict(self.metrics) if due > 0 else {}
+        if self.transitions % PLASTICITY_EVERY < self.num_envs:
+            obs, actions, *_ = self.replay.sample(self.config.batch_size)
+            both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
+            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
+        return metrics
+
+    def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
+        with torch.no_grad():
+            next_actions = self._search(b_next_obs, torch.zeros_like(b_actions), noise)
+            next_actions = self.centre + self.scale * next_actions
+        both = torch.cat([b_obs, b_next_obs], 1), torch.cat([b_actions, next_actions], 1)
+        values, next_values = self.qf(*both, train=True).chunk(2, dim=2)
+        with torch.no_grad():
+            next_values = next_values.amin(1)
+            target = td_target(b_rewards, b_terminations, next_values, self.config.gamma)
+        assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
+        loss = (values - target[:, None]).square().mean(2).sum(1)  # (S,)
+        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
+        self.qf_optimizer.step()
+        self.qf_optimizer.zero_grad()  # last: compilation needs one graph up to here
+        return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
+
+    PARTS = ("qf", "qf_optimizer")
+
+    def state_dict(self):
+        """Everything that the future depends on, by reference."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
+            "tensors": {"plans": self.plans},
+            "replay": {"rows": self.replay.rows, "position": self.replay.position,
+                       "size": self.replay.size},
+            "counters": {"transitions": self.transitions, "critic_steps": self.critic_steps},
+            "generators": [g.get_state() for g in self.generators],
+        }
+
+    def load_state_dict(self, state):
+        """Continue exactly where `state` was taken. ValueError if the replay has another shape."""
+        if state["replay"]["rows"].shape != self.replay.rows.shape:
+            raise ValueError(f"replay is {tuple(self.replay.rows.shape)}, the checkpoint's is "
+                             f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
+        self.plans = state["tensors"]["plans"].clone()
+        self.replay.rows.copy_(state["replay"]["rows"])
+        self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))
+        self.transitions, self.critic_steps = (
+            state["counters"][k] for k in ("transitions", "critic_steps"))
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())
