@@ -269,8 +269,9 @@ class Agent:
         due = int(seen * self.config.replay_ratio) - self.critic_steps
         for _ in range(due):
             batch = self.replay.sample(self.config.batch_size)
-            A, samples = self.spec.action_dim, self.config.target_samples * self.spec.action_dim
-            noise = randn(self.generators, self.config.target_iterations, len(batch[0][0]), samples, A)
+            c, A = self.config, self.spec.action_dim
+            shape = c.target_iterations, c.batch_size, c.target_samples * A, A
+            noise = randn(self.generators, *shape)
             self.metrics.update(self.critic_step(*batch, noise))
             self.critic_steps += 1
         metrics = dict(self.metrics) if due > 0 else {}

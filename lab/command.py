@@ -30,6 +30,7 @@ class Options:
     env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids
     seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 1  # number of seeds: 0, 1, 2, ...
     steps: int = 6_000  # environment steps of one seed
+    clip_reward: tuple[float, float] | None = None  # LOW HIGH, in training only; tables declare it
     # What to keep
     log: bool = False  # leave a run folder: metrics, TensorBoard, checkpoints, picture
     name: str | None = None  # of the run's folder; none: the agent's
@@ -92,7 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
             raise UserError(f"{path}: Config's {field.name!r} is already a flag of the script's; "
                             "give it another name")
     try:
-        kept |= {"env": tuple(kept.get("env", Options.env)), "agent": path}
+        kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", Options.runs))
         defaults = Options(**kept), module.Config(**before["config"])
         for default in defaults:
@@ -138,7 +139,9 @@ def _value_after(words: Sequence[str], flag: str) -> str | None:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
-        return {"options": dict(settings["options"]), "config": dict(settings["config"])}
+        return {part: {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
+                       for key, value in dict(settings[part]).items()}
+                for part in ("options", "config")}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -155,6 +158,9 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
+    if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
+        low, high = options.clip_reward
+        raise UserError(f"--clip-reward needs LOW below HIGH, not {low} {high}")
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")
@@ -170,6 +176,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=every(options.checkpoint_every, 10), eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
+        clip_reward=options.clip_reward,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 
@@ -208,7 +215,9 @@ class Outcome:
 
     def __init__(self, jobs: Sequence[Job], options: Options):
         self.options, self.seeds = options, range(options.seeds)
-        self.title = jobs[0].name
+        self.title, self.declared = jobs[0].name, ""
+        if options.clip_reward:
+            self.declared = ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.boards = {env_id: recorder.AllSeeds(group, self.seeds)
                        for env_id, group in self.groups.items()}
@@ -239,12 +248,13 @@ class Outcome:
             self.final[env_id] = report.final_returns(group, self.seeds, self.options.steps)
         agent_name = Path(self.options.agent).stem
         title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
+        title += self.declared
         Console().print(report.table(self.final, title))
         if folder:
             picture = folder / "learning_curves.png"
             curves = {env_id: report.read_curves(group, self.seeds, "return/eval")
                       for env_id, group in self.groups.items()}
-            report.draw_learning_curves(picture, curves, self.title)
+            report.draw_learning_curves(picture, curves, self.title + self.declared)
             print(f"run folder: {folder}\npicture:    {picture}\n"
                   f"look at it: tensorboard --logdir {folder}")
         for reason in self.lost:

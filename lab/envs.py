@@ -58,11 +58,14 @@ class Transition(NamedTuple):
 
 
 def make(env_id: str, seeds: Sequence[int], num_envs: int = 1, backend: str = "sync",
-         device: str = "cpu") -> "SyncEnvs":
-    """S x N environments. UserError on an id, a space or a backend that the lab cannot use."""
+         device: str = "cpu", clip_reward: tuple[float, float] | None = None) -> "SyncEnvs":
+    """S x N environments. UserError on an id, a space or a backend that the lab cannot use.
+
+    clip_reward (low, high) bounds the rewards of the transitions; the returns of episodes stay raw.
+    """
     if backend not in BACKENDS:
         raise UserError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return BACKENDS[backend](env_id, seeds, num_envs, device)
+    return BACKENDS[backend](env_id, seeds, num_envs, device, clip_reward)
 
 
 def make_one(env_id: str) -> gymnasium.Env:
@@ -133,9 +136,10 @@ def renew_box2d_world(env: gymnasium.Env) -> None:
 class SyncEnvs:
     """The plain loop over gymnasium environments, in this process."""
 
-    def __init__(self, env_id: str, seeds: Sequence[int], num_envs: int, device: str):
+    def __init__(self, env_id: str, seeds: Sequence[int], num_envs: int, device: str,
+                 clip_reward: tuple[float, float] | None):
         self.shape, self.device = (len(seeds), num_envs), torch.device(device)
-        self.seeds = seeds
+        self.seeds, self.clip_reward = seeds, clip_reward
         self.envs = [make_one(env_id) for _ in range(len(seeds) * num_envs)]
         self.spec = spec_of(self.envs[0], env_id)
         self.action_dtype = self.envs[0].action_space.dtype
@@ -172,6 +176,8 @@ class SyncEnvs:
             if terminated or truncated:
                 episodes.append(Episode(i, i // self.shape[1], self.returns[i], self.lengths[i]))
                 fresh[i] = self._begin(i, env)
+        if self.clip_reward:
+            flags[0] = flags[0].clip(*self.clip_reward)
         obs = next_obs
         if fresh:
             obs = next_obs.copy()

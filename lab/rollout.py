@@ -38,6 +38,7 @@ class Job:
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
+    clip_reward: tuple[float, float] | None = None  # in training; evaluation is on the raw reward
     run: str | None = None  # the run's folder; None: leave no files
     name: str = ""  # of the run, in the words given
 
@@ -55,7 +56,8 @@ class Job:
 def train(job: Job, emit: Emit) -> None:
     """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
     accelerate = Accelerator(job.compile, job.precision, job.device)
-    training = envs.make(job.env_id, job.seeds, job.num_envs, job.backend, job.device)
+    training = envs.make(job.env_id, job.seeds, job.num_envs, job.backend, job.device,
+                         job.clip_reward)
     agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                              job.steps, job.device, accelerate)
     log = Log(job, accelerate, emit)
@@ -202,6 +204,8 @@ class Log:
     def close(self) -> None:
         settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
                     "env": self.job.env_id, **self.job.config}
+        if self.job.clip_reward:
+            settings["clip_reward"] = "{} to {}".format(*self.job.clip_reward)
         for place, recorder in enumerate(self.recorders):
             final = self.last_eval[place] if self.last_eval else None
             recorder.close(settings | {"seed": self.job.seeds[place]},

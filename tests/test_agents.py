@@ -164,8 +164,8 @@ def test_the_agent_learns_where_the_optimum_is_known(module):
     """Each of three seeds ends with less than half the cost of the best constant action."""
     env_id, seeds, steps = "lab-tests/Target-v0", [0, 1, 2], 6_000
     fast = {"batch_size": 32, "actor_width": 32, "qf_width": 32, "width": 32, "actor_lr": 3e-3,
-            "qf_lr": 3e-3, "lr": 3e-3, "policy_delay": 1, "num_steps": 64, "update_epochs": 10, "gamma": 0.5,
-            "tau": 0.02, "learning_starts": 100}
+            "qf_lr": 3e-3, "lr": 3e-3, "policy_delay": 1, "num_steps": 64, "update_epochs": 10,
+            "gamma": 0.5, "tau": 0.02, "learning_starts": 100}
     training = envs.make(env_id, seeds, 4)
     agent = make_agent(module, seeds, 4, total_steps=steps, spec=training.spec,
                        replay_ratio=0.25, **fast)

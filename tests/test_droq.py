@@ -1,0 +1,225 @@
+"""DroQ against a slow reference written from the paper, and the law of its dropout masks."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+from agents import droq
+from tests.conftest import drive, make_agent, make_steps
+
+NETWORKS = ("qf", "qf_target", "qf_frozen")
+
+
+def masks_of(agent, name):
+    """-> each hidden layer's mask, (S, 2, B, width)."""
+    shape = 2, agent.config.batch_size, agent.config.qf_width
+    return [layer.mask[:, 1:].clone().view(-1, *shape)
+            for layer in getattr(agent, name).modules() if isinstance(layer, droq.DropoutNorm)]
+
+
+class Dropout(nn.Module):
+    """Keeps the units that it is told to, scaled so that the mean stays."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p, self.kept = p, None
+
+    def forward(self, x):
+        return x * self.kept / (1 - self.p)
+
+
+class Reference:
+    """DroQ for one seed: algorithm 2, with the squashed Gaussian of sac.py."""
+
+    def __init__(self, agent, seed):
+        self.c, self.spec, c = agent.config, agent.spec, agent.config
+        self.actor, self.critics, self.targets = networks(agent, seed)
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        weights = [p for q in self.critics for p in q.parameters()]
+        self.qf_optimizer, self.actor_optimizer, self.alpha_optimizer = (
+            torch.optim.Adam(parameters, lr=lr) for parameters, lr in (
+                (weights, c.qf_lr), (self.actor.parameters(), c.actor_lr),
+                ([self.log_alpha], c.qf_lr)))
+
+    def policy(self, obs, noise):
+        low, high = torch.tensor(self.spec.action_low), torch.tensor(self.spec.action_high)
+        mean, log_std = self.actor(obs).chunk(2, dim=1)
+        std = torch.exp(-5 + 3.5 * (torch.tanh(log_std) + 1))
+        x = mean + std * noise
+        slope = (high - low) / 2 * (1 - torch.tanh(x) ** 2)
+        log_probs = Normal(mean, std).log_prob(x).sum(1) - slope.log().sum(1)
+        return (high + low) / 2 + (high - low) / 2 * torch.tanh(x), log_probs
+
+    def values(self, critics, kept, obs, actions):
+        """kept: of each hidden layer, (2, B, width)."""
+        for place, critic in enumerate(critics):
+            for dropout, layer in zip((critic[1], critic[5]), kept, strict=True):
+                dropout.kept = layer[place]
+        return [critic(torch.cat([obs, actions], 1))[:, 0] for critic in critics]
+
+    def critic_step(self, kept, obs, actions, next_obs, rewards, terminations, noise):
+        with torch.no_grad():
+            next_actions, next_log_probs = self.policy(next_obs, noise)
+            smaller = torch.minimum(
+                *self.values(self.targets, kept["qf_target"], next_obs, next_actions))
+            soft = smaller - self.log_alpha.exp() * next_log_probs
+            goal = rewards + self.c.gamma * (1 - terminations) * soft
+        values = self.values(self.critics, kept["qf"], obs, actions)
+        self.step(self.qf_optimizer, sum(((x - goal) ** 2).mean() for x in values))
+        for target, critic in zip(self.targets, self.critics, strict=True):
+            for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
+                slow.data = (1 - self.c.tau) * slow.data + self.c.tau * fast.data
+
+    def actor_step(self, kept, obs, noise):
+        actions, log_probs = self.policy(obs, noise)
+        first, second = self.values(self.critics, kept["qf_frozen"], obs, actions)
+        alpha = self.log_alpha.exp().item()
+        goal = self.c.target_entropy * self.spec.action_dim
+        alpha_loss = -self.log_alpha.exp() * (log_probs.detach() + goal).mean()
+        self.step(self.actor_optimizer, (alpha * log_probs - (first + second) / 2).mean())
+        self.step(self.alpha_optimizer, alpha_loss)
+
+    def step(self, optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def networks(agent, seed):
+    """-> the actor, the critics and the targets of one seed as plain modules."""
+    def dense(ours, place):
+        theirs = nn.Linear(*ours.weight.shape[2:])
+        theirs.weight.data = ours.weight.data[seed, place].T.clone()
+        theirs.bias.data = ours.bias.data[seed, place, 0].clone()
+        return theirs
+
+    def critic(mlp, place):
+        layers = []
+        for linear, ours in (mlp.fc1, mlp.fc2):
+            norm = nn.LayerNorm(ours.weight.shape[-1], eps=1e-5)
+            norm.weight.data = ours.weight.data[seed, place, 0].clone()
+            norm.bias.data = ours.bias.data[seed, place, 0].clone()
+            layers += [dense(linear, place), Dropout(agent.config.dropout), norm, nn.ReLU()]
+        return nn.Sequential(*layers, dense(mlp.head, place))
+
+    mlp = agent.actor.mlp
+    actor = nn.Sequential(dense(mlp.fc1, 0), nn.ReLU(), dense(mlp.fc2, 0), nn.ReLU(),
+                          dense(mlp.head, 0))
+    return actor, *([critic(network.mlp, place) for place in (0, 1)]
+                    for network in (agent.qf, agent.qf_target))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
+    agent = make_agent(droq, batch_size=8, dropout=0.3, replay_ratio=4.0, policy_delay=4)
+    reference = Reference(agent, seed)
+    calls = []
+
+    def watch(step, theirs):
+        def watched(*x):
+            kept = {name: [mask[seed] > 0 for mask in masks_of(agent, name)] for name in NETWORKS}
+            calls.append((theirs, kept, x))
+            return step(*x)
+        return watched
+
+    agent.critic_step = watch(agent.critic_step, reference.critic_step)
+    agent.actor_step = watch(agent.actor_step, reference.actor_step)
+    drive(agent, make_steps((0, 1), 1, 13))
+    assert len(calls) == 20 + 5
+    for step, kept, tensors in calls:
+        step(kept, *(x[seed] for x in tensors))
+
+    actor, critics, targets = networks(agent, seed)
+    for ours, theirs in zip([actor, *critics, *targets],
+                            [reference.actor, *reference.critics, *reference.targets],
+                            strict=True):
+        for name, value in theirs.named_parameters():
+            torch.testing.assert_close(ours.get_parameter(name), value, rtol=1e-8, atol=1e-10,
+                                       msg=name)
+    torch.testing.assert_close(agent.log_alpha[seed].detach(), reference.log_alpha.detach())
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3])
+def test_each_unit_is_dropped_by_itself_with_probability_p(p):
+    """Bounds of five standard deviations on the share of all units, of each unit, of neighbours
+    that drop together, and on the spread of a mask's count."""
+    agent = make_agent(droq, dropout=p)
+    masks = []
+    for _ in range(500):
+        agent._draw_masks(agent.qf, agent.qf_target, agent.qf_frozen)
+        masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
+    masks = torch.cat(masks).flatten(1)  # (draws, 2 * B * width)
+    dropped = (masks == 0).double()
+    assert torch.equal(masks[dropped == 0].unique(), torch.tensor([1 / (1 - p)]))
+    draws, units = dropped.shape
+
+    def deviations(values, mean, variance, count):
+        return (values - mean).abs().max().item() / (variance / count) ** 0.5
+
+    assert deviations(dropped.mean(), p, p * (1 - p), draws * units) < 5
+    assert deviations(dropped.mean(0), p, p * (1 - p), draws) < 5
+    z = (dropped.mean(0) - p) / (p * (1 - p) / draws) ** 0.5
+    assert deviations(z.square().mean(), 1, 2, units) < 5
+    counts = (dropped.sum(1) - units * p) / (units * p * (1 - p)) ** 0.5
+    assert deviations(counts.square().mean(), 1, 2 + 1 / (units * p * (1 - p)), draws) < 5
+    for gap in (1, 2, 7):
+        together = (dropped[:, gap:] * dropped[:, :-gap]).mean()
+        assert deviations(together, p * p, p * p + 2 * p**3, draws * units) < 5
+
+
+def test_no_dropout_drops_nothing():
+    agent = make_agent(droq, dropout=0.0)
+    drive(agent, make_steps((0, 1), 1, 12))
+    for _ in range(50):
+        agent._draw_masks(agent.qf, agent.qf_target, agent.qf_frozen)
+        assert all((mask == 1).all() for name in NETWORKS for mask in masks_of(agent, name))
+
+
+def test_no_two_masks_are_the_same():
+    """Neither of two networks, layers, seeds, critics nor steps."""
+    agent = make_agent(droq, dropout=0.3, replay_ratio=4.0, policy_delay=2)
+    masks = []
+
+    def watch(step, *names):
+        def watched(*x):
+            masks.extend(mask for name in names for layer in masks_of(agent, name)
+                         for mask in layer.flatten(0, 1))
+            return step(*x)
+        return watched
+
+    agent.critic_step = watch(agent.critic_step, "qf", "qf_target")
+    agent.actor_step = watch(agent.actor_step, "qf_frozen")
+    drive(agent, make_steps((0, 1), 1, 11))
+    assert len(masks) == (12 * 2 + 6) * 2 * 2 * 2
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+def test_a_seeds_masks_are_the_same_in_any_stack():
+    stack, alone = (make_agent(droq, seeds=seeds, dropout=0.1) for seeds in ((0, 1, 2), (1,)))
+    for steps in (10, 1):
+        drive(stack, make_steps((0, 1, 2), 1, steps))
+        drive(alone, make_steps((1,), 1, steps))
+        for name in NETWORKS:
+            for ours, theirs in zip(masks_of(stack, name), masks_of(alone, name), strict=True):
+                assert torch.equal(ours[1], theirs[0]) and (theirs == 0).any()
+
+
+def test_each_transition_of_each_environment_gives_twenty_critic_steps_and_one_actor_step():
+    agent = make_agent(droq, num_envs=3)
+    counts, totals = [0, 0], []
+    critic_step, actor_step, update = agent.critic_step, agent.actor_step, agent.update
+
+    def count(place, step, *x):
+        counts[place] += 1
+        return step(*x)
+
+    agent.critic_step = lambda *x: count(0, critic_step, *x)
+    agent.actor_step = lambda *x: count(1, actor_step, *x)
+    agent.update = lambda: (update(), totals.append(tuple(counts)))[0]
+    drive(agent, make_steps((0, 1), 3, 8))
+    begun = [total for total in totals if total != (0, 0)]
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(begun)]
+    assert len(steps) >= 4 and set(steps) == {(60, 3)}
