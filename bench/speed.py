@@ -5,8 +5,11 @@
 Every measurement is a process of its own, pinned to the same core. A repeat runs all of them one
 after another, so that the drift of the machine meets every side alike, and ratios are taken within
 a repeat. Hyperparameters are equal: SAC 256x256, batch 256, one update a step, all step sizes 3e-4;
-PPO as CleanRL has it, which are SB3's defaults (the lab's also normalises observations and rewards,
-the peers' runs do not). Steps/s of the lab are summed over its seeds.
+DroQ the same with 20 updates a step, dropout 0.01 and layer norm; CrossQ with critics 1024 wide, an
+actor step every third update, step sizes 1e-3; PPO as CleanRL has it, which are SB3's defaults (the
+lab's also normalises observations and rewards, the peers' runs do not). Steps/s of the lab are
+summed over its seeds. CEM has no peer: its figure is decisions/s, one decision being an action for
+each of its seeds, critics 256 wide, default search, in environments of 2 and of 6 action dimensions.
 """
 
 import argparse
@@ -23,9 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "HalfCheetah-v5"
-WARM_UP = {"sac": 300, "ppo": 4096}  # steps of the peers before the clock starts
-MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096}}  # by seeds
-SAC = {"actor_lr": 3e-4, "qf_lr": 3e-4}
+# steps of the peers before the clock starts; steps measured, by the number of seeds
+WARM_UP = {"sac": 300, "ppo": 4096, "crossq": 130, "droq": 115}
+MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096},
+            "crossq": {1: 90, 4: 30}, "droq": {1: 50, 4: 25}}
+EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "qf_lr": 3e-4}}
 
 
 def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
@@ -35,7 +40,7 @@ def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
 
     precision, compiled = mode.split("-")
     window = MEASURED[algorithm][seeds]
-    config = SAC | {"learning_starts": 20} if algorithm == "sac" else {}
+    config = EQUAL.get(algorithm, {}) | ({} if algorithm == "ppo" else {"learning_starts": 5})
     speeds = []
     train(Job(
         agent_path=str(ROOT / f"agents/{algorithm}.py"), config=config, env_id=ENV,
@@ -58,11 +63,17 @@ def measure_peer(library: str, algorithm: str) -> float:
     else:
         import sbx as peer
     env, device = gymnasium.make(ENV), "cpu"
-    if algorithm == "sac":
-        model = peer.SAC("MlpPolicy", env, batch_size=256, learning_starts=100, learning_rate=3e-4,
-                         policy_kwargs={"net_arch": [256, 256]}, device=device)
-    else:
+    if algorithm == "ppo":
         model = peer.PPO("MlpPolicy", env, device=device)
+    elif algorithm == "crossq":
+        model = peer.CrossQ("MlpPolicy", env, learning_starts=100, device=device)
+    else:
+        settings, network = {"learning_rate": 3e-4}, {"net_arch": [256, 256]}
+        if algorithm == "droq":
+            settings |= {"gradient_steps": 20, "policy_delay": 20}
+            network |= {"dropout_rate": 0.01, "layer_norm": True}
+        model = peer.SAC("MlpPolicy", env, batch_size=256, learning_starts=100,
+                         policy_kwargs=network, device=device, **settings)
     warm_up, window = WARM_UP[algorithm], MEASURED[algorithm][1]
 
     class Clock(BaseCallback):
@@ -74,6 +85,29 @@ def measure_peer(library: str, algorithm: str) -> float:
     clock = Clock()
     model.learn(warm_up + window, callback=clock)
     return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.begun)
+
+
+def measure_decisions(actions: int, seeds: int, mode: str) -> float:
+    """Decisions/s of CEM while exploring: each gives one action to every seed."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from agents import cem
+    from lab.accelerate import Accelerator
+    from lab.envs import EnvSpec
+
+    precision, compiled = mode.split("-")
+    spec = EnvSpec("bench", 17, actions, (-1.0,) * actions, (1.0,) * actions, None)
+    agent = cem.Agent(spec, cem.Config(qf_width=256, learning_starts=1), list(range(seeds)),
+                      total_steps=10, accelerate=Accelerator(compiled == "compiled", precision))
+    agent.transitions = agent.learning_starts
+    obs = torch.randn(200, seeds, 1, 17)
+    for x in obs[:20]:
+        agent.act(x)
+    begun = time.perf_counter()
+    for x in obs:
+        agent.act(x)
+    return len(obs) / (time.perf_counter() - begun)
 
 
 def measure_memory() -> float:
@@ -118,11 +152,13 @@ def versions(python: str, packages: list[str]) -> dict[str, str]:
 
 
 def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
-    """(algorithm, side, seeds, mode)."""
+    """(algorithm, side, seeds, mode). SB3 itself has no DroQ and no CrossQ."""
     modes = [f"{p}-{c}" for c in ("eager", "compiled") for p in ("fp32", "bf16")]
+    peers = {"sac": ("sb3", "sbx"), "ppo": ("sb3", "sbx"), "cem-2": (), "cem-6": ()}
+    stacks = {"sac": "148", "ppo": "148", "cem-2": "4", "cem-6": "4"}
     return [case for algorithm in algorithms for case in [
-        (algorithm, "sb3", "1", "fp32"), (algorithm, "sbx", "1", "fp32"),
-        *((algorithm, "lab", seeds, mode) for seeds in ("1", "4", "8") for mode in modes)]]
+        *((algorithm, peer, "1", "fp32") for peer in peers.get(algorithm, ("sbx",))),
+        *((algorithm, "lab", n, mode) for n in stacks.get(algorithm, "14") for mode in modes)]]
 
 
 def markdown(result: dict) -> str:
@@ -132,11 +168,14 @@ def markdown(result: dict) -> str:
     speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
     for case, values in speeds.items():
         algorithm, side, seeds, mode = case
-        peers = [speeds[algorithm, peer, "1", "fp32"] for peer in ("sb3", "sbx")]
-        ratios = [statistics.median(map(operator.truediv, values, peer)) for peer in peers]
-        low, middle, high = min(values), statistics.median(values), max(values)
-        lines.append(f"| {algorithm.upper()} | {side} | {seeds} | {mode} | {middle:.0f} "
-                     f"({low:.0f} to {high:.0f}) | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        peers = [speeds.get((algorithm, peer, "1", "fp32")) for peer in ("sb3", "sbx")]
+        ratios = [f"{statistics.median(map(operator.truediv, values, peer)):.2f}" if peer else ""
+                  for peer in peers]
+        digits = 0 if min(values) >= 50 else 1
+        low, middle, high = (f"{x:.{digits}f}" for x in (
+            min(values), statistics.median(values), max(values)))
+        lines.append(f"| {algorithm.upper()} | {side} | {seeds} | {mode} | {middle} "
+                     f"({low} to {high}) | {ratios[0]} | {ratios[1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +192,7 @@ def main() -> None:
     parser.add_argument("--peers", help="Python of the environment with the peers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("--algorithms", nargs="+", default=["sac", "ppo"])
+    parser.add_argument("--algorithms", nargs="+", default=[*MEASURED, "cem-2", "cem-6"])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/speed.json")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,6 +200,8 @@ def main() -> None:
         side, *rest = options.measure
         if side == "memory":
             print(measure_memory())
+        elif side == "lab" and rest[0].startswith("cem"):
+            print(measure_decisions(int(rest[0][4:]), int(rest[1]), rest[2]))
         elif side == "lab":
             print(measure_ours(rest[0], int(rest[1]), rest[2]))
         else:

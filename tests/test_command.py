@@ -204,6 +204,9 @@ def test_every_setting_of_an_agent_is_a_flag(path):
         elif isinstance(default, str):
             wanted[name] = default
             flags += [f"--{flag}", default]
+        elif isinstance(default, tuple):
+            wanted[name] = (*default, 7)
+            flags += [f"--{flag}", *map(str, wanted[name])]
         else:
             wanted[name] = default + 1 if isinstance(default, int) else (default or 0) / 2 + 0.25
             flags += [f"--{flag}", str(wanted[name])]

@@ -37,6 +37,7 @@ def measured(module, network, *hidden):
 
 ALIVE, ZERO, CONSTANT = [1.0, 0.0, 5.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]  # activities 2, 0, 2
 FAINT, STRONG = [0.0, 3.0, 0.0], [79.0, 78.0, 80.0]  # activities 1 and 79
+HUGE = [7900.0, 7800.0, 8000.0]
 FAINTER, FAINT_NO_MORE = [0.0, 2.98, 0.0], [0.0, 3.02, 0.0]
 SIGNED = [-3.0, 0.0, 3.0]  # activity 2, mean 0
 
@@ -73,13 +74,25 @@ def test_a_layer_of_zeros_is_dormant(agent_file):
 def test_two_copies_a_seed_by_hand(agent_file):
     """Each copy's layer has a mean of its own: a strong copy does not make a faint one dormant."""
     network = network_of([[[1.0], [-3.0]], [[0.0], [4.0]]])
-    narrow = [units(STRONG, STRONG), units(FAINT, ALIVE), units(ZERO, ALIVE), units(FAINT, FAINT)]
+    narrow = [units(HUGE, HUGE), units(FAINT, ALIVE), units(ZERO, ALIVE), units(FAINT, FAINT)]
     wide = [units(ALIVE, ALIVE, CONSTANT), units(ALIVE, ALIVE, ALIVE),
             units(STRONG, CONSTANT, ZERO), units(ALIVE, ZERO, ALIVE)]
     magnitude, dead, dormant = measured(agent_file, network, narrow, wide)
     assert magnitude == [2, 2]
     assert dead == pytest.approx([1 / 10, 4 / 10])
     assert dormant == pytest.approx([0, 3 / 10])
+
+
+def replay_measure(agent):
+    """-> a function that measures again on the rows of the same batch."""
+    agent.update()
+    states = [g.get_state() for g in agent.generators]
+
+    def measure():
+        for generator, state in zip(agent.generators, states, strict=True):
+            generator.set_state(state)
+        return agent.update()
+    return measure
 
 
 def silence(agent, network, seed, place, unit):
@@ -97,16 +110,8 @@ def test_a_silenced_unit_is_counted_once_in_its_seed_alone(agent_file, monkeypat
     monkeypatch.setattr(agent_file, "PLASTICITY_EVERY", 1)
     agent = make_agent(agent_file, seeds=(0, 1, 2))
     drive(agent, make_steps((0, 1, 2), 1, 20))
-    agent.update()
-    states = [g.get_state() for g in agent.generators]
-
-    def measure():
-        for generator, state in zip(agent.generators, states, strict=True):
-            generator.set_state(state)  # the same batch
-        return agent.update()
-
+    measure, hits = replay_measure(agent), 0
     before = measure()
-    hits = 0
     for unit in range(4):
         silence(agent, network, 1, place, unit)
         after = measure()
@@ -120,6 +125,22 @@ def test_a_silenced_unit_is_counted_once_in_its_seed_alone(agent_file, monkeypat
                 assert change[1] == 0
         before = after
     assert hits >= 2 and after[f"plasticity/{network}_dormant_ratio"][1] >= 4 / count
+
+
+@every_agent
+def test_each_seed_is_measured_on_its_own_replay(agent_file, monkeypatch):
+    monkeypatch.setattr(agent_file, "PLASTICITY_EVERY", 1)
+    agent = make_agent(agent_file, seeds=(0, 1, 2), dropout=0.0)
+    drive(agent, make_steps((0, 1, 2), 1, 20))
+    measure = replay_measure(agent)
+    before = measure()
+    agent.replay.rows[1] = 0
+    after = measure()
+    for name in NAMES:
+        assert torch.equal(after[name][[0, 2]], before[name][[0, 2]]), name
+    for network in ("actor", "qf"):
+        assert before[f"plasticity/{network}_dead_units"][1] < 0.5
+        assert after[f"plasticity/{network}_dead_units"][1] > 0.5
 
 
 @every_agent
