@@ -1,13 +1,17 @@
 """CEM: CrossQ without an actor: each action is searched for where the critics are highest.
 
-The cross-entropy method of QT-Opt, Kalashnikov et al. 2018, arXiv 1806.10293, section 4.2; the warm
-start and the clipping of iCEM, Pinneri et al. 2020, arXiv 2008.06389. Differences from crossq.py:
-1. The search in place of the actor, for the targets too; so there is no entropy and no temperature.
+Differences from crossq.py: the cross-entropy method of QT-Opt (arXiv 1806.10293, section 4.2), with
+warm start and clipping of iCEM (2008.06389), in place of the actor; no entropy, no temperature.
 
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
-2. Batch renormalisation before each layer of the critics. Every tensor starts with S, the seeds
-that train side by side; read it as 1.
+2. Batch renormalisation before each layer of every network.
+3. Wider critics (1024 as in SBX, half of the paper's), Adam's beta1 0.5.
+
+Every tensor starts with S, the seeds that train side by side; read it as 1.
+
+Departures from the paper, each with its reason
+1. The first actions are uniform, so that the replay does not start with one policy's view.
 
     python learn_simple.py agents/cem.py --env Pendulum-v1 --seeds 8 --steps 10_000 --log
 """
@@ -31,16 +35,16 @@ class Config:
     replay_ratio: float = 1.0  # gradient steps a transition
     batch_size: int = 256  # transitions a gradient step
     # Optimisation
-    qf_lr: float = 1e-3  # Adam step size of the critics
+    qf_lr: float = 1e-3  # Adam step size of all but the actor
     beta1: float = 0.5  # Adam's decay of the mean gradient
     renorm: bool = True  # batch renormalisation; off: plain batch normalisation
     renorm_warmup: int = 100_000  # a network's training steps before renormalisation begins
-    # Search, in units of half an action's range
+    # Policy
     iterations: int = 6  # rounds for each decision
     samples: int = 32  # candidates a round for each action dimension
     target_iterations: int = 2  # the same for the targets
     target_samples: int = 8
-    noise: float = 0.1  # standard deviation of exploration around the best action
+    noise: float = 0.1  # standard deviation of exploration, in half ranges of the actions
     # Networks
     qf_width: int = 1_024  # units of each of a critic's two hidden layers
 
@@ -114,7 +118,7 @@ class BatchNorm(nn.Module):
                 r = torch.where(warm, (scale / b_scale).clamp(1 / 3, 3), 1.0)
                 d = torch.where(warm, ((b_mean - mean) * scale).clamp(-5, 5), 0.0)
                 mean.lerp_(b_mean, 0.01)
-                var.lerp_(b_var * (x.shape[1] / (x.shape[1] - 1)), 0.01)  # unbiased, as torch's
+                var.lerp_(b_var * (x.shape[1] / max(1, x.shape[1] - 1)), 0.01)  # unbiased
                 self.warmup -= 1
             mean, scale, bias = b_mean, b_scale * r, bias + d * weight
         return torch.addcmul(bias - mean * scale * weight, x, scale * weight)
@@ -194,7 +198,7 @@ def validate(spec, config):
                 raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
     for name in ("action_low", "action_high"):
         if not all(map(math.isfinite, getattr(spec, name))):
-            raise ValueError(f"{name} must be finite to search actions, not {getattr(spec, name)}")
+            raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")
 
 
 class Agent:
@@ -209,10 +213,11 @@ class Agent:
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
 
-        self.low, self.high = (torch.tensor(bound, device=self.device)
-                               for bound in (spec.action_low, spec.action_high))
+        self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.centre, self.scale = (self.high + self.low) / 2, (self.high - self.low) / 2
-        self.plans = torch.zeros(len(seeds), num_envs, spec.action_dim, device=self.device)
+        c, A = config, spec.action_dim
+        self.plans = torch.zeros(len(seeds), num_envs, A, device=self.device)
+        self.target_noise = c.target_iterations, c.batch_size, c.target_samples * A, A
         self.qf = QFunctions(self.generators, spec, config)
         fused = {"fused": True, "betas": (config.beta1, 0.999),
                  "capturable": self.device.type == "cuda"}
@@ -234,13 +239,11 @@ class Agent:
             return self.low + (self.high - self.low) * uniform
         c, (_, N, A) = self.config, noise.shape
         warm = explore and self.num_envs == N
-        generators = self.generators if explore else [
-            torch.Generator(self.device).manual_seed(0) for _ in self.generators]
+        generators = self.generators if explore else [torch.Generator(self.device).manual_seed(0)]
         draws = randn(generators, c.iterations, N, c.samples * A, A)
         plans = self.search(obs, self.plans if warm else torch.zeros_like(noise), draws)
         self.plans = plans if warm else self.plans
-        actions = self.centre + self.scale * (plans + c.noise * noise)
-        return actions.clamp(self.low, self.high)
+        return (self.centre + self.scale * (plans + c.noise * noise)).clamp(self.low, self.high)
 
     def _search(self, obs, mean, draws):
         """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A) -> (S, B, A) in [-1, 1]."""
@@ -269,10 +272,8 @@ class Agent:
         due = int(seen * self.config.replay_ratio) - self.critic_steps
         for _ in range(due):
             batch = self.replay.sample(self.config.batch_size)
-            c, A = self.config, self.spec.action_dim
-            shape = c.target_iterations, c.batch_size, c.target_samples * A, A
-            noise = randn(self.generators, *shape)
-            self.metrics.update(self.critic_step(*batch, noise))
+            next_noise = randn(self.generators, *self.target_noise)
+            self.metrics.update(self.critic_step(*batch, next_noise))
             self.critic_steps += 1
         metrics = dict(self.metrics) if due > 0 else {}
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
@@ -283,8 +284,7 @@ class Agent:
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
         with torch.no_grad():
-            next_actions = self._search(b_next_obs, torch.zeros_like(b_actions), noise)
-            next_actions = self.centre + self.scale * next_actions
+            next_actions = self.centre + self.scale * self._search(b_next_obs, 0 * b_actions, noise)
         both = torch.cat([b_obs, b_next_obs], 1), torch.cat([b_actions, next_actions], 1)
         values, next_values = self.qf(*both, train=True).chunk(2, dim=2)
         with torch.no_grad():

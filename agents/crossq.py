@@ -2,17 +2,17 @@
 
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
-2. Batch renormalisation before each layer of the critics and of the actor.
+2. Batch renormalisation before each layer of every network.
 3. Wider critics (1024 as in SBX, half of the paper's), fewer actor steps, Adam's beta1 0.5.
 
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905: the soft
 Q target is eq. 5-6, the reparameterised policy loss eq. 9, the temperature loss eq. 18, the density
-of the squashed Gaussian appendix C. Every tensor starts with S, the seeds that train side by side;
-read it as 1.
+of the squashed Gaussian appendix C.
+Every tensor starts with S, the seeds that train side by side; read it as 1.
 
 Departures from the paper, each with its reason
-1. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
-2. The first actions are uniform, so that the replay does not start with one policy's view.
+1. The first actions are uniform, so that the replay does not start with one policy's view.
+2. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
 
     python learn_simple.py agents/crossq.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
 """
@@ -39,11 +39,11 @@ class Config:
     batch_size: int = 256  # transitions a gradient step
     # Optimisation
     actor_lr: float = 1e-3  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and of the temperature
+    qf_lr: float = 1e-3  # Adam step size of all but the actor
     beta1: float = 0.5  # Adam's decay of the mean gradient
     renorm: bool = True  # batch renormalisation; off: plain batch normalisation
     renorm_warmup: int = 100_000  # a network's training steps before renormalisation begins
-    # Entropy
+    # Policy
     autotune: bool = True  # learn the temperature; off: keep it at alpha
     alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
     target_entropy: float = -1.0  # nats for each action dimension, in environment units
@@ -80,11 +80,9 @@ def plasticity(name, network, hidden):
 
 
 def squashed_log_probs(x, noise, log_std, log_scale):
-    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C.
-
-    From the pre-tanh x, so that it stays exact where tanh(x) rounds to 1.
-    """
+    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # from x itself: exact also where tanh(x) rounds to 1
     log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
     return (log_normal - log_slope).sum(-1)
 
@@ -131,7 +129,7 @@ class BatchNorm(nn.Module):
                 r = torch.where(warm, (scale / b_scale).clamp(1 / 3, 3), 1.0)
                 d = torch.where(warm, ((b_mean - mean) * scale).clamp(-5, 5), 0.0)
                 mean.lerp_(b_mean, 0.01)
-                var.lerp_(b_var * (x.shape[1] / (x.shape[1] - 1)), 0.01)  # unbiased, as torch's
+                var.lerp_(b_var * (x.shape[1] / max(1, x.shape[1] - 1)), 0.01)  # unbiased
                 self.warmup -= 1
             mean, scale, bias = b_mean, b_scale * r, bias + d * weight
         return torch.addcmul(bias - mean * scale * weight, x, scale * weight)
@@ -164,8 +162,7 @@ class Actor(nn.Module):
     def __init__(self, generators, spec, config):
         super().__init__()
         self.mlp = MLP(generators, config, spec.obs_dim, config.actor_width, 2 * spec.action_dim)
-        low, high = (torch.tensor(bound, device=generators[0].device)
-                     for bound in (spec.action_low, spec.action_high))
+        low, high = torch.tensor([spec.action_low, spec.action_high], device=generators[0].device)
         self.register_buffer("scale", (high - low) / 2, persistent=False)
         self.register_buffer("centre", (high + low) / 2, persistent=False)
 
@@ -192,9 +189,9 @@ class QFunctions(nn.Module):
 
 def frozen(module):
     """The same weights read without gradient: the actor's step needs none for the critics."""
-    twin, ours = copy.deepcopy(module).requires_grad_(False), module.state_dict()
+    twin = copy.deepcopy(module).requires_grad_(False)
     for name, theirs in twin.state_dict(keep_vars=True).items():
-        theirs.data = ours[name]
+        theirs.data = module.state_dict()[name]
     return twin
 
 
@@ -239,7 +236,7 @@ def validate(spec, config):
         raise ValueError("alpha must be above 0 with autotune, not 0.0")
     for name in ("action_low", "action_high"):
         if not all(map(math.isfinite, getattr(spec, name))):
-            raise ValueError(f"{name} must be finite to squash actions, not {getattr(spec, name)}")
+            raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")
 
 
 class Agent:
@@ -254,19 +251,16 @@ class Agent:
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
 
-        self.low, self.high = (torch.tensor(bound, device=self.device)
-                               for bound in (spec.action_low, spec.action_high))
+        self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
         self.qf = QFunctions(self.generators, spec, config)
         self.qf_frozen = frozen(self.qf)
-        start = math.log(config.alpha) if config.alpha else -math.inf
-        self.log_alpha = torch.full((len(seeds),), start, device=self.device, requires_grad=True)
+        self.log_alpha = torch.full([len(seeds)], config.alpha).log().to(device).requires_grad_()
         fused = {"fused": True, "betas": (config.beta1, 0.999),
                  "capturable": self.device.type == "cuda"}
         self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
         groups = [{"params": list(self.actor.parameters())}]
-        if config.autotune:
-            groups.append({"params": [self.log_alpha], "lr": config.qf_lr})
+        groups += [{"params": [self.log_alpha], "lr": config.qf_lr}] if config.autotune else []
         self.actor_optimizer = torch.optim.Adam(groups, lr=config.actor_lr, **fused)
 
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
@@ -277,7 +271,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs, explore=True):
-        """obs (S, N, O) -> actions (S, N, A) in environment units; the mode if not exploring."""
+        """obs (S, N, O) -> actions (S, N, A) in environment units; no noise if not exploring."""
         noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
         if explore:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
@@ -300,10 +294,11 @@ class Agent:
         for _ in range(due):
             batch = self.replay.sample(self.config.batch_size)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
-            self.metrics.update(self.critic_step(*batch, noise[:, 0]))
+            next_noise, noise = noise.unbind(1)
+            self.metrics.update(self.critic_step(*batch, next_noise))
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
-                self.metrics.update(self.actor_step(batch[0], noise[:, 1]))
+                self.metrics.update(self.actor_step(batch[0], noise))
         metrics = dict(self.metrics) if due > 0 else {}
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)

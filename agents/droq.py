@@ -6,12 +6,12 @@ Hiraoka et al. 2022, arXiv 2110.02034. Differences from sac.py:
 
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905: the soft
 Q target is eq. 5-6, the reparameterised policy loss eq. 9, the temperature loss eq. 18, the density
-of the squashed Gaussian appendix C. Every tensor starts with S, the seeds that train side by side;
-read it as 1.
+of the squashed Gaussian appendix C.
+Every tensor starts with S, the seeds that train side by side; read it as 1.
 
 Departures from the paper, each with its reason
-1. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
-2. The first actions are uniform, so that the replay does not start with one policy's view.
+1. The first actions are uniform, so that the replay does not start with one policy's view.
+2. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
 3. The critics and the temperature learn faster (1e-3) than the actor (3e-4), as in CleanRL.
 
     python learn_simple.py agents/droq.py --env Hopper-v5 --seeds 8 --steps 20_000 --log
@@ -39,9 +39,9 @@ class Config:
     batch_size: int = 256  # transitions a gradient step
     # Optimisation
     actor_lr: float = 3e-4  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and of the temperature
+    qf_lr: float = 1e-3  # Adam step size of all but the actor
     tau: float = 0.005  # share of the critics that enters their targets at each step
-    # Entropy
+    # Policy
     autotune: bool = True  # learn the temperature; off: keep it at alpha
     alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
     target_entropy: float = -1.0  # nats for each action dimension, in environment units
@@ -79,11 +79,9 @@ def plasticity(name, network, hidden):
 
 
 def squashed_log_probs(x, noise, log_std, log_scale):
-    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C.
-
-    From the pre-tanh x, so that it stays exact where tanh(x) rounds to 1.
-    """
+    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # from x itself: exact also where tanh(x) rounds to 1
     log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
     return (log_normal - log_slope).sum(-1)
 
@@ -145,8 +143,7 @@ class Actor(nn.Module):
     def __init__(self, generators, spec, config):
         super().__init__()
         self.mlp = MLP(generators, spec.obs_dim, config.actor_width, 2 * spec.action_dim)
-        low, high = (torch.tensor(bound, device=generators[0].device)
-                     for bound in (spec.action_low, spec.action_high))
+        low, high = torch.tensor([spec.action_low, spec.action_high], device=generators[0].device)
         self.register_buffer("scale", (high - low) / 2, persistent=False)
         self.register_buffer("centre", (high + low) / 2, persistent=False)
 
@@ -175,9 +172,9 @@ class QFunctions(nn.Module):
 
 def frozen(module):
     """The same weights read without gradient: the actor's step needs none for the critics."""
-    twin, ours = copy.deepcopy(module).requires_grad_(False), module.state_dict()
+    twin = copy.deepcopy(module).requires_grad_(False)
     for name, theirs in twin.state_dict(keep_vars=True).items():
-        theirs.data = ours[name]
+        theirs.data = module.state_dict()[name]
     return twin
 
 
@@ -223,7 +220,7 @@ def validate(spec, config):
         raise ValueError("alpha must be above 0 with autotune, not 0.0")
     for name in ("action_low", "action_high"):
         if not all(map(math.isfinite, getattr(spec, name))):
-            raise ValueError(f"{name} must be finite to squash actions, not {getattr(spec, name)}")
+            raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")
 
 
 class Agent:
@@ -238,20 +235,17 @@ class Agent:
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
 
-        self.low, self.high = (torch.tensor(bound, device=self.device)
-                               for bound in (spec.action_low, spec.action_high))
+        self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
         self.qf = QFunctions(self.generators, spec, config)
         self.qf_frozen = frozen(self.qf)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        start = math.log(config.alpha) if config.alpha else -math.inf
-        self.log_alpha = torch.full((len(seeds),), start, device=self.device, requires_grad=True)
+        self.log_alpha = torch.full([len(seeds)], config.alpha).log().to(device).requires_grad_()
         fused = {"fused": True,
                  "capturable": self.device.type == "cuda"}
         self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
         groups = [{"params": list(self.actor.parameters())}]
-        if config.autotune:
-            groups.append({"params": [self.log_alpha], "lr": config.qf_lr})
+        groups += [{"params": [self.log_alpha], "lr": config.qf_lr}] if config.autotune else []
         self.actor_optimizer = torch.optim.Adam(groups, lr=config.actor_lr, **fused)
 
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
@@ -262,7 +256,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs, explore=True):
-        """obs (S, N, O) -> actions (S, N, A) in environment units; the mode if not exploring."""
+        """obs (S, N, O) -> actions (S, N, A) in environment units; no noise if not exploring."""
         noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
         if explore:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
@@ -286,11 +280,12 @@ class Agent:
             self._draw_masks(self.qf, self.qf_target)
             batch = self.replay.sample(self.config.batch_size)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
-            self.metrics.update(self.critic_step(*batch, noise[:, 0]))
+            next_noise, noise = noise.unbind(1)
+            self.metrics.update(self.critic_step(*batch, next_noise))
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
                 self._draw_masks(self.qf_frozen)
-                self.metrics.update(self.actor_step(batch[0], noise[:, 1]))
+                self.metrics.update(self.actor_step(batch[0], noise))
         metrics = dict(self.metrics) if due > 0 else {}
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)
@@ -305,7 +300,7 @@ class Agent:
             n, p = layer.mask[0, 1:].numel(), max(self.config.dropout, 1e-9)
             gaps = torch.empty(int(n * p + 6 * (n * p)**0.5), device=self.device)
             for mask, generator in zip(layer.mask, self.generators, strict=True):
-                dropped = gaps.geometric_(p, generator=generator).cumsum(0).long()
+                dropped = gaps.geometric_(p, generator=generator).long().cumsum(0)
                 mask.fill_(1 / (1 - p))[dropped.where(dropped <= n, 0)] = 0  # 0: a bin
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):

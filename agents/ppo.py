@@ -72,6 +72,23 @@ def gae(rewards, values, next_values, terminations, truncations, gamma, gae_lamb
     return scan(deltas.flip(1), trace.flip(1), torch.zeros_like(deltas[:, 0])).flip(1)
 
 
+@torch.no_grad()
+def plasticity(name, network, hidden):
+    """How well a network can still learn: metrics (S,) from the activations of its hidden layers.
+
+    hidden: (S * copies, B, units) each. A dead unit has one output for the whole batch; a dormant
+    one is active no more than 0.025 times as much as its layer's mean: 2302.12902, definition 3.1.
+    """
+    weights = torch.cat([p.flatten(1) for p in network.parameters()], 1)
+    activity = [x.abs().mean(1) for x in hidden]
+    dead = [x.amax(1) == x.amin(1) for x in hidden]
+    dormant = [x <= 0.025 * x.mean(1, keepdim=True) for x in activity]
+    return {f"plasticity/{name}_weight_magnitude": weights.abs().mean(1)} | {
+        f"plasticity/{name}_{kind}": torch.cat(
+            [x.view(len(weights), -1) for x in units], 1).to(weights.dtype).mean(1)
+        for kind, units in (("dead_units", dead), ("dormant_ratio", dormant))}
+
+
 def gaussian_log_probs(actions, mean, log_std):
     """(S, B, A) -> (S, B)."""
     z = (actions - mean) * (-log_std).exp()
@@ -102,8 +119,13 @@ class Network(nn.Module):
         self.fc2 = Linear(generators, width, width)
         self.head = Linear(generators, width, out_dim, gain)
 
+    def hidden(self, x):
+        """-> the activations of each hidden layer, (S, B, width)."""
+        first = torch.tanh(self.fc1(x))
+        return first, torch.tanh(self.fc2(first))
+
     def forward(self, x):
-        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(x))))).type_as(x)  # not in bf16
+        return self.head(self.hidden(x)[-1]).type_as(x)  # not in bf16
 
 
 class Normaliser(nn.Module):
@@ -221,6 +243,9 @@ class Agent:
             if self.config.target_kl is not None:
                 stopped |= (metrics["policy/approx_kl"] > self.config.target_kl)[:, None, None]
                 kept = [(x, x.clone()) for x in self._learned()]
+        inputs = samples[..., : self.spec.obs_dim]
+        for name, network in (("actor", self.actor), ("critic", self.critic)):
+            metrics |= plasticity(name, network, network.hidden(inputs))
         self.obs_normaliser.update(obs)
         return metrics | {"value/explained_variance": explained}
 
