@@ -266,14 +266,13 @@ def validate(spec, config):
     """ValueError that names the field and the value."""
     for low, high, names in (
             (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
-            (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr alpha"),
+            (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
+            (1e-6 if config.autotune else 0, 1e9, "alpha"),
             (0, 1, "gamma beta1 weight_decay pessimism")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
-    if config.autotune and config.alpha == 0:
-        raise ValueError("alpha must be above 0 with autotune, not 0.0")
     for name in ("action_low", "action_high"):
         if not all(map(math.isfinite, getattr(spec, name))):
             raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")

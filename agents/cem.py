@@ -1,12 +1,11 @@
 """CEM: CrossQ without an actor: each action is searched for where the critics are highest.
 
-Differences from crossq.py: the cross-entropy method of QT-Opt (arXiv 1806.10293, section 4.2), with
-warm start and clipping of iCEM (2008.06389), in place of the actor; no entropy, no temperature.
+Differences from crossq.py: the cross-entropy method of QT-Opt (arXiv 1806.10293, section 4.2) with
+iCEM's warm start and clipping (2008.06389) is the actor; no entropy; critics 256 wide by default.
 
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
 2. Batch renormalisation before each layer of every network.
-3. Wider critics (1024 as in SBX, half of the paper's), Adam's beta1 0.5.
 
 Every tensor starts with S, the seeds that train side by side; read it as 1.
 
@@ -46,7 +45,7 @@ class Config:
     target_samples: int = 8
     noise: float = 0.1  # standard deviation of exploration, in half ranges of the actions
     # Networks
-    qf_width: int = 1_024  # units of each of a critic's two hidden layers
+    qf_width: int = 256  # units of each of a critic's two hidden layers
 
 
 def randn(generators, *shape):
