@@ -5,13 +5,14 @@
     python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   a finished one
 
 Each leaves its config, versions, picture and returns.csv (every evaluation of every seed), and
-learning.md is made anew from all of them.
+learning.md and bf16.md are made anew from all of them.
 """
 
 import argparse
 import csv
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,19 @@ sys.path.insert(0, str(ROOT))
 from lab import command, recorder, report, stats  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
+CHEETAH, HOPPER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
+    "HalfCheetah-v4", "Hopper-v4"))
+NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 # name -> arguments of learn_simple.py, and what others have published at the same number of steps
 EXPERIMENTS = {
-    "sac-halfcheetah": (
-        "agents/sac.py --env HalfCheetah-v4 --seeds 5 --steps 100_000", "6156 (SimbaV2's curves)"),
+    "sac-halfcheetah": (f"agents/sac.py {CHEETAH}", "6156 (SimbaV2's curves)"),
+    "sac-halfcheetah-bf16": (f"agents/sac.py {CHEETAH} --precision bf16", "6156"),
+    "sac-hopper": (f"agents/sac.py {HOPPER}", "1103"),
+    "sac-hopper-bf16": (f"agents/sac.py {HOPPER} --precision bf16", "1103"),
+    "crossq-halfcheetah": (NARROW.format(CHEETAH), "8112 (critics 1024 wide)"),
+    "crossq-halfcheetah-bf16": (NARROW.format(CHEETAH) + " --precision bf16", "8112 (1024 wide)"),
+    "crossq-hopper": (NARROW.format(HOPPER), "2764 (critics 1024 wide)"),
+    "crossq-hopper-bf16": (NARROW.format(HOPPER) + " --precision bf16", "2764 (1024 wide)"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (
@@ -36,6 +46,8 @@ EXPERIMENTS = {
         "--gae-lambda 0.98 --num-steps 4096 --num-minibatches 64 --ent-coef 0.01",
         "200 counts as solved"),
 }
+# the same seeds in fp32 and, name + "-bf16", in bf16
+PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 
 
 def train(name: str) -> Path:
@@ -50,8 +62,9 @@ def keep(name: str, run: Path) -> None:
     settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
                                   command.parse(EXPERIMENTS[name][0].split()))
     options = settings["options"]
-    if settings["config"] != config or (options["env"], options["seeds"], options["steps"]) != (
-            list(wanted.env), wanted.seeds, wanted.steps):
+    same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes")
+    wanted = json.loads(json.dumps({name: getattr(wanted, name) for name in same} | config))
+    if settings["config"] | {name: options.get(name) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,17 +79,46 @@ def keep(name: str, run: Path) -> None:
                          for seed, curve in curves.items() for step, value in curve)
 
 
+def read(name: str) -> dict[tuple[int, int], float]:
+    """(seed, step) -> evaluation return; {} if the experiment has no result yet."""
+    path = RESULTS / name / "returns.csv"
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        return {(int(row["seed"]), int(row["step"])): float(row["return_eval"])
+                for row in csv.DictReader(file)}
+
+
+def write_pairs() -> None:
+    """bf16 minus fp32, seed by seed: at the end, and as the mean over all evaluations."""
+    lines = ["| run | seeds | steps | fp32, end | bf16 - fp32, end | each seed "
+             "| bf16 - fp32, mean over the run |", "|---|---|---|---|---|---|---|"]
+    for name in PAIRS:
+        fp32, bf16 = read(name), read(name + "-bf16")
+        if not fp32 or not bf16:
+            continue
+        both = fp32.keys() & bf16.keys()
+        seeds, end = sorted({seed for seed, _ in both}), max(step for _, step in both)
+        ends = [bf16[seed, end] - fp32[seed, end] for seed in seeds]
+        means = [statistics.fmean(bf16[key] - fp32[key] for key in both if key[0] == seed)
+                 for seed in seeds]
+        cells = [f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+                 for mean, low, high in map(stats.t_interval, (ends, means))]
+        lines.append(f"| {name} | {len(seeds)} | {end} "
+                     f"| {statistics.fmean(fp32[seed, end] for seed in seeds):.0f} | {cells[0]} "
+                     f"| {' '.join(f'{x:.0f}' for x in ends)} | {cells[1]} |")
+    (RESULTS / "bf16.md").write_text("\n".join(lines) + "\n")
+
+
 def write_table() -> None:
     lines = ["| command (`python learn_simple.py ... --log`) | seeds | mean | 95% t interval | IQM "
              "| each seed | published |", "|---|---|---|---|---|---|---|"]
     for name, (arguments, published) in EXPERIMENTS.items():
-        path = RESULTS / name / "returns.csv"
-        if not path.exists():
+        returns = read(name)
+        if not returns:
             continue
-        with path.open() as file:
-            rows = list(csv.DictReader(file))
-        end = max(int(row["step"]) for row in rows)  # a seed that failed has no row there
-        final = {r["seed"]: float(r["return_eval"]) for r in rows if int(r["step"]) == end}
+        end = max(step for _, step in returns)  # a seed that failed has no row there
+        final = {seed: value for (seed, step), value in returns.items() if step == end}
         mean, low, high = stats.t_interval(list(final.values()))
         lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
@@ -96,4 +138,6 @@ if __name__ == "__main__":
     for name in options.names or EXPERIMENTS:
         keep(name, options.run or train(name))
     write_table()
-    print((RESULTS / "learning.md").read_text())
+    write_pairs()
+    for table in ("learning.md", "bf16.md"):
+        print((RESULTS / table).read_text())

@@ -8,8 +8,8 @@ a repeat. Hyperparameters are equal: SAC 256x256, batch 256, one update a step, 
 DroQ the same with 20 updates a step, dropout 0.01 and layer norm; CrossQ with critics 1024 wide, an
 actor step every third update, step sizes 1e-3; PPO as CleanRL has it, which are SB3's defaults (the
 lab's also normalises observations and rewards, the peers' runs do not). Steps/s of the lab are
-summed over its seeds. CEM has no peer: its figure is decisions/s, one decision being an action for
-each of its seeds, critics 256 wide, default search, in environments of 2 and of 6 action dimensions.
+summed over its seeds. CEM has no peer: its figure is decisions/s, a decision being one action for
+each of the seeds, with critics 256 wide and the default search, for 2 and for 6 action dimensions.
 """
 
 import argparse
