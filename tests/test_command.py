@@ -381,3 +381,22 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
     assert err == "FAILED Pendulum-v1 seed 1: loss/qf is not finite\n"
     row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
     assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)
+
+
+def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, capsys):
+    """Pendulum's rewards are negative: an agent that is trained on 0 alone is judged by them."""
+    argv = tiny(tmp_path, "agents/sac.py", "--log", "--clip-reward", "0", "1")
+    assert command.run(argv) == 0
+    assert "trained on rewards clipped to [0.0, 1.0]" in " ".join(capsys.readouterr().out.split())
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "config.json").read_text())["options"]["clip_reward"] == [0.0, 1.0]
+    rows = metrics(run)
+    assert all(row[tag] < -100 for row in rows for tag in ("return/train", "return/eval")
+               if tag in row)
+    again, _ = command.parse(["--config", str(run / "config.json")])
+    assert again.clip_reward == (0.0, 1.0)
+
+
+def test_bounds_of_the_reward_in_the_wrong_order_are_refused(capsys, tmp_path):
+    line = refused(capsys, tmp_path, tiny(tmp_path, "--clip-reward", "1", "-5"))
+    assert "--clip-reward needs LOW below HIGH, not 1.0 -5.0" in line

@@ -18,8 +18,8 @@ EPISODE, STEP, LENGTH, START = range(4)
 def make(request):
     made = []
 
-    def make(env_id, seeds, num_envs=1):
-        made.append(envs.make(env_id, seeds, num_envs, backend=request.param))
+    def make(env_id, seeds, num_envs=1, **settings):
+        made.append(envs.make(env_id, seeds, num_envs, backend=request.param, **settings))
         return made[-1]
 
     yield make
@@ -112,6 +112,17 @@ def test_episodes_carry_their_environment_seed_return_and_length(make):
                 episode = rewards.pop(i)
                 expected.append(Episode(i, i // 3, pytest.approx(sum(episode)), len(episode)))
         assert list(t.episodes) == expected
+
+
+def test_clipped_rewards_lie_within_bounds_and_returns_stay_raw(make):
+    """The reward of a Diary step is its action."""
+    raw, clipped = make(DIARY, [0, 1], 2), make(DIARY, [0, 1], 2, clip_reward=(-0.5, 0.25))
+    ended = 0
+    for ours, theirs in zip(play(clipped, 20)[2], play(raw, 20)[2], strict=True):
+        assert torch.equal(ours.rewards, theirs.rewards.clamp(-0.5, 0.25))
+        assert ours.episodes == theirs.episodes
+        ended += len(ours.episodes)
+    assert ended > 8 and theirs.rewards.abs().max() > 0.5
 
 
 def test_consecutive_episodes_start_differently(make):

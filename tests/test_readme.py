@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,14 @@ def test_every_command_can_be_read(argv, tmp_path):
 def test_every_path_that_is_named_exists():
     for path in re.findall(r"\b(?:agents|lab|bench|tests)/[\w/.-]*\w", README):
         assert Path(path).exists(), path
+
+
+@pytest.mark.skipif(shutil.which("diff") is None, reason="no diff")
+@pytest.mark.parametrize("fork, base, most", [
+    ("droq", "sac", 40), ("crossq", "sac", 90), ("bro", "crossq", 60), ("cem", "crossq", 120)])
+def test_a_fork_costs_what_the_readme_says(fork, base, most):
+    diff = subprocess.run(["diff", "-wB", f"agents/{base}.py", f"agents/{fork}.py"],
+                          capture_output=True, text=True).stdout
+    lines = sum(line[:1] in "<>" and bool(line[1:].strip()) for line in diff.splitlines())
+    assert 20 < lines <= most
+    assert re.search(rf"agents/{fork}.py` .* \| {base} \| {lines} \|", README)
