@@ -354,8 +354,8 @@ class Agent:
         self.actor.load_state_dict(Actor(self.generators, self.spec, self.config).state_dict())
         self.qf.load_state_dict(QFunctions(self.generators, self.spec, self.config).state_dict())
         self.log_alpha.data.fill_(math.log(self.config.alpha) if self.config.alpha else -math.inf)
-        states = [*self.actor_optimizer.state.values(), *self.qf_optimizer.state.values()]
-        torch._foreach_zero_([x for state in states for x in state.values()])  # as new
+        for state in (*self.actor_optimizer.state.values(), *self.qf_optimizer.state.values()):
+            torch._foreach_zero_(list(state.values()))
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
         with torch.no_grad():

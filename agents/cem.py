@@ -187,8 +187,8 @@ class Replay:
 def validate(spec, config):
     """ValueError that names the field and the value."""
     for low, high, names in (
-            (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations "
-                      "samples target_samples"),
+            (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations"),
+            (2, 1e9, "samples target_samples"),
             (0, 1e9, "learning_starts replay_ratio qf_lr noise"),
             (0, 1, "gamma beta1")):
         for name in names.split():
@@ -246,7 +246,7 @@ class Agent:
 
     def _search(self, obs, mean, draws):
         """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A) -> (S, B, A) in [-1, 1]."""
-        std, obs = torch.full_like(mean, 0.5), obs.repeat_interleave(draws.shape[3], dim=1)
+        std, obs = torch.ones_like(mean), obs.repeat_interleave(draws.shape[3], dim=1)
         for noise in draws.unbind(1):
             x = (mean[:, :, None] + std[:, :, None] * noise).clamp(-1, 1)
             values = self.qf(obs, self.centre + self.scale * x.flatten(1, 2)).amin(1)

@@ -82,5 +82,5 @@ class Accelerator:
 
     @property
     def updates(self) -> int:
-        """Gradient steps so far: the calls of the function that was called most."""
-        return max(self.calls, default=0)
+        """Gradient steps so far: the calls of the function that the agent wrapped first."""
+        return self.calls[0] if self.calls else 0
