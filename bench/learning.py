@@ -36,6 +36,9 @@ EXPERIMENTS = {
     "crossq-halfcheetah-bf16": (NARROW.format(CHEETAH) + " --precision bf16", "8112 (1024 wide)"),
     "crossq-hopper": (NARROW.format(HOPPER), "2764 (critics 1024 wide)"),
     "crossq-hopper-bf16": (NARROW.format(HOPPER) + " --precision bf16", "2764 (1024 wide)"),
+    "cem-pendulum": (
+        "agents/cem.py --env Pendulum-v1 --seeds 5 --steps 10_000 --qf-width 128",
+        "-157 (SAC at 20 000)"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (
