@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lab import accelerate
-from lab.accelerate import Accelerator
+from lab.accelerate import Accelerator, SignForMask
 from lab.envs import UserError
+from tests.conftest import needs_compiler
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def compilations(monkeypatch):
     """What torch.compile was called with, without compiling it."""
     compiled = []
 
-    def record(fn):
+    def record(fn, options):
         compiled.append(fn)
         return fn
 
@@ -128,3 +129,30 @@ def test_an_update_that_fails_leaves_the_precision_as_it_was():
     with pytest.raises(RuntimeError, match="broke"):
         Accelerator(precision="bf16")(fail)()
     assert not torch.is_autocast_enabled("cpu")
+
+
+@needs_compiler
+@pytest.mark.parametrize("below", [0.0, 3.0])
+def test_the_gradient_of_a_compiled_relu_needs_no_mask(below):
+    """And a choice of the user's own, which looks alike but for its constant, stays a choice."""
+    seen = []
+
+    class Spy(SignForMask):
+        def __call__(self, graph):
+            super().__call__(graph)
+            seen.append(sum(node.target == torch.ops.aten.sign.default for node in graph.nodes))
+
+        def uuid(self):
+            """Not from the cache."""
+
+    def loss(x, y):
+        hidden = x.relu()
+        return (hidden * y).sum() + torch.where(hidden <= 0, below, y).square().sum()
+
+    x = torch.tensor([-1.0, 0.0, 2.0, -0.0, 5.0], requires_grad=True)
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
+    compiled = torch.compile(loss, options={"joint_custom_post_pass": Spy()})
+    for ours, theirs in zip(torch.autograd.grad(compiled(x, y), (x, y)),
+                            torch.autograd.grad(loss(x, y), (x, y)), strict=True):
+        assert torch.equal(ours, theirs)
+    assert seen and seen[0] >= 1

@@ -187,8 +187,8 @@ def test_the_agent_learns_where_the_optimum_is_known(module):
 def test_compiled_and_eager_updates_agree(module):
     """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
     steps = make_steps((0, 1), 1, 200)
-    histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0,
-                                  policy_delay=1), steps) for compiled in (False, True)]
+    histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
+                       steps) for compiled in (False, True)]
     assert len(histories[0]) == len(histories[1]) > 10
     for eager, compiled in zip(*histories, strict=True):
         for name in eager:
