@@ -163,7 +163,8 @@ def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
 
 def markdown(result: dict) -> str:
     """The table of the README, from the result file alone."""
-    lines = ["| algorithm | side | seeds | mode | steps/s, median (min to max) | x SB3 | x SBX |",
+    lines = ["| algorithm | side | seeds | mode | steps/s (CEM: decisions/s), median (min to max) "
+             "| x SB3 | x SBX |",
              "|---|---|---|---|---|---|---|"]
     speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
     for case, values in speeds.items():
