@@ -2,9 +2,9 @@
 
 Nauman et al. 2024, arXiv 2405.16158. Differences from crossq.py, all of them parts of that paper:
 1. Residual critics, about 5M parameters in all; decoupled weight decay; two updates a transition.
-2. Pessimism between the mean of the critics, as in the paper, and the lower one; full resets.
-Not in: quantile critics, the optimistic actor, layer norm and target networks (CrossQ has batch
-norm in their place), its step sizes, batch of 128, actor step at each update, and target entropy.
+2. Pessimism between the mean of the critics, as in the paper, and the lower one; a full reset.
+Not in: quantile critics, the residual and the optimistic actor, layer norm and target networks
+(batch norm replaces them), its width of 512, step sizes, batch of 128, actor steps, target entropy.
 
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
@@ -43,7 +43,7 @@ class Config:
     replay_ratio: float = 2.0  # gradient steps a transition
     policy_delay: int = 3  # critic steps for each actor step
     batch_size: int = 256  # transitions a gradient step
-    reset_at: tuple[int, ...] = (15_001, 50_001)  # transitions at which the networks start anew
+    reset_at: tuple[int, ...] = (15_001,)  # transitions at which the networks start anew
     # Optimisation
     actor_lr: float = 1e-3  # Adam step size of the actor
     qf_lr: float = 1e-3  # Adam step size of all but the actor
@@ -171,29 +171,25 @@ class MLP(nn.Module):
 
 
 class BroNet(nn.Module):
-    """Figure 3, with batch norm after each ReLU: (S * copies, B, in) -> (S * copies, B, out)."""
+    """Figure 3 with batch norm for layer norm: (S * copies, B, in) -> (S * copies, B, out)."""
 
     def __init__(self, generators, config, fan_in, width, fan_out, copies):
         super().__init__()
-        sizes = [fan_in] + 5 * [width]
-        self.norms = nn.ModuleList(BatchNorm(generators, config, n, copies) for n in sizes)
-        self.layers = nn.ModuleList(Linear(generators, n, width, copies) for n in sizes[:-1])
-        self.head = Linear(generators, width, fan_out, copies)
+        n = [fan_in] + 5 * [width] + [fan_out]
+        self.norms = nn.ModuleList(BatchNorm(generators, config, m, copies) for m in n[:-1])
+        self.layers = nn.ModuleList(Linear(generators, *n[k : k + 2], copies) for k in range(6))
 
     def hidden(self, x, train=False):
-        """-> the activations of each hidden layer, and the last sum, (S * copies, B, width)."""
-        hidden = []
-
-        def layer(k, x):
-            hidden.append(self.layers[k](x).relu_())
-            return self.norms[k + 1](hidden[-1], train)
-
-        x = layer(0, self.norms[0](x, train))
-        x = x + layer(2, layer(1, x))
-        return *hidden, x + layer(4, layer(3, x))
+        """-> what each ReLU gives, and the last sum, (S * copies, B, width)."""
+        norms, layers = self.norms, self.layers
+        first = norms[1](layers[0](norms[0](x, train)), train).relu_()
+        second = norms[2](layers[1](first), train).relu_()
+        x = first + norms[3](layers[2](second), train)
+        third = norms[4](layers[3](x), train).relu_()
+        return first, second, third, x + norms[5](layers[4](third), train)
 
     def forward(self, x, train):
-        return self.head(self.hidden(x, train)[-1]).type_as(x)
+        return self.layers[5](self.hidden(x, train)[-1]).type_as(x)
 
 
 class Actor(nn.Module):
@@ -268,7 +264,7 @@ def validate(spec, config):
             (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
             (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
             (1e-6 if config.autotune else 0, 1e9, "alpha"),
-            (0, 1, "gamma beta1 weight_decay pessimism")):
+            (0, 1 - 1e-9, "beta1"), (0, 1, "gamma weight_decay pessimism")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:
@@ -347,7 +343,7 @@ class Agent:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)
             both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
             metrics |= plasticity("actor", self.actor, self.actor.mlp.hidden(obs))
-            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
+            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both)[:-1])
         return metrics
 
     def _reset(self):  # in place: compiled code holds on to the tensors

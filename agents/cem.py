@@ -190,7 +190,7 @@ def validate(spec, config):
             (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations"),
             (2, 1e9, "samples target_samples"),
             (0, 1e9, "learning_starts replay_ratio qf_lr noise"),
-            (0, 1, "gamma beta1")):
+            (0, 1 - 1e-9, "beta1"), (0, 1, "gamma")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:
@@ -237,11 +237,11 @@ class Agent:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
             return self.low + (self.high - self.low) * uniform
         c, (_, N, A) = self.config, noise.shape
-        warm = explore and self.num_envs == N
+        warm = explore and self.num_envs >= N
         generators = self.generators if explore else [torch.Generator(self.device).manual_seed(0)]
         draws = randn(generators, c.iterations, N, c.samples * A, A)
-        plans = self.search(obs, self.plans if warm else torch.zeros_like(noise), draws)
-        self.plans = plans if warm else self.plans
+        plans = self.search(obs, self.plans[:, :N] if warm else torch.zeros_like(noise), draws)
+        self.plans = torch.cat([self.plans[:, N:], plans], 1) if warm else self.plans
         return (self.centre + self.scale * (plans + c.noise * noise)).clamp(self.low, self.high)
 
     def _search(self, obs, mean, draws):
@@ -315,7 +315,7 @@ class Agent:
                              f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
         for name in self.PARTS:
             getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
-        self.plans = state["tensors"]["plans"].clone()
+        self.plans = state["tensors"]["plans"].to(self.device, copy=True)
         self.replay.rows.copy_(state["replay"]["rows"])
         self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))
         self.transitions, self.critic_steps = (
