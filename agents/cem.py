@@ -1,7 +1,7 @@
 """CEM: CrossQ without an actor: each action is searched for where the critics are highest.
 
-Differences from crossq.py: the cross-entropy method of QT-Opt (arXiv 1806.10293, section 4.2) with
-iCEM's warm start and clipping (2008.06389) is the actor; no entropy; critics 256 wide by default.
+Differences from crossq.py: no entropy; the actor is QT-Opt's search (arXiv 1806.10293, section 4.2)
+with iCEM's warm start and clipping (2008.06389), shorter for targets (1812.05905, eq. 5, alpha 0).
 
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).

@@ -36,6 +36,16 @@ EXPERIMENTS = {
     "crossq-halfcheetah-bf16": (NARROW.format(CHEETAH) + " --precision bf16", "8112 (wider)"),
     "crossq-hopper": (NARROW.format(HOPPER), "2764 (wider)"),
     "crossq-hopper-bf16": (NARROW.format(HOPPER) + " --precision bf16", "2764 (wider)"),
+    "bro-halfcheetah": (
+        f"agents/bro.py {CHEETAH} --qf-width 128 --compile --precision bf16",
+        "6516 (BRO-Fast, wider)"),
+    "crossq-hardcore": (
+        "agents/crossq.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 256 "
+        "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
+        "235 (TQC at 2 000 000)"),
+    "cem-lunarlander": (
+        "agents/cem.py --env LunarLanderContinuous-v3 --seeds 5 --steps 60_000 --qf-width 128 "
+        "--compile --precision bf16", "200 counts as solved"),
     "cem-pendulum": (
         "agents/cem.py --env Pendulum-v1 --seeds 5 --steps 10_000 --qf-width 128",
         "-157 (SAC at 20 000)"),
