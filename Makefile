@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: learn test test-all check bench clean
+.PHONY: learn test test-all check bench throughput clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test-all: check
 
 bench: $(VENV)/installed .bench-venv/installed
 	$(BIN)/python bench/speed.py --peers .bench-venv/bin/python
+
+throughput: $(VENV)/installed .bench-venv/installed
+	$(BIN)/python -m pip install -q envpool==1.2.5 -c constraints.txt
+	$(BIN)/python bench/throughput.py --peers .bench-venv/bin/python
 
 clean:
 	rm -rf $(VENV) .bench-venv

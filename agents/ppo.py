@@ -27,8 +27,9 @@ class Config:
     gamma: float = 0.99  # discount a step
     gae_lambda: float = 0.95  # weight of long advantages against short ones
     # Rollout and schedule
-    num_steps: int = 2048  # steps of each environment in a rollout
+    num_steps: int | None = None  # of each environment in a rollout; none: 2048 over all, 16 each
     num_minibatches: int = 32  # gradient steps in an epoch
+    micro_batches: int = 1  # parts in which a minibatch is read, where memory is short
     update_epochs: int = 10  # passes over a rollout
     # Optimisation
     lr: float = 3e-4  # Adam step size
@@ -152,20 +153,26 @@ class Normaliser(nn.Module):
 
 
 def validate(config, num_envs):
-    """ValueError that names the field and the value."""
+    """-> steps of each environment in a rollout. ValueError that names the field and the value."""
     for low, high, names in (
-            (1, 1e9, "num_steps num_minibatches update_epochs width"), (0, 1, "gamma gae_lambda"),
+            (1, 1e9, "num_steps num_minibatches micro_batches update_epochs width"),
+            (0, 1, "gamma gae_lambda"),
             (0, 1e9, "lr clip_coef vf_coef ent_coef max_grad_norm rpo_alpha")):
         for name in names.split():
             value = getattr(config, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
-    if config.norm_adv and config.num_minibatches >= config.num_steps * num_envs:
+    steps, parts = config.num_steps, config.num_minibatches
+    if steps is None:  # whole minibatches of it
+        unit = parts // math.gcd(parts, num_envs)
+        steps = unit * math.ceil(max(16, 2048 / num_envs) / unit)
+    if config.norm_adv and parts >= steps * num_envs:
         raise ValueError(f"num_minibatches must leave norm_adv two rows in each of them, "
-                         f"{config.num_minibatches} does not")
-    if config.num_steps * num_envs % config.num_minibatches:
+                         f"{parts} does not")
+    if steps * num_envs % parts:
         raise ValueError(f"num_minibatches must divide num_steps x num_envs = "
-                         f"{config.num_steps} x {num_envs}, {config.num_minibatches} does not")
+                         f"{steps} x {num_envs}, {parts} does not")
+    return steps
 
 
 class Agent:
@@ -173,11 +180,11 @@ class Agent:
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):
-        validate(config, num_envs)
+        T = validate(config, num_envs)
         self.spec, self.config, self.num_envs = spec, config, num_envs
         self.total_steps, self.device = total_steps, torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
-        S, O, A, T = len(seeds), spec.obs_dim, spec.action_dim, config.num_steps
+        S, O, A = len(seeds), spec.obs_dim, spec.action_dim
 
         self.actor = Network(self.generators, O, config.width, A, gain=0.01)
         self.critic = Network(self.generators, O, config.width, 1, gain=1.0)
@@ -194,8 +201,9 @@ class Agent:
                                for bound in (spec.action_low, spec.action_high))
         self.rollout = torch.zeros(S, T, num_envs, O + A + 1 + O + 3, device=self.device)
         self.filled = self.transitions = 0  # rows of the rollout; transitions of one seed
-        # unclipped actions and log-probs, between act and observe: an update may come between
-        self.acted = None
+        # unclipped actions and log-probs, between act and observe: an update may come between,
+        # and so may acts for other environments
+        self.acted = torch.zeros(S, 0, A + 1, device=self.device)
         self.minibatch_step = accelerate(self._update_minibatch)
 
     def normalise(self, obs):
@@ -210,22 +218,23 @@ class Agent:
             noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
             mean, actions = actions, actions + self.log_std.exp() * noise
             log_probs = gaussian_log_probs(actions, mean, self.log_std)
-            self.acted = torch.cat([actions, log_probs[..., None]], -1)
+            acted = torch.cat([actions, log_probs[..., None]], -1)
+            self.acted = torch.cat([self.acted, acted], 1)[:, -self.num_envs :]
         return actions.clamp(self.low, self.high)
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
         """One step, each (S, N, ...). The stored actions are the unclipped ones of act."""
-        if self.acted is None or self.acted.shape[1] != self.num_envs:
+        if self.acted.shape[1] != self.num_envs:
             raise ValueError("observe needs an act(explore=True) on its environments before it")
         flags = torch.stack([rewards, terminations, truncations], -1)
         self.rollout[:, self.filled] = torch.cat([obs, self.acted, next_obs, flags], -1)
-        self.acted = None
+        self.acted = self.acted[:, :0]
         self.filled += 1
         self.transitions += self.num_envs
 
     def update(self):
         """Learn from a full rollout, a step after it is full -> metrics, each (S,); else {}."""
-        if self.filled < self.config.num_steps:
+        if self.filled < self.rollout.shape[1]:
             return {}
         self.filled = 0
         if self.config.anneal_lr:
@@ -243,7 +252,7 @@ class Agent:
             if self.config.target_kl is not None:
                 stopped |= (metrics["policy/approx_kl"] > self.config.target_kl)[:, None, None]
                 kept = [(x, x.clone()) for x in self._learned()]
-        inputs = samples[..., : self.spec.obs_dim]
+        inputs = samples[:, : len(samples[0]) // self.config.num_minibatches, : self.spec.obs_dim]
         for name, network in (("actor", self.actor), ("critic", self.critic)):
             metrics |= plasticity(name, network, network.hidden(inputs))
         self.obs_normaliser.update(obs)
@@ -291,13 +300,30 @@ class Agent:
         return metrics
 
     def _update_minibatch(self, samples, shifts):
+        if self.config.norm_adv:
+            *others, mb_advantages, mb_returns, mb_values = samples.split(
+                [samples.shape[2] - 3, 1, 1, 1], -1)
+            mb_advantages = mb_advantages - mb_advantages.mean(1, keepdim=True)
+            mb_advantages = mb_advantages / (mb_advantages.std(1, keepdim=True) + 1e-8)
+            samples = torch.cat([*others, mb_advantages, mb_returns, mb_values], -1)
+        metrics = {}
+        parts = self.config.micro_batches
+        for micro, shift in zip(samples.chunk(parts, 1), shifts.chunk(parts, 1), strict=True):
+            loss, latest = self._losses(micro, shift)
+            share = micro.shape[1] / samples.shape[1]
+            # the sum over seeds gives each seed exactly its own gradient
+            (share * loss).sum().backward()
+            metrics = {k: metrics.get(k, 0) + share * v.detach() for k, v in latest.items()}
+        self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # last: compilation needs one graph up to here
+        return metrics
+
+    def _losses(self, samples, shifts):
+        """-> the loss (S,) and its parts, each the mean over the rows of samples (S, B, ...)."""
         c, O, A = self.config, self.spec.obs_dim, self.spec.action_dim
         mb_inputs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1], -1)
         mb_log_probs, mb_advantages, mb_returns, mb_values = (x.squeeze(-1) for x in scalars)
-        if c.norm_adv:
-            mb_advantages = mb_advantages - mb_advantages.mean(1, keepdim=True)
-            mb_advantages = mb_advantages / (mb_advantages.std(1, keepdim=True) + 1e-8)
-
         log_probs = gaussian_log_probs(mb_actions, self.actor(mb_inputs) + shifts, self.log_std)
         assert log_probs.shape == mb_log_probs.shape, (log_probs.shape, mb_log_probs.shape)
         log_ratio = log_probs - mb_log_probs
@@ -315,14 +341,9 @@ class Agent:
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2))
 
         loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy  # (S,)
-        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
-        self._clip_gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # last: compilation needs one graph up to here
         approx_kl = (ratio - 1 - log_ratio).mean(1)  # Schulman's k3, never negative
-        return {name: x.detach() for name, x in {
-            "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy,
-            "policy/approx_kl": approx_kl}.items()}
+        return loss, {"loss/policy": policy_loss, "loss/value": value_loss,
+                      "policy/entropy": entropy, "policy/approx_kl": approx_kl}
 
     def _clip_gradients(self):
         """Scale each seed's gradient down to max_grad_norm, by itself."""

@@ -38,7 +38,7 @@ class Config:
     qf_lr: float = 1e-3  # Adam step size of all but the actor
     tau: float = 0.005  # share of the critics that enters their targets at each step
     # Policy
-    autotune: bool = True  # learn the temperature; off: keep it at alpha
+    tune_alpha: bool = True  # learn the temperature; off: keep it at alpha
     alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
     target_entropy: float = -1.0  # nats for each action dimension, in environment units
     # Networks
@@ -188,7 +188,7 @@ def validate(spec, config):
     for low, high, names in (
             (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
             (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
-            (1e-6 if config.autotune else 0, 1e9, "alpha"),
+            (1e-6 if config.tune_alpha else 0, 1e9, "alpha"),
             (0, 1, "gamma tau")):
         for name in names.split():
             value = getattr(config, name)
@@ -221,7 +221,7 @@ class Agent:
                  "capturable": self.device.type == "cuda"}
         self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
         groups = [{"params": list(self.actor.parameters())}]
-        groups += [{"params": [self.log_alpha], "lr": config.qf_lr}] if config.autotune else []
+        groups += [{"params": [self.log_alpha], "lr": config.qf_lr}] if config.tune_alpha else []
         self.actor_optimizer = torch.optim.Adam(groups, lr=config.actor_lr, **fused)
 
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
@@ -293,7 +293,7 @@ class Agent:
         actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)
         entropy = -log_probs.detach().mean(1)  # (S,)
         surplus = entropy - self.config.target_entropy * self.spec.action_dim
-        (actor_loss + alpha * surplus if self.config.autotune else actor_loss).sum().backward()
+        (actor_loss + alpha * surplus if self.config.tune_alpha else actor_loss).sum().backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad()
         return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,

@@ -94,7 +94,7 @@ def measure_decisions(actions: int, seeds: int, mode: str) -> float:
 
     from agents import cem
     from lab.accelerate import Accelerator
-    from lab.envs import EnvSpec
+    from lab.gym_envs import EnvSpec
 
     precision, compiled = mode.split("-")
     spec = EnvSpec("bench", 17, actions, (-1.0,) * actions, (1.0,) * actions, None)

@@ -8,7 +8,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -17,8 +17,8 @@ import typeguard
 import tyro
 from rich.console import Console
 
-from lab import accelerate, agent_file, envs, recorder, report, sweep
-from lab.envs import UserError
+from lab import accelerate, agent_file, autotune, envs, recorder, report, sweep
+from lab.gym_envs import UserError
 from lab.progress import SweepProgress
 from lab.rollout import Job
 
@@ -40,7 +40,6 @@ class Options:
     log_every: int | None = None  # steps between logged rows; none: a hundred a run
     checkpoint_every: int | None = None  # steps between checkpoints; none: ten, 0: the last
     # How to run
-    processes: int | None = None  # parallel processes; none: one for each physical core
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
     cuda: bool = False  # train on the GPU
@@ -48,12 +47,40 @@ class Options:
     resume: Path | None = None  # continue this run folder from its last checkpoints
 
 
-def run(argv: Sequence[str]) -> int:
-    """Parse, train, report -> exit code: 0, 1 if a job failed, 2 for bad input, 128 + signal."""
+@dataclass(frozen=True)
+class Simple(Options):
+    """Of learn_simple.py."""
+
+    processes: int | None = None  # parallel processes; none: one for each physical core
+
+
+@dataclass(frozen=True)
+class Vectorised(Options):
+    """Of learn_vectorised.py."""
+
+    agent: tyro.conf.Positional[str] = "agents/ppo.py"  # the agent's file
+    env: tuple[str, ...] = ("torch/ContinuousCartPole-v1",)  # gymnasium ids, or torch/ ones
+    steps: int = 100_000  # environment steps of one seed, over all its environments
+    # The environments of one seed
+    num_envs: int | None = None  # of one seed; none: 32, or what --autotune finds fastest
+    backend: Literal["sync", "workers", "envpool", "torch"] | None = None  # none: torch or sync
+    workers: int | None = None  # processes, or envpool's threads; none: one for each physical core
+    groups: int | None = None  # of environments: one steps while the next is acted on; none: 1
+    autotune: bool = False  # measure these four that are not given, use and remember the fastest
+
+
+NUM_ENVS = 32  # of a seed, unless said
+SCRIPTS: dict[type[Options], str] = {Simple: "learn_simple.py", Vectorised: "learn_vectorised.py"}
+
+
+def run(argv: Sequence[str], kind: type[Options] = Simple,
+        do: Callable[[Any, dict[str, Any]], int] | None = None) -> int:
+    """Parse and do, which is to train and report -> exit code: 0, 1 if a job failed, 2 for bad
+    input, 128 + signal."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        options, config = parse(argv)
-        return train(options, config)
+        options, config = parse(argv, kind)
+        return (do or train)(options, config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +100,7 @@ def _terminated(number: int, frame: Any) -> None:
     raise Terminated
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
     words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
     resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
@@ -85,23 +112,28 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
                   and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
-    path = kept.get("agent", Options.agent) if place is None else argv[place]
+    path = kept.get("agent", kind.agent) if place is None else argv[place]
     module = agent_file.load(path)
-    names = {field.name for field in dataclasses.fields(Options)}
+    names = {field.name for field in dataclasses.fields(kind)}
+    begun_by = Vectorised if "num_envs" in kept else Simple
+    if resume and kind is not begun_by:
+        raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
+    others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
+    kept = {key: value for key, value in kept.items() if key not in others}
     for field in dataclasses.fields(module.Config):
         if field.name in names:
             raise UserError(f"{path}: Config's {field.name!r} is already a flag of the script's; "
                             "give it another name")
     try:
         kept["agent"] = path
-        kept["runs"] = Path(kept.get("runs", Options.runs))
-        defaults = Options(**kept), module.Config(**before["config"])
+        kept["runs"] = Path(kept.get("runs", kind.runs))
+        defaults = kind(**kept), module.Config(**before["config"])
         for default in defaults:
-            for name, kind in get_type_hints(type(default)).items():
-                _check_type(name, getattr(default, name), kind)
+            for name, hint in get_type_hints(type(default)).items():
+                _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    both = dataclasses.make_dataclass("Both", [("options", Options, defaults[0]),
+    both = dataclasses.make_dataclass("Both", [("options", kind, defaults[0]),
                                                ("config", module.Config, defaults[1])], frozen=True)
     if place is not None:  # the file first: after `--env A B` it would be a third environment
         argv = [path, *argv[:place], *argv[place + 1:]]
@@ -149,11 +181,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no run's config.json: {reason}") from error
 
 
-def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
-              ) -> list[Job]:
-    """UserError on nonsense; nothing is written before every job has been checked."""
-    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes"):
-        value = getattr(options, name)
+def check(options: Options) -> None:
+    """UserError on nonsense that needs no environment to see."""
+    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
+                 "num_envs", "workers", "groups"):
+        value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
@@ -164,8 +196,20 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")
+
+
+def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
+              ) -> list[Job]:
+    """UserError on nonsense; nothing is written before every job has been checked."""
+    check(options)
     device = "cuda" if options.cuda else "cpu"
     accelerate.check_device(device)
+    layout: dict[str, Any] = {}
+    if isinstance(options, Vectorised):
+        layout = {"num_envs": options.num_envs, "backend": options.backend,
+                  "workers": options.workers, "groups": options.groups or 1}
+        for env_id in options.env:
+            envs.choose_backend(env_id, options.backend, layout["groups"])
 
     def every(steps: int | None, parts: int) -> int:
         return max(1, options.steps // parts) if steps is None else steps
@@ -176,23 +220,30 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=every(options.checkpoint_every, 10), eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
-        clip_reward=options.clip_reward,
+        clip_reward=options.clip_reward, **layout,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 
 
 def train(options: Options, config: dict[str, Any]) -> int:
-    processes = options.processes or accelerate.physical_cores()
+    processes = 1
+    if isinstance(options, Simple):
+        processes = options.processes or accelerate.physical_cores()
+        saved: Options = dataclasses.replace(options, processes=processes)
+    elif isinstance(options, Vectorised):
+        saved = options = _settle(options, config)
     jobs = make_jobs(options, config, processes, options.resume)
     for job in {job.env_id: job for job in jobs}.values():
-        spec = envs.make(job.env_id, [0], backend=job.backend, device=job.device).spec
+        backend = "sync" if job.backend == "workers" else job.backend
+        with contextlib.closing(envs.make(job.env_id, [0], 1, backend, job.device)) as one:
+            spec = one.spec
         agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
 
     folder = options.resume
     if folder:
         _check_source(folder, Path(options.agent))
     elif options.log:
-        folder = _create_folder(dataclasses.replace(options, processes=processes), config, jobs[0])
+        folder = _create_folder(saved, config, jobs[0])
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
     if folder:
         print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
@@ -208,6 +259,29 @@ def train(options: Options, config: dict[str, Any]) -> int:
         outcome.lose(jobs[place], jobs[place].seeds, reason)
     outcome.show(folder)
     return 1 if outcome.lost else 0
+
+
+def measure(options: Vectorised, config: dict[str, Any]) -> int:
+    """What --autotune measures, alone."""
+    options = _settle(dataclasses.replace(options, autotune=True), config, autotune.measure_all)
+    flags = {f"--{name.replace('_', '-')}": getattr(options, name)
+             for name in autotune.Candidate._fields}
+    print("fastest:", *(f"{flag} {value}" for flag, value in flags.items() if value))
+    return 0
+
+
+def _settle(options: Vectorised, config: dict[str, Any],
+            choose: Callable[..., autotune.Candidate] = autotune.fastest) -> Vectorised:
+    """The options with what was left open: ids of --backend torch, and the fastest layout."""
+    check(options)
+    ids = tuple(env_id if options.backend != "torch" or envs.TORCH in env_id
+                else envs.TORCH + env_id for env_id in options.env)
+    options = dataclasses.replace(options, env=ids)
+    if not options.autotune:
+        return dataclasses.replace(options, num_envs=options.num_envs or NUM_ENVS)
+    if len(ids) != 1:
+        raise UserError(f"--autotune is for one environment, not {' '.join(ids) or 'none'}")
+    return dataclasses.replace(options, autotune=False, **choose(options, config)._asdict())
 
 
 class Outcome:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import stats
-from lab.envs import UserError
+from lab.gym_envs import UserError
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy", "tensorboard", "scipy")
 RETURNS = ("return/train", "return/eval")

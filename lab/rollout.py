@@ -1,9 +1,9 @@
 """The training loop and the evaluation loop."""
 
+import contextlib
 import math
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 
 from lab import agent_file, checkpoint, envs
 from lab.accelerate import Accelerator
-from lab.envs import UserError
+from lab.gym_envs import UserError
 from lab.recorder import SeedRecorder, group_folder
+from lab.workers import WorkerError
 
 Emit = Callable[[dict[str, Any]], None]
 ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
@@ -34,7 +35,9 @@ class Job:
     checkpoint_every: int  # 0: only at the end
     eval_episodes: int = 5  # of one seed, at each evaluation
     num_envs: int = 1
-    backend: str = "sync"
+    backend: str | None = None  # none: torch for a torch/ id, else sync
+    workers: int | None = None  # processes or threads of the backend; none: physical cores
+    groups: int = 1  # of environments, that step in turn
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
@@ -56,48 +59,48 @@ class Job:
 def train(job: Job, emit: Emit) -> None:
     """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
     accelerate = Accelerator(job.compile, job.precision, job.device)
-    training = envs.make(job.env_id, job.seeds, job.num_envs, job.backend, job.device,
-                         job.clip_reward)
-    agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
-                             job.steps, job.device, accelerate)
-    log = Log(job, accelerate, emit)
-    step = log.resume(agent)
-    emit({"step": step})
-    obs = training.reset(envs.TRAINING, step)
-    with Interrupts() as interrupts:
-        while step < job.steps:
-            actions = agent.act(obs)
-            training.send(actions)
-            metrics = agent.update()  # on a GPU it runs while the environments step
-            t = training.receive()
-            agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
-            obs = t.obs
-            step += job.num_envs
-            log.step(step, metrics, t.episodes, agent)
-            if interrupts.received:
-                log.save(step, agent)
-                break
-    log.close()
-    training.close()
+    training = envs.make(
+        job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
+        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
+    with contextlib.closing(training), Interrupts() as interrupts:
+        agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
+                                 job.steps, job.device, accelerate)
+        log = Log(job, accelerate, training, emit)
+        step = log.resume(agent)
+        emit({"step": step})
+        obs = training.reset(envs.TRAINING, step)
+        try:
+            while step < job.steps:
+                actions = training.send_groups(agent.act, obs)
+                metrics = agent.update()  # on a GPU it runs while the environments step
+                t = training.receive()
+                agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+                obs = t.obs
+                step += job.num_envs
+                log.step(step, metrics, agent)
+                if interrupts.received:
+                    log.save(step, agent)
+                    break
+        except WorkerError:
+            log.save(step, agent)
+            raise
+        log.close()
 
 
-def evaluate(agent: Any, evaluation: envs.SyncEnvs, *stream: int) -> list[float]:
+def evaluate(agent: Any, evaluation: envs.VectorEnvs, *stream: int) -> list[float]:
     """Mean return of each seed over one deterministic episode in each of its environments.
     UserError if an episode does not end."""
     obs = evaluation.reset(envs.EVALUATION, *stream)
-    seeds, num_envs = evaluation.shape
-    returns: list[list[float]] = [[] for _ in range(seeds)]
-    finished: set[int] = set()
+    returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
+    running = torch.ones_like(returns, dtype=torch.bool)
     limit = evaluation.spec.max_episode_steps or ENDLESS
     for _ in range(limit):
         t = evaluation.step(agent.act(obs, explore=False))
         obs = t.obs
-        for episode in t.episodes:
-            if episode.env not in finished:  # its first; the others are still running theirs
-                finished.add(episode.env)
-                returns[episode.seed].append(episode.episode_return)
-        if len(finished) == seeds * num_envs:
-            return [sum(r) / len(r) for r in returns]
+        returns += torch.where(running, t.rewards, 0)
+        running &= (t.terminations + t.truncations) == 0
+        if not running.any():  # the host waits for the device
+            return returns.mean(1).tolist()
     raise UserError(f"{evaluation.spec.id}: an evaluation episode does not end in {limit} steps; "
                     "register the environment with max_episode_steps")
 
@@ -110,17 +113,18 @@ def due(step: int, every: int, num_envs: int) -> bool:
 class Log:
     """When to log, evaluate and checkpoint, so that the loop above stays the algorithm's."""
 
-    def __init__(self, job: Job, accelerate: Accelerator, emit: Emit):
-        self.job, self.accelerate, self.emit = job, accelerate, emit
-        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, job.backend,
-                                    job.device)
+    def __init__(self, job: Job, accelerate: Accelerator, training: envs.VectorEnvs, emit: Emit):
+        self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
+        # workers are worth their start only where there are many steps
+        backend = "sync" if job.backend == "workers" else job.backend
+        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, backend, job.device)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
-        self.episodes: defaultdict[int, list[envs.Episode]] = defaultdict(list)
         self.failed: set[int] = set()
         self.last_eval: list[float] = []
         self.clock = self.beat = time.perf_counter()
         self.logged_step = self.logged_updates = 0
+        self.speed: dict[str, float] = {}
 
     def resume(self, agent: Any) -> int:
         """Load the last checkpoint -> its step, or 0."""
@@ -139,13 +143,10 @@ class Log:
         self.logged_step = step
         return step
 
-    def step(self, step: int, metrics: dict[str, torch.Tensor], episodes: list[envs.Episode],
-             agent: Any) -> None:
+    def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """After every step of the environments."""
         job, end = self.job, step >= self.job.steps
         self.metrics.update(metrics)
-        for episode in episodes:
-            self.episodes[episode.seed].append(episode)
         evaluating = end or due(step, job.eval_every, job.num_envs)
         if evaluating or due(step, job.log_every, job.num_envs):
             self.write_rows(step, agent, evaluating)
@@ -157,24 +158,27 @@ class Log:
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
         """One row for each seed: the last losses, the episodes since the last row, the speed."""
-        seconds = time.perf_counter() - self.clock
-        steps = (step - self.logged_step) * len(self.job.seeds)
-        updates = (self.accelerate.updates - self.logged_updates) * len(self.job.seeds)
-        speed = {"perf/steps_per_s": steps / seconds, "perf/updates_per_s": updates / seconds}
+        now = time.perf_counter()
+        updates = self.accelerate.updates - self.logged_updates
+        if updates or not self.speed:  # a rollout without its update would seem too fast
+            per_second = len(self.job.seeds) / (now - self.clock)
+            self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
+                          "perf/updates_per_s": updates * per_second}
+            self.clock, self.logged_step = now, step
+            self.logged_updates = self.accelerate.updates
         if evaluating:
             self.last_eval = evaluate(agent, self.evaluation, step)
         columns = {}
-        if self.metrics:  # the one place where the host waits for the device
+        if self.metrics:  # here and in finished() the host waits for the device
             values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
             columns = dict(zip(self.metrics, values, strict=True))
             self.metrics = {}  # or the rows until the next update would repeat them
-        rows = {}
+        rows, finished = {}, self.training.finished()
         for place, seed in enumerate(self.job.seeds):
             row = {tag: values[place] for tag, values in columns.items()}
-            finished = self.episodes.pop(place, [])
-            if finished:
-                row["return/train"] = sum(e.episode_return for e in finished) / len(finished)
-                row["length/train"] = sum(e.length for e in finished) / len(finished)
+            if finished[place].episodes:
+                row["return/train"] = finished[place].episode_return
+                row["length/train"] = finished[place].length
             if evaluating:
                 row["return/eval"] = self.last_eval[place]
             broken = [tag for tag, value in row.items() if not math.isfinite(value)]
@@ -185,10 +189,10 @@ class Log:
             if place not in self.failed:
                 rows[seed] = row
                 if self.recorders:
-                    self.recorders[place].write({"step": step} | row | speed)
-        self.emit({"step": step, "rows": rows, **speed})
-        self.clock = self.beat = time.perf_counter()
-        self.logged_step, self.logged_updates = step, self.accelerate.updates
+                    self.recorders[place].write({"step": step} | row | self.speed)
+        self.emit({"step": step, "rows": rows, **self.speed})
+        self.beat = time.perf_counter()
+        self.clock += self.beat - now  # evaluation is not training
 
     def save(self, step: int, agent: Any) -> None:
         if self.job.checkpoints is not None:

@@ -1,18 +1,16 @@
 """Jobs in parallel local processes, one process a job, and what becomes of each."""
 
-import ctypes
 import itertools
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from lab.envs import UserError
+from lab.gym_envs import UserError, die_with
 from lab.rollout import Job, train
 
 Report = Callable[[int, dict[str, Any]], None]  # the job's place, and a message of its process
@@ -97,7 +95,7 @@ class _Processes:
 
 
 def _child(job: Job, pipe: connection.Connection, parent: int) -> None:
-    _die_with(parent)
+    die_with(parent)
     try:
         failure = _attempt(job, pipe.send)
     except (KeyboardInterrupt, BrokenPipeError):
@@ -119,12 +117,3 @@ def _attempt(job: Job, emit: Callable[[dict[str, Any]], None]) -> str | None:
         traceback.print_exc()
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None
-
-
-def _die_with(parent: int) -> None:
-    """On Linux, a process whose parent is killed is asked to end as well: no orphans."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            sys.exit(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lab import agent_file
-from lab.envs import EnvSpec
+from lab.gym_envs import EnvSpec
 
 torch.set_num_threads(1)
 AGENTS = sorted(Path("agents").glob("*.py"))

@@ -1,5 +1,12 @@
 """Environments for the tests: one with a known optimum, on which every agent must learn; one that
-says in its observation where it is; and some that the lab refuses."""
+says in its observation where it is; some that break; and some that the lab refuses. No torch: a
+worker that imports this stays small."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -61,6 +68,31 @@ class Diary(gymnasium.Env):
         return np.array([self.episode, self.steps, self.length, self.start], np.float32)
 
 
+# Actions of a Faulty step
+KILLED, RAISES, EXITS, SLEEPS = -1.0, -2.0, -3.0, -4.0
+
+
+class Faulty(Diary):
+    """Some actions break the process that steps it: for workers only."""
+
+    def step(self, action):
+        if action[0] == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action[0] == RAISES:
+            raise ZeroDivisionError("the motor\n  burns")
+        elif action[0] == EXITS:
+            sys.exit(3)
+        elif action[0] == SLEEPS:
+            time.sleep(600)
+        return super().step(action)
+
+
+class OnlyInTheMainProcess(Diary):
+    def __init__(self):
+        if multiprocessing.parent_process() is not None:
+            raise RuntimeError("no licence\n  here")
+
+
 class DictObservations(Diary):
     observation_space = gymnasium.spaces.Dict({"position": Diary.observation_space})
 
@@ -76,6 +108,7 @@ class Unbounded(Diary):
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for kind in (Target, Diary, DictObservations, WideDictObservations, Unbounded):
+for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
+             Unbounded):
     if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

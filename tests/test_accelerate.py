@@ -1,15 +1,17 @@
 """How an update step runs: compiler or none, its count, threads, device, precision."""
 
+import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lab import accelerate
-from lab.accelerate import Accelerator, SignForMask
-from lab.envs import UserError
-from tests.conftest import needs_compiler
+from lab.accelerate import Accelerator, CudaGraph, SignForMask
+from lab.gym_envs import UserError
+from tests.conftest import needs_compiler, needs_cuda
 
 
 @pytest.fixture
@@ -131,28 +133,204 @@ def test_an_update_that_fails_leaves_the_precision_as_it_was():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@needs_compiler
-@pytest.mark.parametrize("below", [0.0, 3.0])
-def test_the_gradient_of_a_compiled_relu_needs_no_mask(below):
-    """And a choice of the user's own, which looks alike but for its constant, stays a choice."""
-    seen = []
+# Gradients of compiled ReLUs
+
+
+@pytest.fixture
+def compiled():
+    """-> compile(fn), and (choices, signs) in each graph after the pass."""
+    ops, seen = torch.ops.aten, []
 
     class Spy(SignForMask):
         def __call__(self, graph):
             super().__call__(graph)
-            seen.append(sum(node.target == torch.ops.aten.sign.default for node in graph.nodes))
+            targets = [node.target for node in graph.nodes]
+            seen.append((targets.count(ops.where.self), targets.count(ops.sign.default)))
 
         def uuid(self):
             """Not from the cache."""
 
+    torch._dynamo.reset()
+    return lambda fn: torch.compile(fn, options={"joint_custom_post_pass": Spy()}), seen
+
+
+def edges():
+    """-> x around 0 and y, both with a gradient."""
+    return (torch.tensor([-1.0, 0.0, 2.0, -0.0, 5.0], requires_grad=True),
+            torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("below", [0.0, 3.0])
+def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
+    """And a choice of the user's own, which may look alike, stays a choice: its gradient alone is
+    a product with a sign too."""
     def loss(x, y):
         hidden = x.relu()
         return (hidden * y).sum() + torch.where(hidden <= 0, below, y).square().sum()
 
-    x = torch.tensor([-1.0, 0.0, 2.0, -0.0, 5.0], requires_grad=True)
-    y = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
-    compiled = torch.compile(loss, options={"joint_custom_post_pass": Spy()})
-    for ours, theirs in zip(torch.autograd.grad(compiled(x, y), (x, y)),
+    compile, seen = compiled
+    x, y = edges()
+    for ours, theirs in zip(torch.autograd.grad(compile(loss)(x, y), (x, y)),
                             torch.autograd.grad(loss(x, y), (x, y)), strict=True):
         assert torch.equal(ours, theirs)
-    assert seen and seen[0] >= 1
+    assert seen == [(1, 2)]
+
+
+@needs_compiler
+def test_choices_of_the_forward_pass_stay_as_they_are(compiled):
+    """Of numbers that a product with 0 would not make 0, and of other types. Where such a number
+    comes as a gradient to a ReLU that is shut, it shows, as the docstring says."""
+    def choices(x, y):
+        hidden = x.relu()
+        shut, count = hidden <= 0, torch.arange(1, 6)
+        return (torch.where(shut, 0.0, 1 / hidden) * y, torch.where(shut, 0, count),
+                torch.where(shut, 0, count.bool()), torch.where(shut, 0.0, y.double()), hidden * y)
+
+    compile, seen = compiled
+    x, y = edges()
+    ours, theirs = compile(choices)(x, y), choices(x, y)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    ours, theirs = (torch.autograd.grad((z[0] + z[3] + z[4]).sum(), (x, y)) for z in (ours, theirs))
+    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[0][x > 0], theirs[0][x > 0])
+    assert ours[0][x <= 0].isnan().all()
+    assert len(seen) == 1 and seen[0][1] >= 1
+
+
+@needs_compiler
+def test_the_gradient_of_a_choice_keeps_its_type(compiled):
+    """The sign would be of the ReLU's."""
+    def loss(x, y):
+        hidden = x.relu()
+        return (hidden * y).sum() + torch.where(hidden <= 0, 0.0, y.bfloat16()).float().sum()
+
+    compile, seen = compiled
+    x, y = edges()
+    for ours, theirs in zip(torch.autograd.grad(compile(loss)(x, y), (x, y)),
+                            torch.autograd.grad(loss(x, y), (x, y)), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert seen == [(2, 1)]
+
+
+# CUDA graphs
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=needs_cuda)])
+def gpu(request, monkeypatch):
+    """`device`, and launch(kernel). The stand-in runs what is launched at once, except while a
+    graph records: that runs at each replay."""
+    if request.param == "cuda":
+        return SimpleNamespace(device="cuda", launch=lambda kernel: kernel())
+    state = SimpleNamespace(device="cpu", recording=None)
+
+    class Graph:
+        def __init__(self):
+            self.kernels = []
+
+        def replay(self):
+            for kernel in self.kernels:
+                kernel()
+
+    @contextlib.contextmanager
+    def record(graph):
+        assert state.recording is None
+        state.recording = graph
+        yield
+        state.recording = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    state.launch = lambda kernel: (
+        state.recording.kernels.append(kernel) if state.recording else kernel())
+    for name, value in (("Stream", lambda: stream), ("current_stream", lambda: stream),
+                        ("stream", contextlib.nullcontext), ("CUDAGraph", Graph),
+                        ("graph", record)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+class Sums:
+    """A step that changes what it holds, and gives what it writes into memory of its own."""
+
+    def __init__(self, gpu):
+        self.gpu, self.calls, self.total = gpu, 0, torch.zeros((), device=gpu.device)
+
+    def __call__(self, x, y):
+        self.calls += 1
+        out = torch.full_like(x, torch.nan)
+
+        def kernel():
+            torch.add(x, y, out=out)
+            self.total.add_(x.sum())
+
+        self.gpu.launch(kernel)
+        return {"sum": out, "parts": [out]}
+
+
+@pytest.mark.parametrize("shapes", [[(4,)], [(4,), (7, 2)]])
+def test_a_graph_is_recorded_once_for_each_shape_and_replayed(gpu, shapes):
+    """Every call changes what the step holds once, and its results stay as they are."""
+    sums, total, results = Sums(gpu), 0.0, []
+    graph = CudaGraph(sums)
+    for i in range(10):
+        for shape in shapes:
+            x, y = (torch.full(shape, float(value), device=gpu.device) for value in (i, 100 * i))
+            results.append((graph(x, y), x + y))
+            total += x.sum().item()
+            assert sums.total.item() == total
+            x.zero_()
+    assert sums.calls == len(shapes) * (CudaGraph.WARM_UP + 1)
+    for result, expected in results:
+        assert torch.equal(result["sum"], expected) and torch.equal(result["parts"][0], expected)
+
+
+def test_a_compiled_step_on_cuda_is_a_graph_and_each_call_counts(monkeypatch, gpu, compilations):
+    made = {}
+    for compiled in (False, True):
+        accelerator, sums = Accelerator(compiled, device="cuda"), Sums(gpu)
+        step = accelerator(sums)
+        for _ in range(9):
+            step(*torch.ones(2, 3, device=gpu.device))
+        assert accelerator.updates == 9 and sums.total == 9 * 3
+        made[compiled] = sums.calls
+    assert made == {False: 9, True: CudaGraph.WARM_UP + 1} and len(compilations) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="a recording reads clones, whose strides are others")
+def test_recording_a_graph_compiles_nothing(gpu):
+    """It may not: whatever a call brings, also parts of a batch as Replay.sample gives, all that
+    needs compilation is met while warming up."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = CudaGraph(torch.compile(lambda x, y: x + 2 * y, backend=backend))
+    for i in range(CudaGraph.WARM_UP + 2):
+        x, y = torch.full((2, 5, 6), float(i), device=gpu.device).split(3, -1)
+        step(x, y)
+        assert len(compilations) == 1, i
+
+
+@needs_cuda
+def test_a_compiled_graph_of_two_shapes_on_cuda():
+    """In turns, through the Accelerator, with a state that it changes."""
+    total = torch.zeros((), device="cuda")
+
+    def step(x, y):
+        total.add_(x.sum())
+        return {"z": (x * y).tanh()}
+
+    accelerator, expected = Accelerator(True, device="cuda"), 0.0
+    torch._dynamo.reset()
+    run = accelerator(step)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(8):
+        for shape in ((5,), (3, 4)):
+            x, y = torch.randn(2, *shape, device="cuda", generator=generator)
+            torch.testing.assert_close(run(x, y)["z"], (x * y).tanh(), rtol=1e-5, atol=1e-6)
+            expected += x.sum().item()
+            assert total.item() == pytest.approx(expected, abs=1e-4)
+    assert accelerator.updates == 16

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lab import agent_file
-from lab.envs import UserError
+from lab.gym_envs import UserError
 from tests.conftest import AGENTS, make_spec
 
 KEEPS_THE_CONTRACT = '''
@@ -104,6 +105,44 @@ def test_the_settings_reach_the_agent(tmp_path):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_every_agent_keeps_the_contract(path, num_envs):
     agent_file.check_contract(path, {}, make_spec(), num_envs, "cpu")
+
+
+def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
+    """Of a transition of each environment, with every agent's way to owe them."""
+    text = KEEPS_THE_CONTRACT.replace("import torch\n", "import torch\nfrom pathlib import Path\n")
+    text = text.replace("        self.gain, self.seeds", """        def step(x):
+            with Path(__file__).with_name("steps").open("a") as file:
+                file.write("x")
+            return x + 1
+        self.step = accelerate(step)
+        self.gain, self.seeds""")
+    text = text.replace('return {"loss": torch.zeros(self.seeds)}', """
+        for _ in range(self.owed):
+            loss = self.step(torch.zeros(self.seeds))
+            assert (loss == 1).all() and loss.shape == (self.seeds,)
+        return {"loss": loss}""").replace("self.gain = state", "self.gain = state")
+    text = text.replace("        pass", "        self.owed = 20 * obs.shape[1]")
+    path, counts = write(tmp_path, text), []
+    for num_envs in (1, 7, 50):
+        agent_file.check_contract(path, {}, make_spec(), num_envs, "cpu")
+        steps = path.with_name("steps")
+        counts.append(len(steps.read_text()))
+        steps.unlink()
+    assert counts[0] >= 1 and set(counts) == {counts[0]} and counts[0] <= 5
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
+    """With 24 environments: 240 critic steps are owed by 10 a transition, by PPO 320 minibatches."""
+    steps, known = [], agent_file.load(path).Config.__dataclass_fields__
+    small = {"replay_ratio": 10.0, "batch_size": 16, "qf_width": 16, "actor_width": 16}
+    hook = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *x: steps.append(x[0]))
+    try:
+        config = {name: value for name, value in small.items() if name in known}
+        agent_file.check_contract(path, config, make_spec(), 24, "cpu")
+    finally:
+        hook.remove()
+    assert 1 <= len(steps) <= 5
 
 
 @pytest.mark.parametrize("verb, line, words", [

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.test_crossq import reference_network, statistics
 
 
 class BroNet(nn.Module):
-    """One critic of one seed: figure 3, with BatchNorm1d behind each ReLU."""
+    """One critic of one seed: figure 3, with BatchNorm1d for LayerNorm, and one on the inputs."""
 
     def __init__(self, mlp, seed, place):
         super().__init__()
@@ -35,17 +36,19 @@ class BroNet(nn.Module):
                                  ("running_mean", "mean"), ("running_var", "var")):
                 getattr(norm, theirs).data = getattr(ours, name).data[seed, place, 0].clone()
             self.norms.append(norm)
-        for ours in (*mlp.layers, mlp.head):
+        for ours in mlp.layers:
             dense = nn.Linear(*ours.weight.shape[2:])
             dense.weight.data = ours.weight.data[seed, place].T.clone()
             dense.bias.data = ours.bias.data[seed, place, 0].clone()
             self.layers.append(dense)
 
     def forward(self, x):
-        x = self.norms[1](torch.relu(self.layers[0](self.norms[0](x))))
-        for first, second in ((1, 2), (3, 4)):
-            inside = self.norms[first + 1](torch.relu(self.layers[first](x)))
-            x = x + self.norms[second + 1](torch.relu(self.layers[second](inside)))
+        def dense_norm(k, x):
+            return self.norms[k + 1](self.layers[k](x))
+
+        x = torch.relu(dense_norm(0, self.norms[0](x)))
+        x = x + dense_norm(2, torch.relu(dense_norm(1, x)))
+        x = x + dense_norm(4, torch.relu(dense_norm(3, x)))
         return self.layers[5](x)
 
 
@@ -88,6 +91,11 @@ class Reference(test_crossq.Reference):
         self.step(self.alpha_optimizer, alpha_loss)
 
 
+# Shifts that the next batch norm takes away: their gradient is the rounding of a 0, which Adam
+# scales up. They and the means that see them agree to fewer digits.
+NO_GRADIENT = re.compile(r"layers\.[0-4]\.bias|norms\.0\.bias|norms\.[1-5]\.running_mean")
+
+
 @pytest.mark.parametrize("seed, pessimism", [(0, 0.0), (1, 0.3), (0, 1.0)])
 def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism):
     agent = make_agent(bro, batch_size=8, pessimism=pessimism, weight_decay=0.1, alpha=0.3)
@@ -107,7 +115,8 @@ def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism
     for ours, theirs in pairs:
         ours, theirs = ours.state_dict(), theirs.state_dict()
         for name in (name for name in ours if "num_batches" not in name):
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-10, msg=name)
+            atol = 1e-8 if NO_GRADIENT.fullmatch(name) else 1e-10
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=atol, msg=name)
     torch.testing.assert_close(agent.log_alpha[seed].detach(), reference.log_alpha.detach(),
                                rtol=1e-7, atol=0)  # 1 - tanh(x)^2 costs the reference digits
 
@@ -221,6 +230,20 @@ def test_each_reset_happens_exactly_once(num_envs, reset_at, at):
     assert all(b == a + 1 or b == 0 for (_, a), (_, b) in itertools.pairwise(seen))
 
 
+def test_by_default_the_networks_start_anew_once_after_15_000_transitions():
+    """As BRO-Fast's do, and never again."""
+    starts = []
+    for begin in (14_998, 49_998):
+        agent = make_agent(bro, reset_at=bro.Config().reset_at, total_steps=100_000)
+        drive(agent, make_steps((0, 1), 1, 5))
+        agent.transitions, agent.critic_steps = begin, 2 * (begin - agent.learning_starts)
+        seen = optimiser_steps(agent)
+        drive(agent, make_steps((0, 1), 1, 6))
+        assert len(seen) >= 12
+        starts += [at for at, steps in seen if steps == 0 and at > seen[0][0]]
+    assert starts == [15_001]
+
+
 @pytest.mark.parametrize("num_envs, reset_at, ratio", [(1, 8, 2.0), (20, 15, 2.0), (1, 15, 0.0)])
 def test_a_reset_before_the_first_gradient_step_is_harmless(num_envs, reset_at, ratio):
     agent = make_agent(bro, num_envs=num_envs, reset_at=(reset_at,), replay_ratio=ratio)
@@ -239,10 +262,10 @@ def test_a_seeds_new_weights_are_the_same_whatever_the_stack(float64):
                             for name, value in getattr(agent, part).named_parameters())
             return critic_step(*x)
 
-        agent.critic_step, first = watched, agent.qf.mlp.head.weight.clone()
+        agent.critic_step, first = watched, agent.qf.mlp.layers[5].weight.clone()
         drive(agent, make_steps(seeds, 1, 30))
         assert len(seen) == 2 * (3 + 3) + 2 * (6 + 6)
-        assert not (seen["qf mlp.head.weight"] == first).any()
+        assert not (seen["qf mlp.layers.5.weight"] == first).any()
         return seen
 
     stack, alone = weights((0, 1, 2)), weights((1,))
@@ -291,7 +314,7 @@ def test_statistics_start_anew_and_move_again_after_a_reset():
         assert not (moved[name] == value).all(), name
 
 
-def test_compiled_code_sees_the_new_weights():
+def test_compiled_code_sees_the_new_weights(float64):
     """The critics' step alone and without code generation, to save time: it goes on as the eager
     one, in the graph that it has."""
     torch._dynamo.reset()
@@ -310,6 +333,6 @@ def test_compiled_code_sees_the_new_weights():
         agents.append((agent, history))
     (eager, theirs), (compiled, ours) = agents
     for name in theirs[-1]:
-        torch.testing.assert_close(ours[-1][name], theirs[-1][name], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(compiled.qf.mlp.head.weight, eager.qf.mlp.head.weight,
-                               rtol=0, atol=1e-3)
+        torch.testing.assert_close(ours[-1][name], theirs[-1][name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(compiled.qf.mlp.layers[5].weight, eager.qf.mlp.layers[5].weight,
+                               rtol=0, atol=1e-6)

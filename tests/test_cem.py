@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import statistics as plain
 
@@ -217,6 +218,8 @@ def test_not_exploring_neither_uses_nor_changes_the_plans_nor_the_generators():
     assert before["tensors/plans"].any(-1).all()
     seen = spied(agent)
     first, second = (agent.act(obs, explore=False) for _ in range(2))
+    for others in (1, 2, 7):
+        agent.act(obs[:, :1].expand(2, others, 3), explore=False)
     assert torch.equal(first, second) and not any(guess.any() for guess, _ in seen)
     assert all(same(before[name], value) for name, value in flat_state(agent.state_dict()).items())
     assert torch.equal(first, CENTRE + SCALE * seen[0][1])  # no noise
@@ -225,8 +228,37 @@ def test_not_exploring_neither_uses_nor_changes_the_plans_nor_the_generators():
     assert torch.equal(other.act(obs, explore=False), first)  # neither seeds nor plans count
 
 
-@pytest.mark.parametrize("others", [1, 2, 7])
-def test_acting_in_another_number_of_environments_leaves_the_plans_alone(others):
+@pytest.mark.parametrize("bounds", [(0, 5), (0, 2, 5), (0, 1, 4, 5)])
+@pytest.mark.parametrize("others", [None, 2, 5, 9])
+def test_acting_in_groups_starts_each_environment_from_its_own_plan(bounds, others):
+    """As acting in all of them at once, also where other environments are acted in without
+    exploring in between."""
+    agents, guesses = [ready(num_envs=5, noise=0.0) for _ in range(2)], ([], [])
+    for agent, seen in zip(agents, guesses, strict=True):
+        agent.search = lambda obs, guess, draws, seen=seen: (
+            seen.append(guess), 0.8 * guess + 0.2 * obs[..., :2])[1]
+    together, apart = agents
+    for obs, *rest in make_steps((0, 1), 5, 12):
+        expected = together.act(obs)
+        parts = []
+        for part in itertools.starmap(slice, itertools.pairwise(bounds)):
+            parts.append(apart.act(obs[:, part]))
+            if others:
+                apart.act(rows(2, others), explore=False)
+                guesses[1].pop()
+        assert torch.equal(torch.cat(parts, 1), expected)
+        for agent in agents:
+            agent.observe(obs, expected, *rest)
+        assert torch.equal(apart.plans, together.plans)
+        count = len(bounds) - 1
+        assert torch.equal(torch.cat(guesses[1][-count:], 1), guesses[0][-1])
+    assert len(guesses[0]) == 12 and len(guesses[1]) == 12 * count
+    last = guesses[0][-1].flatten(0, 1)
+    assert last.any(1).sum() > 5 and len(last[last.any(1)].unique(dim=0)) == last.any(1).sum()
+
+
+@pytest.mark.parametrize("others", [4, 7])
+def test_acting_in_more_environments_than_its_own_leaves_the_plans_alone(others):
     agent = make_agent(cem, num_envs=3, spec=SPEC)
     steps = make_steps((0, 1), 3, 12)
     drive(agent, steps)

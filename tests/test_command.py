@@ -180,7 +180,7 @@ def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
 
 def test_no_argument_is_a_quick_check_of_sac():
     options, config = command.parse([])
-    assert options == command.Options()
+    assert options == command.Simple()
     assert (options.agent, options.env, options.seeds) == ("agents/sac.py", ("Pendulum-v1",), 1)
     assert not options.log and config["actor_lr"] == 3e-4
 
@@ -207,8 +207,11 @@ def test_every_setting_of_an_agent_is_a_flag(path):
         elif isinstance(default, tuple):
             wanted[name] = (*default, 7)
             flags += [f"--{flag}", *map(str, wanted[name])]
+        elif default is None:
+            wanted[name] = 7
+            flags += [f"--{flag}", "7"]
         else:
-            wanted[name] = default + 1 if isinstance(default, int) else (default or 0) / 2 + 0.25
+            wanted[name] = default + 1 if isinstance(default, int) else default / 2 + 0.25
             flags += [f"--{flag}", str(wanted[name])]
     assert command.parse([str(path), *flags])[1] == wanted != defaults
 

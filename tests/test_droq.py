@@ -149,7 +149,7 @@ def test_each_unit_is_dropped_by_itself_with_probability_p(p):
     agent = make_agent(droq, dropout=p)
     masks = []
     for _ in range(500):
-        agent._draw_masks(agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._draw_masks(p, agent.qf, agent.qf_target, agent.qf_frozen)
         masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
     masks = torch.cat(masks).flatten(1)  # (draws, 2 * B * width)
     dropped = (masks == 0).double()
@@ -174,12 +174,15 @@ def test_no_dropout_drops_nothing():
     agent = make_agent(droq, dropout=0.0)
     drive(agent, make_steps((0, 1), 1, 12))
     for _ in range(50):
-        agent._draw_masks(agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._draw_masks(0.0, agent.qf, agent.qf_target, agent.qf_frozen)
         assert all((mask == 1).all() for name in NETWORKS for mask in masks_of(agent, name))
 
 
-def test_no_two_masks_are_the_same():
-    """Neither of two networks, layers, seeds, critics nor steps."""
+@pytest.mark.parametrize("measured_every", [2_048, 1])
+def test_no_two_masks_are_the_same(monkeypatch, measured_every):
+    """Neither of two networks, layers, seeds, critics nor steps; also where plasticity, which needs
+    masks of ones, has been measured in between."""
+    monkeypatch.setattr(droq, "PLASTICITY_EVERY", measured_every)
     agent = make_agent(droq, dropout=0.3, replay_ratio=4.0, policy_delay=2)
     masks = []
 
@@ -195,6 +198,41 @@ def test_no_two_masks_are_the_same():
     drive(agent, make_steps((0, 1), 1, 11))
     assert len(masks) == (12 * 2 + 6) * 2 * 2 * 2
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+    assert all((mask == 0).any() for mask in masks)
+
+
+def test_a_dead_unit_counts_as_dead_whatever_was_dropped_last(monkeypatch):
+    """Where its layer drops others or itself, layer normalisation would wake it."""
+    monkeypatch.setattr(droq, "PLASTICITY_EVERY", 1)
+    agent, seen, plasticity = make_agent(droq, dropout=0.5), {}, droq.plasticity
+    monkeypatch.setattr(droq, "plasticity", lambda name, network, hidden: (
+        seen.update({name: hidden}), plasticity(name, network, hidden))[1])
+    drive(agent, make_steps((0, 1), 1, 20))
+    assert "loss/qf" in agent.update()
+    states = [g.get_state() for g in agent.generators]
+
+    def measure(seed):
+        """After other masks for each seed, on one and the same batch."""
+        for generator in agent.generators:
+            generator.manual_seed(seed)
+        agent._draw_masks(0.5, agent.qf)
+        for generator, state in zip(agent.generators, states, strict=True):
+            generator.set_state(state)
+        metrics = agent.update()
+        assert len(metrics) == 6  # no gradient step
+        return metrics
+
+    for place, linear in enumerate([agent.qf.mlp.fc1[0], agent.qf.mlp.fc2[0]]):
+        measure(0)
+        unit = seen["qf"][place][2].any(0).nonzero()[0]  # alive in seed 1's first critic
+        linear.bias.data[1, 0, 0, unit] = -50.0
+        first, second = measure(1), measure(2)
+        assert not seen["qf"][place][2][:, unit].any()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        units = torch.cat([x.unflatten(0, (2, 2)).movedim(2, 1).flatten(2) for x in seen["qf"]], 2)
+        same = (units == units[:, :1]).all(1).float().mean(1)
+        assert same[1] > 0
+        torch.testing.assert_close(first["plasticity/qf_dead_units"], same)
 
 
 def test_a_seeds_masks_are_the_same_in_any_stack():

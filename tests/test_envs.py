@@ -1,38 +1,109 @@
-"""What holds for every backend of lab/envs.py. The Diary environment says in its observation in
-which episode and at which step it is."""
+"""What holds for every backend of lab/envs.py. The Diary environments say in their observations in
+which episode and at which step they are; a pendulum is held against its equation of motion."""
 
 import os
-from collections import defaultdict
+import sys
 
 import pytest
 import torch
 
-from lab import envs
-from lab.envs import EVALUATION, TRAINING, Episode, UserError
+from lab import envs, gym_envs, torch_envs
+from lab.envs import EVALUATION, TRAINING, Finished
+from lab.gym_envs import UserError
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"  # imported by name, in any process
 EPISODE, STEP, LENGTH, START = range(4)
+SETTINGS = {
+    "sync": {"backend": "sync"},
+    "workers": {"backend": "workers", "workers": 1},
+    "groups": {"backend": "workers", "workers": 2, "groups": 2},
+    "crowd": {"backend": "workers", "workers": 9, "groups": 2},  # more workers than environments
+    "envpool": {"backend": "envpool"},
+    "torch": {"backend": "torch"},
+}
+PROCESSES = ("workers", "groups", "crowd")
 
 
-@pytest.fixture(params=envs.BACKENDS)
+class TorchDiary(torch_envs.TorchEnv):
+    """Observes (kind, step, the episode's length, a random start); the reward is the action.
+
+    By its kind an episode ends by termination (0), by truncation (1) or by both at once (2)."""
+
+    obs_dim, action_low, action_high, max_episode_steps, randoms = 4, [-100.0], [100.0], 5, 3
+
+    def initial(self, uniform):
+        kind, length, start = uniform.unbind(-1)
+        kind = (3 * kind).floor()
+        length = torch.where(kind == 0, 2 + (3 * length).floor(), 5)
+        return torch.stack([kind, torch.zeros_like(kind), length, start], -1)
+
+    def step(self, state, actions):
+        state = state + state.new_tensor([0, 1, 0, 0])
+        kind, step, length, _ = state.unbind(-1)
+        return state, actions.squeeze(-1), (step == length) & (kind != 1)
+
+    def observe(self, state):
+        return state
+
+
+class Maker:
+    """Makes stacks of one backend: two seeds, and a few environments of each."""
+
+    def __init__(self, name):
+        self.name, self.num_envs = name, 2 if name == "crowd" else 3
+        self.diary = "torch/Diary-v0" if name == "torch" else DIARY
+        self.ending = "InvertedPendulum-v5" if name == "envpool" else self.diary  # soon and often
+        self.pendulum = "torch/Pendulum-v1" if name == "torch" else "Pendulum-v1"
+        self.made, self.kept = [], {}
+
+    def __call__(self, env_id, seeds=(0, 1), num_envs=None, **settings):
+        self.made.append(envs.make(env_id, seeds, num_envs or self.num_envs,
+                                   **SETTINGS[self.name], **settings))
+        return self.made[-1]
+
+    def shared(self, env_id):
+        """One for all tests: processes start slowly, and a reset begins anew."""
+        if env_id not in self.kept:
+            self.kept[env_id] = self(env_id)
+        return self.kept[env_id]
+
+
+@pytest.fixture(scope="module")
 def make(request):
-    made = []
+    if request.param == "envpool":
+        pytest.importorskip("envpool")
+    maker = Maker(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(torch_envs.ENVS, "Diary-v0", TorchDiary)
+        yield maker
+    for stack in maker.made:
+        stack.close()
 
-    def make(env_id, seeds, num_envs=1, **settings):
-        made.append(envs.make(env_id, seeds, num_envs, backend=request.param, **settings))
-        return made[-1]
 
-    yield make
-    for each in made:
-        each.close()
+def on(*names):
+    return pytest.mark.parametrize("make", names, indirect=True, scope="module")
+
+
+everywhere = on(*SETTINGS)
+diaries = on("sync", *PROCESSES, "torch")
+cheaply = on("sync", "workers", "groups", "envpool", "torch")  # where a test makes its own stacks
+
+
+def on_each(*pairs):
+    return pytest.mark.parametrize("make, env_id", pairs, indirect=["make"], scope="module")
+
+
+def actions_at(stack, step, first_place=0):
+    """They depend on the step and the place."""
+    (S, N), A = stack.shape, stack.spec.action_dim
+    places = first_place + torch.arange(S * N * A, dtype=torch.float32).view(S, N, A)
+    return torch.sin(places + 10.0 * step)
 
 
 def play(stack, steps, *stream, first_place=0):
-    """Actions that depend on the step and the place -> the first obs, actions, transitions."""
+    """-> the first obs, actions, transitions."""
     obs = stack.reset(*stream)
-    (S, N), A = stack.shape, stack.spec.action_dim
-    places = first_place + torch.arange(S * N * A, dtype=torch.float32).view(S, N, A)
-    actions = [torch.sin(places + 10.0 * k) for k in range(steps)]
+    actions = [actions_at(stack, k, first_place) for k in range(steps)]
     return obs, actions, [stack.step(a) for a in actions]
 
 
@@ -41,25 +112,73 @@ def trajectory(stack, steps, *stream, first_place=0):
     return torch.stack([obs] + [t.next_obs for t in transitions])
 
 
+def ends_of(t):
+    return (t.terminations + t.truncations) > 0
+
+
+def pendulum(obs, actions):
+    """gymnasium's Pendulum-v1 in float64 -> next_obs, rewards."""
+    cos, sin, velocity = obs.double().unbind(-1)
+    angle, torque = torch.atan2(sin, cos), actions.double().squeeze(-1).clamp(-2, 2)
+    cost = angle.square() + 0.1 * velocity.square() + 0.001 * torque.square()
+    velocity = (velocity + 0.05 * (15 * sin + 3 * torque)).clamp(-8, 8)
+    angle = angle + 0.05 * velocity
+    return torch.stack([angle.cos(), angle.sin(), velocity], -1), -cost
+
+
+class Tally:
+    """What finished() should say, from the transitions."""
+
+    def __init__(self, shape):
+        self.running, self.sums = torch.zeros(2, *shape), torch.zeros(3, shape[0])
+
+    def add(self, t):
+        self.running += torch.stack([t.rewards, torch.ones_like(t.rewards)])
+        done = torch.cat([torch.ones_like(self.running[:1]), self.running])
+        self.sums += (done * ends_of(t)).sum(2)
+        self.running *= ~ends_of(t)
+
+    def finished(self):
+        counts, returns, lengths = self.sums.tolist()
+        self.sums *= 0
+        return [Finished(int(n), pytest.approx(r / max(n, 1), abs=1e-5),
+                         pytest.approx(k / max(n, 1)))
+                for n, r, k in zip(counts, returns, lengths, strict=True)]
+
+
+# What a step gives
+
+
+@everywhere
 def test_shapes_and_dtypes(make):
-    obs, _, transitions = play(make(DIARY, [0, 1], 3), 8)
-    assert obs.shape == (2, 3, 4) and obs.dtype == torch.float32
+    stack = make.shared(make.ending)
+    obs, _, transitions = play(stack, 8)
+    S, N = stack.shape
+    assert stack.shape == (2, make.num_envs)
+    assert obs.shape == (S, N, 4) and obs.dtype == torch.float32
     for t in transitions:
-        assert t.obs.shape == t.next_obs.shape == (2, 3, 4)
-        assert t.rewards.shape == t.terminations.shape == t.truncations.shape == (2, 3)
-        assert all(x.dtype == torch.float32 for x in t[:5])
+        assert t.obs.shape == t.next_obs.shape == (S, N, 4)
+        assert t.rewards.shape == t.terminations.shape == t.truncations.shape == (S, N)
+        assert all(x.dtype == torch.float32 for x in t)
 
 
+@everywhere
 def test_the_spec_says_what_an_agent_may_know(make):
-    spec = make("lab-tests/Target-v0", [0]).spec
+    spec = make.shared(make.pendulum).spec
+    assert spec == gym_envs.EnvSpec(make.pendulum, 3, 1, (-2.0,), (2.0,), 200)
+
+
+@on("sync", "workers")
+def test_a_spec_has_the_bounds_of_each_action_and_may_have_no_limit(make):
+    spec = make("tests.probe_envs:lab-tests/Target-v0", [0], 1).spec
     assert (spec.obs_dim, spec.action_dim, spec.max_episode_steps) == (2, 2, None)
     assert spec.action_low == (-1.0, 0.0) and spec.action_high == (1.0, 4.0)
-    assert make("Pendulum-v1", [0]).spec.max_episode_steps == 200
 
 
+@diaries
 def test_next_obs_succeeds_the_action_and_obs_begins_the_next_episode(make):
-    obs, _, transitions = play(make(DIARY, [0, 1], 3), 40)
-    assert (obs[..., EPISODE] == 0).all() and (obs[..., STEP] == 0).all()
+    obs, _, transitions = play(make.shared(make.diary), 40)
+    assert (obs[..., STEP] == 0).all()
     ends = 0
     for t in transitions:
         assert torch.equal(t.next_obs[..., STEP], obs[..., STEP] + 1)
@@ -69,13 +188,16 @@ def test_next_obs_succeeds_the_action_and_obs_begins_the_next_episode(make):
         assert torch.equal(end, (t.terminations + t.truncations) == 1)
         assert torch.equal(t.obs[~end], t.next_obs[~end])
         assert (t.obs[end][:, STEP] == 0).all()
-        assert torch.equal(t.obs[end][:, EPISODE], t.next_obs[end][:, EPISODE] + 1)
+        assert (t.obs[end][:, START] != t.next_obs[end][:, START]).all()
+        if make.name != "torch":  # whose diaries do not count
+            assert torch.equal(t.obs[end][:, EPISODE], t.next_obs[end][:, EPISODE] + 1)
         ends, obs = ends + int(end.sum()), t.obs
     assert ends > 20
 
 
+@diaries
 def test_an_end_by_time_is_a_truncation_unless_the_task_ended_as_well(make):
-    _, _, transitions = play(make(DIARY, [0, 1], 3), 40)
+    _, _, transitions = play(make.shared(make.diary), 40)
     seen = set()
     for t in transitions:
         for obs, terminated, truncated in zip(
@@ -87,129 +209,265 @@ def test_an_end_by_time_is_a_truncation_unless_the_task_ended_as_well(make):
     assert len(seen) == 6
 
 
-def test_a_time_limit_truncates(make):
-    _, _, transitions = play(make("Pendulum-v1", [0]), 200)
-    assert [float(t.truncations) for t in transitions] == [0] * 199 + [1]
-    assert not any(t.terminations.any() for t in transitions)
-    assert [e.length for e in transitions[-1].episodes] == [200]
+@everywhere
+def test_a_pendulum_moves_by_its_equation_and_only_the_time_limit_ends_it(make):
+    """So next_obs is the true successor at the limit, and the next episode goes on from obs."""
+    obs, actions, transitions = play(make.shared(make.pendulum), 210)
+    for k, (a, t) in enumerate(zip(actions, transitions, strict=True)):
+        next_obs, rewards = pendulum(obs, a)
+        torch.testing.assert_close(t.next_obs.double(), next_obs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(t.rewards.double(), rewards, atol=1e-3, rtol=1e-4)
+        assert (t.terminations == 0).all() and (t.truncations == (k == 199)).all()
+        if k == 199:
+            assert (t.obs != t.next_obs).any(-1).all() and (t.obs[..., 2].abs() <= 1).all()
+        else:
+            assert torch.equal(t.obs, t.next_obs)
+        obs = t.obs
 
 
-def test_each_environment_gets_its_own_action(make):
-    _, actions, transitions = play(make(DIARY, [0, 1], 3), 8)
-    for a, t in zip(actions, transitions, strict=True):
-        torch.testing.assert_close(t.rewards, a[..., 0])
-
-
-def test_episodes_carry_their_environment_seed_return_and_length(make):
-    _, _, transitions = play(make(DIARY, [5, 6], 3), 40)
-    rewards = defaultdict(list)
+@on("envpool")
+def test_a_pole_of_envpool_that_falls_ends_by_termination(make):
+    _, _, transitions = play(make.shared("InvertedPendulum-v5"), 60)
     for t in transitions:
-        expected = []
-        ends = (t.terminations + t.truncations).flatten()
-        for i in range(6):
-            rewards[i].append(float(t.rewards.flatten()[i]))
-            if ends[i]:
-                episode = rewards.pop(i)
-                expected.append(Episode(i, i // 3, pytest.approx(sum(episode)), len(episode)))
-        assert list(t.episodes) == expected
+        fallen = t.next_obs[..., 1].abs() > 0.2
+        assert torch.equal(t.terminations == 1, fallen) and (t.truncations == 0).all()
+        assert torch.equal(t.obs[~fallen], t.next_obs[~fallen])
+        assert (t.obs[fallen].abs() <= 0.01).all()
+    assert sum(int(t.terminations.sum()) for t in transitions) > 10
 
 
-def test_clipped_rewards_lie_within_bounds_and_returns_stay_raw(make):
+@on("envpool")
+def test_rows_of_envpool_go_to_the_environments_that_they_name(make):
+    """Its answers may come in any order, and an end may have both flags."""
+    class Pool:
+        def recv(self):
+            ids = torch.tensor([2, 0, 3, 1]).numpy()
+            obs = 10.0 * ids[:, None] + torch.arange(3).numpy()
+            return obs, ids / 10, ids == 2, ids > 1, {"env_id": ids}
+
+        def reset(self, ended):
+            assert ended.tolist() == [2, 3]
+            ids = ended[::-1]
+            return -10.0 * ids[:, None] - torch.arange(3).numpy(), {"env_id": ids}
+
+        def close(self):
+            pass
+
+    stack = make("Pendulum-v1", [0, 1], 2)
+    stack.reset()
+    stack.pool.close()
+    stack.pool = Pool()
+    t = stack.receive()
+    assert t.next_obs[..., 1].tolist() == [[1, 11], [21, 31]]
+    assert t.obs[..., 1].tolist() == [[1, 11], [-21, -31]]
+    assert t.rewards.flatten().tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert t.terminations.tolist() == [[0, 0], [1, 0]]
+    assert t.truncations.tolist() == [[0, 0], [0, 1]]
+    assert stack.finished() == [Finished(0, 0, 0), Finished(2, pytest.approx(0.25), 1)]
+
+
+@diaries
+def test_each_environment_gets_its_own_action(make):
     """The reward of a Diary step is its action."""
-    raw, clipped = make(DIARY, [0, 1], 2), make(DIARY, [0, 1], 2, clip_reward=(-0.5, 0.25))
-    ended = 0
-    for ours, theirs in zip(play(clipped, 20)[2], play(raw, 20)[2], strict=True):
-        assert torch.equal(ours.rewards, theirs.rewards.clamp(-0.5, 0.25))
-        assert ours.episodes == theirs.episodes
-        ended += len(ours.episodes)
-    assert ended > 8 and theirs.rewards.abs().max() > 0.5
+    _, actions, transitions = play(make.shared(make.diary), 8)
+    for a, t in zip(actions, transitions, strict=True):
+        assert torch.equal(t.rewards, a[..., 0])
 
 
+@diaries
+def test_groups_are_acted_on_one_by_one_and_get_their_own_actions(make):
+    stack = make.shared(make.diary)
+    obs, seen = stack.reset(), []
+
+    def act(part):
+        seen.append(part)
+        return 100 * part[..., [START]]
+
+    for _ in range(12):
+        seen.clear()
+        actions = stack.send_groups(act, obs)
+        t = stack.receive()
+        assert len(seen) == SETTINGS[make.name].get("groups", 1) == len(stack.groups)
+        assert torch.equal(torch.cat(seen, 1), obs)
+        assert torch.equal(actions, 100 * obs[..., [START]])
+        assert torch.equal(t.rewards, actions[..., 0])
+        assert torch.equal(t.next_obs[..., STEP], obs[..., STEP] + 1)
+        obs = t.obs
+
+
+@cheaply
+def test_clipped_rewards_lie_within_bounds_and_returns_stay_raw(make):
+    low, high = (0.0, 0.25) if make.name == "envpool" else (-0.5, 0.25)
+    raw, clipped = make.shared(make.ending), make(make.ending, clip_reward=(low, high))
+    ours, theirs = play(clipped, 40)[2], play(raw, 40)[2]
+    for t, other in zip(ours, theirs, strict=True):
+        assert torch.equal(t.rewards, other.rewards.clamp(low, high))
+    assert max(float(t.rewards.max()) for t in ours) == high
+    finished = clipped.finished()
+    assert finished == raw.finished() and all(each.episodes > 1 for each in finished)
+
+
+# Finished episodes
+
+
+@everywhere
+def test_finished_tells_of_each_seeds_episodes_since_the_last_call(make):
+    stack = make.shared(make.ending)
+    stack.reset()
+    tally, counts = Tally(stack.shape), []
+    for begin, end in ((0, 30), (30, 45), (45, 46), (46, 46)):
+        for k in range(begin, end):
+            tally.add(stack.step(actions_at(stack, k)))
+        finished = stack.finished()
+        assert finished == tally.finished()
+        counts += [each.episodes for each in finished]
+    assert min(counts[:4]) > 0 and counts[-2:] == [0, 0]
+    assert stack.finished() == [Finished(0, 0.0, 0.0)] * 2
+
+
+@everywhere
+def test_a_reset_forgets_the_episodes_before(make):
+    stack = make.shared(make.ending)
+    play(stack, 33)
+    stack.reset()
+    assert stack.finished() == [Finished(0, 0.0, 0.0)] * 2
+    tally = Tally(stack.shape)
+    for t in play(stack, 30)[2]:
+        tally.add(t)
+    assert stack.finished() == tally.finished()
+
+
+# Seeds
+
+
+@everywhere
 def test_consecutive_episodes_start_differently(make):
-    _, _, transitions = play(make(DIARY, [0]), 60)
-    starts = [float(t.obs[0, 0, START]) for t in transitions if t.episodes]
+    stack = make.shared(make.ending)
+    first, _, transitions = play(stack, 60)
+    starts = [tuple(row) for row in first.flatten(0, 1).tolist()]
+    for t in transitions:
+        starts += [tuple(row) for row in t.obs[ends_of(t)].tolist()]
     assert len(starts) > 10 and len(set(starts)) == len(starts)
 
 
-@pytest.mark.parametrize("env_id", [DIARY, "Pendulum-v1", "HalfCheetah-v5"])
-def test_equal_seeds_give_equal_trajectories(make, env_id):
-    first, second = (trajectory(make(env_id, [0, 1], 2), 30) for _ in range(2))
+@everywhere
+def test_a_reset_begins_anew(make):
+    stack = make.shared(make.ending)
+    first = trajectory(stack, 25)
+    assert torch.equal(first, trajectory(stack, 25))
+    assert torch.equal(first, trajectory(stack, 25, TRAINING))
+
+
+@cheaply
+def test_equal_seeds_give_equal_trajectories(make):
+    assert torch.equal(trajectory(make.shared(make.ending), 40), trajectory(make(make.ending), 40))
+
+
+@on("sync", "envpool")
+def test_equal_seeds_give_equal_cheetahs(make):
+    first, second = (trajectory(make("HalfCheetah-v5"), 30) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_a_reset_begins_anew(make):
-    stack = make(DIARY, [0, 1], 2)
-    assert torch.equal(trajectory(stack, 25), trajectory(stack, 25))
+@cheaply
+def test_a_seed_in_a_stack_sees_what_it_sees_alone(make):
+    stack, alone = make.shared(make.ending), make(make.ending, [1])
+    assert stack.spec.action_dim == 1
+    whole, own = trajectory(stack, 40), trajectory(alone, 40, first_place=make.num_envs)
+    assert torch.equal(whole[:, 1:], own)
+    assert stack.finished()[1:] == alone.finished() and not torch.equal(whole[:, :1], own)
 
 
-def test_a_return_does_not_reach_over_a_reset(make):
-    stack = make(DIARY, [0])
-    stack.reset()
-    stack.step(torch.full((1, 1, 1), 50.0))
-    _, _, transitions = play(stack, 5)
-    first = next(e for t in transitions for e in t.episodes)
-    assert first.length == transitions[0].next_obs[0, 0, LENGTH] and first.episode_return < 50
-
-
-@pytest.mark.parametrize("env_id", [DIARY, "Pendulum-v1"])
-def test_a_seed_in_a_stack_sees_what_it_sees_alone(make, env_id):
-    stack = trajectory(make(env_id, [0, 7, 3], 2), 30)
-    action_dim = make(env_id, [0]).spec.action_dim
-    alone = trajectory(make(env_id, [3], 2), 30, first_place=2 * 2 * action_dim)
-    assert torch.equal(stack[:, 2:], alone)
-
-
+@everywhere
 def test_seeds_places_and_streams_differ(make):
-    stack = make("Pendulum-v1", range(4), 3)
+    stack = make.shared(make.pendulum)
     starts = [tuple(obs.tolist())
               for stream in [(TRAINING, 0), (TRAINING, 10), (EVALUATION, 0), (EVALUATION, 10)]
               for obs in stack.reset(*stream).flatten(0, 1)]
-    assert len(set(starts)) == len(starts) == 48
+    assert len(set(starts)) == len(starts) == 4 * 2 * make.num_envs
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "BipedalWalker-v3", "Pendulum-v1"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_seed_does_not_break_its_simulator(make, env_id, bad):
-    """Its neighbour, and itself after a reset, go on as if nothing had happened."""
-    stack = make(env_id, [0, 1])
-    calm = trajectory(stack, 10)
-    stack.reset()
-    for k in range(10):
-        actions = torch.sin(torch.arange(2.0 * stack.spec.action_dim) + 10.0 * k).view(2, 1, -1)
-        actions[0] = bad
-        t = stack.step(actions)
-        assert torch.equal(t.next_obs[1], calm[k + 1, 1])
-        assert t.next_obs.isfinite().all()
+@on_each(*((name, env_id) for name in PROCESSES for env_id in (DIARY, "Pendulum-v1")),
+         ("groups", "HalfCheetah-v5"), ("groups", "BipedalWalker-v3"))
+def test_workers_give_what_the_plain_loop_gives_to_the_bit(make, env_id):
+    stack = make.shared(env_id)
+    plain = envs.make(env_id, [0, 1], make.num_envs, backend="sync")
+    steps = 30 if env_id == "HalfCheetah-v5" else 210
+    for stream in [(), (TRAINING, 5)]:
+        first, actions, transitions = play(plain, steps, *stream)
+        assert torch.equal(stack.reset(*stream), first)
+        for a, expected in zip(actions, transitions, strict=True):
+            assert all(map(torch.equal, stack.step(a), expected))
+        finished = plain.finished()
+        assert stack.finished() == finished
+        assert env_id == "HalfCheetah-v5" or sum(each.episodes for each in finished) > 1
+    assert stack.spec == plain.spec
+    plain.close()
+
+
+# Faults
+
+
+@on_each(*((name, "torch/Pendulum-v1" if name == "torch" else "Pendulum-v1") for name in SETTINGS),
+         *((name, env_id) for name in ("sync", "workers", "envpool")
+           for env_id in ("HalfCheetah-v5", "BipedalWalker-v3")),
+         *(("torch", f"torch/{name}") for name in torch_envs.ENVS if name != "Pendulum-v1"))
+def test_a_broken_seed_does_not_break_its_simulator(make, env_id):
+    """It acts with zeros, and its neighbour goes on as if nothing had happened; so does it itself
+    after a reset."""
+    stack = make.shared(env_id)
+
+    def trajectory_with(action):
+        obs = [stack.reset()]
+        for k in range(10):
+            actions = actions_at(stack, k)
+            actions[0] = action
+            obs.append(stack.step(actions).next_obs)
+        return torch.stack(obs)
+
+    calm, still = trajectory(stack, 10), trajectory_with(0.0)
+    assert not torch.equal(calm[:, 0], still[:, 0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert torch.equal(trajectory_with(bad), still) and still.isfinite().all()
+    assert torch.equal(still[:, 1], calm[:, 1])
     assert torch.equal(trajectory(stack, 10), calm)
 
 
+@everywhere
+def test_closing_twice_is_fine(make):
+    stack = make(make.pendulum, [0], 1)
+    stack.reset()
+    stack.close()
+    stack.close()
+
+
+@on("sync", "workers")
 def test_a_walkers_episode_does_not_depend_on_the_ones_before(make):
     """Without a new Box2D world at each reset, contacts leak from an episode into the next."""
     def two_episodes(stack):
-        obs, generator = [stack.reset()], torch.Generator().manual_seed(7)
-        for _ in range(2):
-            episodes = []
-            while not episodes:
-                t = stack.step(2 * torch.rand(1, 1, 4, generator=generator) - 1)
-                obs.append(t.next_obs)
-                episodes = t.episodes
+        obs, generator, ends = [stack.reset()], torch.Generator().manual_seed(7), 0
+        while ends < 2:
+            t = stack.step(2 * torch.rand(1, 1, 4, generator=generator) - 1)
+            obs.append(t.next_obs)
+            ends += int(ends_of(t))
         return torch.stack(obs)
 
-    stack = make("BipedalWalker-v3", [0])
+    stack = make("BipedalWalker-v3", [0], 1)
     assert torch.equal(two_episodes(stack), two_episodes(stack))
 
 
-def test_mujoco_warns_through_python_and_leaves_no_log(make, tmp_path, monkeypatch):
+def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stack = make("HalfCheetah-v5", [0])
+    stack = envs.make("HalfCheetah-v5", [0])
     stack.reset()
-    env = envs.make_one("HalfCheetah-v5")
+    env = gym_envs.make_one("HalfCheetah-v5")
     env.reset(seed=0)
     with pytest.warns(RuntimeWarning, match="MuJoCo: Nan"):
         env.step([float("nan")] * 6)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("backend", ["sync", "workers"])
 @pytest.mark.parametrize("env_id, words", [
     ("HalfChetah-v5", "unknown environment 'HalfChetah-v5'; did you mean HalfCheetah-v5"),
     ("halfcheetah-v5", "did you mean HalfCheetah-v5"),
@@ -218,17 +476,59 @@ def test_mujoco_warns_through_python_and_leaves_no_log(make, tmp_path, monkeypat
     ("nothing-like-it", "cannot make environment 'nothing-like-it'"),
     ("no_such_module:Pendulum-v1", "cannot make environment 'no_such_module:Pendulum-v1'"),
     ("CartPole-v1", "CartPole-v1 has actions Discrete"),
-    ("lab-tests/DictObservations-v0", "lab-tests/DictObservations-v0 has observations Dict"),
+    ("tests.probe_envs:lab-tests/DictObservations-v0",
+     "lab-tests/DictObservations-v0 has observations Dict"),
     ("CarRacing-v3", "CarRacing-v3 has observations Box"),
-    ("lab-tests/WideDictObservations-v0", "has observations Dict"),
+    ("tests.probe_envs:lab-tests/WideDictObservations-v0", "has observations Dict"),
     ("a:b:c-v0", "cannot make environment 'a:b:c-v0'"),
 ])
-def test_an_environment_that_cannot_work_is_named_in_one_line(make, env_id, words):
+def test_an_environment_that_cannot_work_is_named_in_one_line(backend, env_id, words):
+    with pytest.raises(UserError) as caught:
+        envs.make(env_id, [0], backend=backend)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@on_each(("envpool", "HalfChetah-v5"), ("envpool", "nothing-like-it"), ("envpool", "CartPole-v1"),
+         ("torch", "torch/Pendulm-v1"), ("torch", "no_such_module:torch/Pendulum-v1"))
+def test_the_other_backends_name_one_that_cannot_work_as_well(make, env_id):
+    words = {"HalfChetah-v5": "envpool has no environment 'HalfChetah-v5'; it has HalfCheetah-v5",
+             "nothing-like-it": "envpool has no environment 'nothing-like-it'; it has none similar",
+             "CartPole-v1": "CartPole-v1 has actions Discrete",
+             "torch/Pendulm-v1": "no environment torch/Pendulm-v1; there are torch/Pendulum-v1",
+             "no_such_module:torch/Pendulum-v1": "cannot make environment 'no_such_module:"}[env_id]
     with pytest.raises(UserError) as caught:
         make(env_id, [0])
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_backend_is_named_with_those_that_exist():
-    with pytest.raises(UserError, match=r"no backend 'asink'; there are .*sync"):
-        envs.make(DIARY, [0], backend="asink")
+@pytest.mark.parametrize("settings, words", [
+    ({"backend": "asink"}, r"no backend 'asink'; there are sync, workers, envpool, torch"),
+    ({"backend": "sync", "groups": 2}, "--groups 2 needs --backend workers, not sync"),
+    ({"groups": 2}, "--groups 2 needs --backend workers, not sync"),
+    ({"backend": "envpool", "groups": 3}, "--groups 3 needs --backend workers, not envpool"),
+    ({"backend": "torch", "groups": 2}, "--groups 2 needs --backend workers, not torch"),
+])
+def test_a_layout_that_cannot_work_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        envs.make("Pendulum-v1", [0], 4, **settings)
+
+
+@pytest.mark.parametrize("backend", ["sync", "workers", "envpool"])
+def test_an_environment_in_torch_is_for_the_torch_backend_alone(backend):
+    with pytest.raises(UserError, match=f"written in torch: leave --backend {backend} out"):
+        envs.make("torch/Pendulum-v1", [0], backend=backend)
+
+
+def test_the_id_names_the_backend_unless_it_is_given():
+    for env_id, backend, kind in (
+            ("torch/Pendulum-v1", None, torch_envs.TorchEnvs), ("Pendulum-v1", None, envs.SyncEnvs),
+            ("Pendulum-v1", "torch", torch_envs.TorchEnvs)):
+        stack = envs.make(env_id, [0], backend=backend)
+        assert type(stack) is kind
+        stack.close()
+
+
+def test_a_missing_envpool_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(UserError, match="needs a package: pip install envpool"):
+        envs.make("Pendulum-v1", [0], backend="envpool")

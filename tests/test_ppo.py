@@ -1,6 +1,7 @@
 """PPO against slow references written from the definitions, in float64."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -145,6 +146,29 @@ def test_the_unclipped_action_is_stored_and_the_clipped_one_returned():
     assert torch.equal(agent.rollout[:, 0, :, 3:5], unclipped)
 
 
+@pytest.mark.parametrize("bounds", [(0, 5), (0, 2, 5), (0, 1, 4, 5)])
+@pytest.mark.parametrize("others", [None, 2, 5, 9])
+def test_each_environment_keeps_its_own_action_where_they_act_in_groups(float64, bounds, others):
+    """Unclipped, with the log-prob under what the policy made of its own observation; also where
+    other environments are acted in without exploring in between."""
+    agent = make_agent(ppo, num_envs=5, spec=make_spec(low=(-0.1, -0.1), high=(0.1, 0.1)))
+    agent.actor.head.weight.data *= 100
+    for row, (obs, rewards, next_obs, *ends) in enumerate(make_steps((0, 1), 5, 8)):
+        parts = []
+        for part in itertools.starmap(slice, itertools.pairwise(bounds)):
+            parts.append(agent.act(obs[:, part]))
+            if others:
+                agent.act(torch.randn(2, others, 3), explore=False)
+        clipped = torch.cat(parts, 1)
+        agent.observe(obs, clipped, rewards, next_obs, *ends)
+        stored, log_probs = agent.rollout[:, row, :, 3:5], agent.rollout[:, row, :, 5]
+        assert torch.equal(stored.clamp(-0.1, 0.1), clipped) and (stored.abs() > 0.1).any()
+        policy = Independent(Normal(agent.actor(obs), agent.log_std.exp()), 1)
+        torch.testing.assert_close(log_probs, policy.log_prob(stored).detach())
+    assert agent.actor(obs).std(1).min() > 0.01  # so that a neighbour's log-prob would differ
+    assert agent.update()
+
+
 def test_log_probs_equal_torch_distributions(float64):
     mean, log_std, actions = torch.randn(3, 2, 5, 4)
     reference = Independent(Normal(mean, log_std.exp()), 1).log_prob(actions)
@@ -182,6 +206,29 @@ def reference_minibatch(agent, place, samples, shift):
     leaves = [*weights.values(), log_std]
     torch.nn.utils.clip_grad_norm_(leaves, c.max_grad_norm)
     return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_micro_batches_give_the_update_of_the_whole_minibatch(float64, norm_adv):
+    """A minibatch has 11 rows, so that the parts are uneven, and one row has no deviation. Of every
+    seed, in 3 rollouts of 6 updates each."""
+    steps, results = make_steps(range(3), 3, 34), []
+    for parts, largest in ((1, 11), (2, 6), (4, 3), (5, 3), (11, 1), (99, 1)):
+        agent = make_agent(ppo, seeds=range(3), num_envs=3, num_steps=11, num_minibatches=3,
+                           lr=1e-2, norm_adv=norm_adv, ent_coef=0.01, rpo_alpha=0.1,
+                           micro_batches=parts)
+        rows = set()
+        agent.actor.register_forward_hook(
+            lambda actor, x, y, rows=rows: rows.add(x[0].shape[1]) if y.requires_grad else None)
+        history = drive(agent, steps)
+        assert len(history) == 3 and max(rows) == largest
+        results.append({f"{i} {name}": value for i, metrics in enumerate(history)
+                        for name, value in metrics.items()})
+        results[-1] |= {str(i): x.clone() for i, x in enumerate(agent._learned())}
+    for parted in results[1:]:
+        assert parted.keys() == results[0].keys()
+        for name, value in results[0].items():
+            torch.testing.assert_close(parted[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e3, 0.05])
@@ -262,6 +309,30 @@ def test_the_metrics_of_a_stopped_seed_are_of_its_last_epoch():
     torch.testing.assert_close(metrics["policy/approx_kl"], torch.tensor([0.6, 0.4]))
 
 
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 24, 100, 128, 129, 1000, 1024, 5000])
+@pytest.mark.parametrize("num_minibatches", [1, 4, 32, 33])
+def test_by_default_a_rollout_is_the_shortest_of_2048_rows_and_16_steps(num_envs, num_minibatches):
+    """In whole minibatches."""
+    settings = {"num_steps": ppo.Config().num_steps, "num_minibatches": num_minibatches}
+    expected = next(steps for steps in itertools.count(16) if steps * num_envs >= 2048
+                    and steps * num_envs % num_minibatches == 0)
+    agent = make_agent(ppo, seeds=[0], num_envs=num_envs, **settings)
+    assert agent.rollout.shape[:3] == (1, expected, num_envs)
+
+
+@pytest.mark.parametrize("num_envs, num_steps", [(24, 88), (1024, 16)])
+def test_many_environments_learn_with_the_default_rollout_and_minibatches(num_envs, num_steps):
+    agent = make_agent(ppo, num_envs=num_envs, num_steps=None, num_minibatches=32, update_epochs=1)
+    sizes, step = [], agent.minibatch_step
+    agent.minibatch_step = lambda *x: (sizes.append(x[0].shape[1]), step(*x))[1]
+    transitions = make_steps((0, 1), num_envs, 3)
+    for _ in range(num_steps):
+        assert not drive(agent, transitions[:1])
+    (metrics,) = drive(agent, transitions[1:])
+    assert sizes == 32 * [num_steps * num_envs // 32]
+    assert all(value.isfinite().all() for value in metrics.values())
+
+
 def test_a_minibatch_of_one_row_cannot_be_normalised():
     with pytest.raises(ValueError, match=r"num_minibatches .* 8 does not"):
         make_agent(ppo, num_steps=8, num_minibatches=8)
@@ -283,6 +354,18 @@ def test_observing_without_acting_is_an_error():
     obs, zeros = torch.zeros(2, 1, 3), torch.zeros(2, 1)
     with pytest.raises(ValueError, match="act"):
         agent.observe(obs, torch.zeros(2, 1, 2), zeros, obs, zeros, zeros)
+    agent.act(obs)
+    agent.observe(obs, torch.zeros(2, 1, 2), zeros, obs, zeros, zeros)
+    with pytest.raises(ValueError, match="act"):  # the same action again
+        agent.observe(obs, torch.zeros(2, 1, 2), zeros, obs, zeros, zeros)
+
+
+def test_observing_all_environments_after_acting_in_a_part_of_them_is_an_error():
+    agent, (step,) = make_agent(ppo, num_envs=3), make_steps((0, 1), 3, 1)
+    agent.act(step[0][:, :2])
+    agent.act(step[0], explore=False)
+    with pytest.raises(ValueError, match="act"):
+        agent.observe(step[0], torch.zeros(2, 3, 2), *step[1:])
 
 
 def test_infinite_bounds_are_fine_without_squashing():

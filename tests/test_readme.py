@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,34 @@ import pytest
 from lab import command
 
 README = Path("README.md").read_text()
-COMMANDS = [shlex.split(line, comments=True)[2:] for line in README.splitlines()
-            if line.startswith("python learn_simple.py") and "--help" not in line]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines()
+            if line.startswith("python learn_") and "--help" not in line]
 
 
 def test_the_loop_that_is_quoted_is_the_loop_that_runs():
-    (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert "agent.act(obs)" in loop and loop in Path("lab/rollout.py").read_text()
+    (loop,) = (code for code in PYTHON if "agent.act" in code)
+    code = textwrap.indent(loop, 12 * " ")
+    assert code in Path("lab/rollout.py").read_text()
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
 def test_every_command_can_be_read(argv, tmp_path):
     mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
-    options, _ = command.parse([str(mine) if arg == "../mine.py" else arg for arg in argv])
+    script, *argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
+    (kind,) = (kind for kind, name in command.SCRIPTS.items() if name == script)
+    options, config = command.parse(argv, kind)
+    if kind is command.Vectorised:
+        options = command._settle(options, config)
     assert command.make_jobs(options, {}, 2, None)
+
+
+def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
+    (code,) = (code for code in PYTHON if "torch_envs" in code)
+    (tmp_path / "my_envs.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = "agents/ppo.py --env my_envs:torch/Push-v0 --num-envs 64 --steps 4096 --update-epochs 1"
+    assert command.run(argv.split(), command.Vectorised) == 0
 
 
 def test_every_path_that_is_named_exists():

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab import recorder, stats
-from lab.envs import UserError
+from lab.gym_envs import UserError
 from lab.recorder import AllSeeds, SeedRecorder, create_run_folder, read_metrics
 
 

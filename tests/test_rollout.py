@@ -1,7 +1,7 @@
 """The training loop and the evaluation loop: what they do with time, ends, faults and interrupts.
 
-The scripted agent acts with ones, so that the return of a Diary episode is its length, which the
-first observation tells."""
+The scripted agent acts with threes, so that the return of a Diary episode is thrice its length,
+which the first observation tells."""
 
 import dataclasses
 import signal
@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab import agent_file, checkpoint, envs, rollout
-from lab.envs import UserError
+from lab.gym_envs import UserError
 from lab.recorder import read_metrics
 from lab.rollout import Job, due, evaluate, train
 from tests import probe_envs
@@ -20,8 +20,10 @@ from tests.conftest import small_config
 
 SAC = Path("agents/sac.py").resolve()
 SMALL_SAC = dataclasses.asdict(small_config(agent_file.load(SAC)))
+PPO, CEM = Path("agents/ppo.py").resolve(), Path("agents/cem.py").resolve()
 DIARY, TARGET = "lab-tests/Diary-v0", "lab-tests/Target-v0"
-LENGTH = 2  # the place in a Diary's observation
+ANYWHERE = f"tests.probe_envs:{DIARY}"  # a worker imports it by name
+STEP, LENGTH, START = 1, 2, 3  # places in a Diary's observation
 
 SCRIPTED = '''
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Agent:
         self.config, self.seeds, self.transitions = config, seeds, 0
 
     def act(self, obs, explore=True):
-        return torch.ones(*obs.shape[:2], 1)
+        return torch.full((*obs.shape[:2], 1), 3.0)
 
     def observe(self, obs, *rest):
         self.transitions += obs.shape[1]
@@ -196,17 +198,115 @@ def test_updates_are_counted_against_transitions(num_envs, replay_ratio):
 def test_a_row_holds_the_episodes_since_the_row_before(scripted):
     job = make_job(scripted, {}, env_id=DIARY, num_envs=2, steps=60, log_every=10, eval_every=60)
     rows = rows_of(run(job))
-    training, lengths = envs.make(DIARY, job.seeds, 2), {0: [], 1: []}
+    training, lengths = envs.make(DIARY, job.seeds, 2), [[], []]
     training.reset(envs.TRAINING, 0)
     for step in range(2, 61, 2):
-        for episode in training.step(torch.ones(2, 2, 1)).episodes:
-            lengths[episode.seed].append(episode.length)
+        t = training.step(torch.full((2, 2, 1), 3.0))
+        for seed, n in (t.terminations + t.truncations).nonzero().tolist():
+            lengths[seed].append(float(t.next_obs[seed, n, LENGTH]))
         for seed in job.seeds if step % 10 == 0 else ():
             mean = sum(lengths[seed]) / len(lengths[seed])
             assert rows[seed][step]["length/train"] == pytest.approx(mean)
-            assert rows[seed][step]["return/train"] == pytest.approx(mean)
+            assert rows[seed][step]["return/train"] == pytest.approx(3 * mean)
             assert rows[seed][step]["loss/scripted"] == step - 2 + seed
             lengths[seed] = []
+
+
+def test_a_row_says_what_finished_says_of_its_seed(scripted, monkeypatch):
+    """Asked once for each row; a seed that has finished no episode gets no return."""
+    calls = []
+
+    def finished(self):
+        calls.append(self.layout.num_envs)
+        return [envs.Finished(len(calls), 10.0 * len(calls), 7.0), envs.Finished(0, 0.0, 0.0)]
+
+    monkeypatch.setattr(envs.SyncEnvs, "finished", finished)
+    job = make_job(scripted, {}, env_id=DIARY, num_envs=3, steps=60, log_every=12, eval_every=60)
+    rows = rows_of(run(job))
+    assert calls == [3] * 5
+    assert [row["return/train"] for row in rows[0].values()] == [10, 20, 30, 40, 50]
+    assert [row["length/train"] for row in rows[0].values()] == [7] * 5
+    assert not any({"return/train", "length/train"} & row.keys() for row in rows[1].values())
+    assert list(rows[1]) == list(rows[0]) and "return/eval" in rows[1][60]
+
+
+@pytest.mark.parametrize("backend, evaluates", [
+    (None, "SyncEnvs"), ("sync", "SyncEnvs"), ("workers", "SyncEnvs"), ("torch", "TorchEnvs"),
+    ("envpool", "EnvpoolEnvs")])
+def test_evaluation_has_the_backend_of_training_but_no_worker_processes(
+        monkeypatch, scripted, backend, evaluates):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    made, make = [], envs.make
+
+    def spy(*arguments, **settings):
+        made.append(make(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(envs, "make", spy)
+    run(make_job(scripted, {}, env_id="Pendulum-v1", num_envs=3, steps=9, backend=backend,
+                 workers=1, eval_episodes=2, clip_reward=(-1.0, 1.0)))
+    training, evaluation = made
+    trains = "WorkerEnvs" if backend == "workers" else evaluates
+    assert [type(each).__name__ for each in made] == [trains, evaluates]
+    assert training.shape == (2, 3) and evaluation.shape == (2, 2)
+    assert training.layout.clip_reward == (-1, 1) and evaluation.layout.clip_reward is None
+
+
+def test_training_with_workers_gives_the_rows_of_the_plain_loop():
+    """Every loss and return, to the bit."""
+    plain, workers = (rows_of(run(make_job(env_id=ANYWHERE, num_envs=2, backend=backend, workers=2,
+                                           clip_reward=(-1.0, 2.0))))
+                      for backend in ("sync", "workers"))
+    assert plain == workers and len(plain[0]) == 20
+    assert {"loss/qf", "return/train", "return/eval"} <= plain[1][100].keys()
+
+
+def pairs_up(obs, next_obs):
+    """Whether each Diary observation is followed by that of the same environment."""
+    step = torch.zeros(next_obs.shape[-1])
+    step[STEP] = 1
+    return torch.equal(next_obs, obs + step)
+
+
+def test_in_groups_ppo_stores_each_environments_action_and_its_log_prob(tmp_path):
+    """Three environments in groups of two and one. The reward of a Diary step is its action."""
+    module = agent_file.load(PPO)
+    config = small_config(module, num_steps=24, norm_obs=False)
+    job = make_job(PPO, dataclasses.asdict(config), env_id=ANYWHERE, num_envs=3, steps=60,
+                   backend="workers", workers=2, groups=2, run=str(tmp_path))
+    run(job)
+    state = checkpoint.load_latest(job.checkpoints)["agent"]
+    assert state["counters"]["filled"] == 20  # so that the actor is still the one that acted
+    rollout = state["tensors"]["rollout"][:, :20]
+    obs, actions, log_probs, next_obs, rewards, _ = rollout.split([4, 1, 1, 4, 1, 2], -1)
+    assert pairs_up(obs, next_obs) and torch.equal(rewards, actions)
+    assert len(actions.unique()) == actions.numel() == 120
+    spec = envs.probe(DIARY)
+    agent = module.Agent(spec, config, list(job.seeds), num_envs=3, total_steps=60)
+    agent.load_state_dict(state)
+    with torch.no_grad():
+        mean = agent.actor(obs.flatten(1, 2))
+    expected = module.gaussian_log_probs(actions.flatten(1, 2), mean, agent.log_std)
+    torch.testing.assert_close(log_probs.flatten(1), expected)
+    assert len(mean.unique()) > 100 and log_probs.std() > 0.1
+
+
+def test_in_groups_cem_stores_each_environments_action_and_keeps_its_plan(tmp_path):
+    """Without noise the last plan is the last action, in units of the action's range of 100."""
+    config = dataclasses.asdict(small_config(
+        agent_file.load(CEM), noise=0.0, qf_lr=0.0, samples=4, iterations=2, target_samples=2))
+    job = make_job(CEM, config, env_id=ANYWHERE, num_envs=3, steps=60, backend="workers", workers=2,
+                   groups=2, run=str(tmp_path))
+    run(job)
+    state = checkpoint.load_latest(job.checkpoints)["agent"]
+    obs, actions, next_obs, rewards, _ = state["replay"]["rows"].split([4, 1, 4, 1, 1], -1)
+    assert state["replay"]["size"] == 60 and pairs_up(obs, next_obs)
+    assert torch.equal(rewards, actions)
+    plans, last, after = state["tensors"]["plans"], actions[:, -3:], next_obs[:, -3:]
+    goes_on = after[..., [STEP]] < after[..., [LENGTH]]
+    torch.testing.assert_close(100 * plans, torch.where(goes_on, last, 0.0))
+    assert 1 < goes_on.sum() < 6 and len(last[goes_on].unique()) == goes_on.sum()
 
 
 def test_the_same_job_twice_gives_equal_metrics(tmp_path):

@@ -44,7 +44,7 @@ def test_only_a_termination_cuts_the_bootstrap():
 @pytest.mark.parametrize("ends, value", [("truncations", 1 / (1 - 0.8)), ("terminations", 1.0)])
 def test_the_value_of_an_endless_task_survives_truncation_alone(ends, value):
     """Reward 1 a step from one state; each step ends an episode, by one flag or by the other."""
-    agent = make_agent(sac, seeds=[0], gamma=0.8, tau=0.2, autotune=False, alpha=0.0, qf_lr=3e-2,
+    agent = make_agent(sac, seeds=[0], gamma=0.8, tau=0.2, tune_alpha=False, alpha=0.0, qf_lr=3e-2,
                        actor_lr=0.0)
     obs, ones, zeros = torch.zeros(1, 1, 3), torch.ones(1, 1), torch.zeros(1, 1)
     for _ in range(400):
@@ -155,7 +155,7 @@ def test_the_target_entropy_is_minus_the_number_of_actions_for_each_seed():
 
 
 def test_a_fixed_temperature_stays():
-    agent = make_agent(sac, autotune=False, alpha=0.3)
+    agent = make_agent(sac, tune_alpha=False, alpha=0.3)
     history = drive(agent, make_steps((0, 1), 1, 40))
     assert history[-1]["policy/alpha"].tolist() == pytest.approx([0.3, 0.3])
 

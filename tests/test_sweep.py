@@ -31,7 +31,7 @@ import signal
 import time
 from pathlib import Path
 
-from lab.envs import UserError
+from lab.gym_envs import UserError
 
 
 def patch(self):

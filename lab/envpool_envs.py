@@ -1,0 +1,68 @@
+"""Environments of envpool (C++ threads), an optional extra."""
+
+import dataclasses
+import difflib
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from lab.accelerate import physical_cores
+from lab.envs import TRAINING, HostEnvs, Layout, Transition
+from lab.gym_envs import UserError, spec_of
+
+
+class EnvpoolEnvs(HostEnvs):
+    def __init__(self, layout: Layout):
+        try:
+            import envpool
+        except ImportError as error:
+            raise UserError("--backend envpool needs a package: pip install envpool==1.2.5 "
+                            "(Python 3.11, Linux)") from error
+        known = envpool.list_all_envs()
+        if layout.env_id not in known:
+            near = ", ".join(difflib.get_close_matches(layout.env_id, known, n=3)) or "none similar"
+            raise UserError(f"envpool has no environment {layout.env_id!r}; it has {near}")
+        self.package, self.layout = envpool, layout
+        self.pool = self._make([0])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*precision lowered by casting")
+            spec = spec_of(self.pool, layout.env_id)
+            self.action_dtype = self.pool.action_space.dtype
+        limit = self.pool.spec.config.max_episode_steps
+        super().__init__(layout, dataclasses.replace(spec, max_episode_steps=limit))
+        self.running = np.zeros((len(self.places), 2))  # returns and lengths so far
+
+    def _make(self, seeds: list[int]) -> Any:
+        return self.package.make(
+            self.layout.env_id, env_type="gymnasium", num_envs=len(seeds), env_seed=seeds,
+            num_threads=min(len(seeds), self.layout.workers or physical_cores()))
+
+    def reset(self, *stream: int) -> torch.Tensor:
+        entropy = [np.random.SeedSequence([seed, *(stream or (TRAINING,)), n])
+                   for seed, n in self.places]
+        self.pool = self._make([int(e.generate_state(1)[0] >> 1) for e in entropy])  # an int32
+        self.rows[:] = self.running[:] = self.sums[:] = 0
+        self.rows[:, self.spec.obs_dim : -3] = self.pool.reset()[0]
+        return self.transition().obs
+
+    def send(self, actions: torch.Tensor, group: int = 0) -> None:
+        self.put_actions(actions)
+        self.pool.send(self.actions.astype(self.action_dtype))
+
+    def receive(self) -> Transition:
+        obs, rewards, terminated, truncated, info = self.pool.recv()
+        rows, O, order = self.rows, self.spec.obs_dim, info["env_id"]
+        rows[order, :O] = rows[order, O : 2 * O] = obs
+        rows[order, 2 * O :] = np.stack([rewards, terminated, truncated & ~terminated], 1)
+        self.running[order] += np.stack([rewards, np.ones_like(rewards)], 1)
+        ended = np.flatnonzero(rows[:, -2:].any(1))
+        if len(ended):
+            self.returns[ended], self.running[ended] = self.running[ended], 0
+            fresh, info = self.pool.reset(ended.astype(np.int32))  # the next step does not skip
+            rows[info["env_id"], O : 2 * O] = fresh
+        return self.transition()
+
+    def close(self) -> None:
+        self.pool.close()

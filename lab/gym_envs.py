@@ -1,0 +1,205 @@
+"""Gymnasium environments as arrays, in this process or in a worker's. No torch: a worker that
+imports this module alone starts fast and stays small."""
+
+import ctypes
+import difflib
+import functools
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class UserError(ValueError):
+    """What the user gave cannot work. The message is one line: what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an agent may know of its environment. Bounds have shape (A,), environment units."""
+
+    id: str
+    obs_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    max_episode_steps: int | None
+
+
+def make_one(env_id: str) -> gymnasium.Env:
+    """One gymnasium environment, or a UserError that names similar ids."""
+    try:
+        hear_mujoco()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
+            warnings.filterwarnings("ignore", message=".*latest versioned environment")
+            env = gymnasium.make(env_id, disable_env_checker=True)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
+        ids = list(gymnasium.registry)
+        by_lower = {name.lower(): name for name in ids}
+        near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
+        if env_id in ids or not near:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot make environment {env_id!r}: {reason}") from error
+        names = ", ".join(by_lower[name] for name in near)
+        raise UserError(f"unknown environment {env_id!r}; did you mean {names}?") from error
+    if env.spec and env.spec.id != env_id.split(":")[-1]:
+        raise UserError(f"environment {env_id!r} names no version; say {env.spec.id!r}")
+    return env
+
+
+def import_prefix(env_id: str) -> str:
+    """Import what "module:Name-v0" begins with, as gymnasium does -> the rest of the id."""
+    module, colon, name = env_id.rpartition(":")
+    try:
+        if colon:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"cannot make environment {env_id!r}: {error}") from error
+    return name
+
+
+@functools.cache
+def hear_mujoco() -> None:
+    """MuJoCo prints its warnings and leaves a MUJOCO_LOG.TXT where one stands: make them Python's,
+    but for one about an attribute in gymnasium's own models, which comes with every environment."""
+    try:
+        import mujoco
+    except ImportError:
+        return
+
+    def warn(message: str) -> None:
+        if "settotalmass" not in message:
+            warnings.warn(f"MuJoCo: {message.strip()}", RuntimeWarning, stacklevel=2)
+
+    mujoco.set_mju_user_warning(warn)
+
+
+def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
+    """UserError unless observations and actions are flat boxes."""
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
+        space = " ".join(str(action_space).split())
+        raise UserError(f"{env_id} has actions {space}; the lab is for continuous control "
+                        "and needs a one-dimensional Box")
+    if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
+        space = " ".join(str(obs_space).split())
+        raise UserError(f"{env_id} has observations {space}; the lab needs a one-dimensional "
+                        "Box: register it with gymnasium's FlattenObservation")
+    limit = getattr(env.spec, "max_episode_steps", None)  # without a spec there is none
+    low, high = (tuple(float(x) for x in bound) for bound in (action_space.low, action_space.high))
+    return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
+
+
+def renew_box2d_world(env: gymnasium.Env) -> None:
+    """BipedalWalker keeps one b2World, whose contact caches leak from an episode into the next
+    (gymnasium issue 728): with a new world an episode depends on the random state alone."""
+    walker: Any = env.unwrapped
+    if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
+        from Box2D import b2World
+
+        walker._destroy()
+        walker.world = b2World()
+
+
+class Slice:
+    """Some gymnasium environments and the arrays in which they leave their steps.
+
+    A place is (seed, n): environment n of that seed, whose random stream it names.
+    actions (n, A) is read; rows (n, 2 O + 3) gets next_obs, obs, reward, termination, truncation;
+    returns (n, 2) gets the undiscounted return and the length of an episode when it ends.
+    """
+
+    def __init__(self, env_id: str, places: Sequence[tuple[int, int]], actions: np.ndarray,
+                 rows: np.ndarray, returns: np.ndarray):
+        self.places, self.actions, self.rows, self.returns = places, actions, rows, returns
+        self.envs = [make_one(env_id) for _ in places]
+        self.obs_dim = (rows.shape[1] - 3) // 2
+        self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
+        self.running = [[0.0, 0] for _ in places]  # return and length so far
+
+    def reset(self, stream: Sequence[int]) -> None:
+        """Into obs. The one seeded reset: later episodes go on in the random stream that the seed,
+        the stream's numbers and the environment's n name."""
+        for i, (seed, n) in enumerate(self.places):
+            entropy = np.random.SeedSequence([seed, *stream, n])
+            self._begin(i, int(entropy.generate_state(1)[0]))
+
+    def step(self) -> None:
+        O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
+        outcomes: list[tuple[Any, bool, bool]] = []
+        fresh = []
+        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+            self.rows[i, :O], reward, terminated, truncated, _ = env.step(action)
+            outcomes.append((reward, terminated, truncated and not terminated))
+            running = self.running[i]
+            running[0] += float(reward)
+            running[1] += 1
+            if terminated or truncated:
+                self.returns[i] = running
+                fresh.append(i)
+        self.rows[:, O : 2 * O] = self.rows[:, :O]
+        self.rows[:, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # there may be none
+        for i in fresh:
+            self._begin(i)
+
+    def _begin(self, i: int, seed: int | None = None) -> None:
+        renew_box2d_world(self.envs[i])
+        self.running[i] = [0.0, 0]
+        self.rows[i, self.obs_dim : 2 * self.obs_dim] = self.envs[i].reset(seed=seed)[0]
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+RESET = 255  # the first byte of a command; any other is the number of a group that steps
+
+
+def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[Any, ...]],
+          shared: Sequence[Any]) -> None:
+    """A worker's life: step its slice of each group when told, until the link closes.
+
+    groups: (places, first row) each; shared: the buffers of actions, rows, returns with their
+    shapes. Every command is answered by one byte, or by "!" and an error, which is the last word.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the main process's business
+        signal.signal(number, signal.SIG_IGN)
+    die_with(parent, signal.SIGKILL)
+    try:
+        arrays = [np.frombuffer(buffer, dtype).reshape(shape) for buffer, dtype, shape in shared]
+        slices = [Slice(env_id, places, *(x[start : start + len(places)] for x in arrays))
+                  for places, start in groups]
+        link.sendall(b".")
+        while command := link.recv(4096):
+            if command[0] == RESET:
+                for each in slices:
+                    each.reset(json.loads(command[1:]))
+                link.sendall(b".")
+                continue
+            for group in command:
+                slices[group].step()
+                link.sendall(b".")
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the main process is gone
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        link.sendall(f"!{type(error).__name__}: {reason}".encode())
+
+
+def die_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """On Linux, a process whose parent is killed gets this signal as well: no orphans."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            sys.exit(1)

@@ -1,0 +1,15 @@
+"""Train an agent on many environments per seed, in one process, on the CPU or on a GPU.
+
+    python learn_vectorised.py                              PPO on a pole, 32 at once, no files
+    python learn_vectorised.py --log --cuda
+    python learn_vectorised.py agents/ppo.py --env BipedalWalker-v3 --num-envs 32 --autotune --log
+    python learn_vectorised.py agents/sac.py --env HalfCheetah-v5 --num-envs 8 --seeds 4 \\
+        --backend workers --workers 2 --replay-ratio 0.25 --log
+"""
+
+import sys
+
+if __name__ == "__main__":  # a worker imports this file as well, and needs nothing of the rest
+    from lab import command
+
+    sys.exit(command.run(sys.argv[1:], command.Vectorised))

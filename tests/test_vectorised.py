@@ -1,0 +1,207 @@
+"""learn_vectorised.py and --autotune: what they take, remember and leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lab import autotune, checkpoint, command
+from lab.autotune import Candidate
+from lab.gym_envs import UserError
+from lab.recorder import read_metrics
+from tests.conftest import AGENTS, SMALL, needs_cuda
+
+DIARY = "tests.probe_envs:lab-tests/Diary-v0"
+TARGET = "tests.probe_envs:lab-tests/Target-v0"
+
+
+def parse(*argv):
+    return command.parse(argv, command.Vectorised)
+
+
+def run(*argv):
+    return command.run(list(map(str, argv)), command.Vectorised)
+
+
+def small(path):
+    fields = command.agent_file.load(path).Config.__dataclass_fields__
+    return [word for name, value in SMALL.items() if name in fields
+            for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_no_argument_is_ppo_on_an_environment_in_torch():
+    options, config = parse()
+    (job,) = command.make_jobs(command._settle(options, config), config, 1, None)
+    assert job.agent_path == "agents/ppo.py" and job.env_id.startswith("torch/")
+    assert job.num_envs > 8 and job.backend is None and job.seeds == (0,)
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("layout", ["--backend torch --env Pendulum-v1",
+                                    f"--env {TARGET} --backend workers --workers 2 --groups 2"])
+def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
+    assert run(path, *layout.split(), "--num-envs", 4, "--seeds", 2, "--steps", 60, "--log",
+               "--eval-episodes", 1, "--runs", tmp_path, *small(path)) == 0
+    folder, = tmp_path.glob(f"{path.stem}-*")
+    env_id = json.loads((folder / "config.json").read_text())["options"]["env"][0]
+    assert env_id == ("torch/Pendulum-v1" if "torch" in layout else TARGET)
+    for seed in (0, 1):
+        file, = folder.glob(f"*/{path.stem}/seed_{seed}/metrics.jsonl")
+        rows = read_metrics(file)
+        assert rows[-1]["step"] == 60 and "return/eval" in rows[-1]
+        assert any(tag.startswith("loss/") for row in rows for tag in row)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--num-envs 0", "--num-envs must be at least 1, not 0"),
+    ("--workers 0", "--workers must be at least 1"),
+    ("--groups 2", "--groups 2 needs --backend workers, not torch"),
+    ("--backend workers", "torch/ContinuousCartPole-v1 is written in torch: leave --backend"),
+    ("--env torch/Pendulum-v2", "no environment torch/Pendulum-v2; there are torch/Pendulum-v1"),
+    ("--backend torch --env Hopper-v5", "no environment torch/Hopper-v5"),
+    ("--autotune --env A B", "--autotune is for one environment, not A B"),
+    ("--processes 2", "processes"),
+])
+def test_bad_input_is_one_line(flags, words, capsys, tmp_path):
+    assert run(*flags.split(), "--log", "--runs", tmp_path / "runs") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_envpool_that_is_missing_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    assert run("--env", "Pendulum-v1", "--backend", "envpool") == 2
+    assert "pip install envpool==" in capsys.readouterr().err
+
+
+def test_each_script_resumes_its_own_runs(tmp_path, capsys):
+    short = ["--env", TARGET, "--steps", "64", "--log", "--runs", str(tmp_path),
+             *small("agents/ppo.py")]
+    assert command.run(["agents/ppo.py", *short, "--name", "simple"]) == 0
+    assert run("agents/ppo.py", *short, "--name", "many", "--num-envs", 4) == 0
+    simple, many = (next(tmp_path.glob(f"{name}-*")) for name in ("simple", "many"))
+    assert run("--resume", simple) == 2
+    assert "is a run of learn_simple.py" in capsys.readouterr().err
+    assert command.run(["--resume", str(many)]) == 2
+    assert "is a run of learn_vectorised.py" in capsys.readouterr().err
+    assert run("--resume", many) == 0
+    options, _ = parse("--config", str(simple / "config.json"))
+    assert (options.env, options.steps, options.num_envs) == ((TARGET,), 64, None)
+    assert parse("--config", str(many / "config.json"))[0].num_envs == 4
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Autotuning in a moment; -> the candidates that were measured."""
+    measured = []
+
+    def measure(candidate, options, config):
+        measured.append(candidate)
+        if candidate.backend == "envpool":
+            raise UserError("envpool has no such environment")
+        return {"sync": 5.0, "workers": 7.0 + (candidate.groups or 0)}.get(
+            candidate.backend, 1.0) + candidate.num_envs / 1000
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    return measured
+
+
+def test_autotune_uses_the_fastest_and_remembers_it(hasty, tmp_path, capsys):
+    flags = ["--env", TARGET, "--autotune", "--steps", "64", "--log", "--runs", str(tmp_path),
+             *small("agents/ppo.py")]
+    assert run(*flags) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "acting and stepping" in out and {c.backend for c in hasty} >= {"sync", "workers"}
+    folder, = tmp_path.glob("ppo-*")
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["backend"] == "workers" and options["groups"] == 2
+    assert options["num_envs"] == max(c.num_envs for c in hasty) and not options["autotune"]
+    count = len(hasty)
+    assert run(*flags) == 0 and len(hasty) == count
+    assert "as measured before" in capsys.readouterr().out
+    assert run(*flags, "--seeds", 2) == 0 and len(hasty) > count, "another question"
+    (tmp_path / "autotune.json").write_text("{torn")
+    assert run(*flags) == 0, "a broken memory is measured again"
+
+
+def test_autotune_keeps_what_is_given(hasty):
+    options, config = parse("--env", TARGET, "--num-envs", "6", "--workers", "3", "--groups", "1")
+    autotune.measure_all(options, config)
+    assert {c.num_envs for c in hasty} == {6}
+    assert {c.workers for c in hasty if c.backend == "workers"} == {3}
+    assert {c.groups for c in hasty if c.backend == "workers"} == {1}
+    hasty.clear()
+    options, config = parse("--env", TARGET, "--backend", "sync")
+    assert autotune.measure_all(options, config).num_envs == 128
+    assert {c.backend for c in hasty} == {"sync"}
+
+
+def test_autotune_of_what_cannot_work_is_one_line(hasty, capsys):
+    assert run("--env", TARGET, "--autotune", "--backend", "envpool") == 2
+    err = capsys.readouterr().err
+    assert err == "error: no backend works: envpool has no such environment\n"
+
+
+def test_autotune_stops_when_the_minute_is_over(hasty, monkeypatch, capsys):
+    monkeypatch.setattr(autotune, "BUDGET", -1.0)
+    options, config = parse("--env", TARGET)
+    with pytest.raises(UserError, match="no backend works"):
+        autotune.measure_all(options, config)
+    assert hasty == [] and "is not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("candidate", [
+    Candidate(4, "sync", None, None), Candidate(4, "workers", 2, 2)])
+def test_a_measurement_counts_steps_of_all_seeds(candidate, monkeypatch):
+    monkeypatch.setattr(autotune, "EACH", 0.05)
+    options, config = parse("--env", TARGET, "--seeds", "2")
+    assert autotune.measure(candidate, options, config) > 10
+
+
+def test_autotune_alone_prints_the_flags_and_changes_nothing(hasty, tmp_path, capsys):
+    argv = ["--env", TARGET, "--num-envs", "8", "--runs", str(tmp_path / "runs")]
+    assert command.run(argv, command.Vectorised, command.measure) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(
+        "fastest: --num-envs 8 --backend workers --workers ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "learn_vectorised.py", "agents/ppo.py", "--env", TARGET, "--num-envs", "4",
+         "--backend", "workers", "--workers", "2", "--steps", "10_000_000", "--log", "--runs",
+         str(tmp_path), *small("agents/ppo.py")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("ppo-*/*/ppo/seed_0/metrics.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        children = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
+                                  capture_output=True, text=True).stdout.splitlines()
+        workers = [int(line.split()[0]) for line in children if "spawn_main" in line]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("FAILED")]
+    assert "worker 2 of 2" in line and f"process {workers[1]}" in line and "signal 9" in line
+    assert "Traceback" not in err
+    folder, = tmp_path.glob("ppo-*/*/ppo/stack_0_0")
+    assert checkpoint.load_latest(folder)["step"] > 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+@needs_cuda
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "graphs"])
+def test_every_agent_trains_on_a_gpu(path, compiled, tmp_path):
+    for layout in ("--env torch/Pendulum-v1", f"--env {TARGET} --backend workers --workers 2"):
+        assert run(path, *layout.split(), "--num-envs", 4, "--seeds", 2, "--steps", 400, "--cuda",
+                   "--eval-episodes", 1, *compiled, *small(path)) == 0
