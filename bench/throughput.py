@@ -36,7 +36,7 @@ STEPPING = ("bare loop, one core", "gymnasium sync, one core", "gymnasium sync",
             "lab torch, 1024", "lab torch, 1024, compiled")
 TRAINING = ("sb3 SubprocVecEnv", "lab, 1 seed x 32", "lab, 4 seeds x 8",
             "lab, 4 seeds x 8, compiled")
-NUM_ENVS, SECONDS = 16, 3.0
+NUM_ENVS, SECONDS = 16, 2.0
 
 
 class Push(gymnasium.ActionWrapper):

@@ -102,7 +102,7 @@ def candidates(options: Any, speeds: dict[Candidate, float]) -> Iterator[Candida
     """First every backend at one number of environments, then other numbers with the fastest;
     of what the options give, only that. `speeds` fills while this is read."""
     env_id, cores, num_envs = options.env[0], physical_cores(), options.num_envs or 32
-    if options.backend or envs.TORCH in env_id:
+    if options.backend or envs.is_torch(env_id):
         backends = [envs.choose_backend(env_id, options.backend)]
     else:
         backends = ["sync", "workers"]

@@ -274,13 +274,13 @@ def _settle(options: Vectorised, config: dict[str, Any],
             choose: Callable[..., autotune.Candidate] = autotune.fastest) -> Vectorised:
     """The options with what was left open: ids of --backend torch, and the fastest layout."""
     check(options)
-    ids = tuple(env_id if options.backend != "torch" or envs.TORCH in env_id
+    ids = tuple(env_id if options.backend != "torch" or envs.is_torch(env_id)
                 else envs.TORCH + env_id for env_id in options.env)
     options = dataclasses.replace(options, env=ids)
     if not options.autotune:
         return dataclasses.replace(options, num_envs=options.num_envs or NUM_ENVS)
     if len(ids) != 1:
-        raise UserError(f"--autotune is for one environment, not {' '.join(ids) or 'none'}")
+        raise UserError("--autotune is for one environment, not " + " ".join(ids))
     return dataclasses.replace(options, autotune=False, **choose(options, config)._asdict())
 
 

@@ -79,13 +79,18 @@ def choose_backend(env_id: str, backend: str | None, groups: int = 1) -> str:
     """The one that is meant. UserError if there is none such, or not for this id or groups."""
     if backend not in (None, *BACKENDS):
         raise UserError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
-    in_torch = TORCH in env_id
+    in_torch = is_torch(env_id)
     if backend not in (None, "torch") and in_torch:
         raise UserError(f"{env_id} is written in torch: leave --backend {backend} out")
     name = "torch" if in_torch or backend == "torch" else backend or "sync"
     if groups > 1 and name != "workers":
         raise UserError(f"--groups {groups} needs --backend workers, not {name}")
     return name
+
+
+def is_torch(env_id: str) -> bool:
+    """Whether the id, after the module that it may name, is of an environment in torch."""
+    return env_id.rpartition(":")[2].startswith(TORCH)
 
 
 class VectorEnvs:
@@ -99,7 +104,7 @@ class VectorEnvs:
         self.groups = [slice(None)]
 
     def reset(self, *stream: int) -> torch.Tensor:
-        """-> obs (S, N, O). The one seeded reset, by seed, stream and the environment's place."""
+        """-> obs (S, N, O). The one seeded reset, by seed, stream and the environment's n."""
         raise NotImplementedError
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
@@ -159,7 +164,8 @@ class HostEnvs(VectorEnvs):
         ended = self.rows[:, -2] + self.rows[:, -1] > 0
         if ended.any():
             order = self.order.numpy()
-            done = np.concatenate([np.ones((len(order), 1)), self.returns], 1) * ended[:, None]
+            done = np.concatenate([np.ones((len(order), 1)), self.returns], 1)
+            done = np.where(ended[:, None], done, 0)  # not a product: an old return may be NaN
             self.sums += done[order].reshape(*self.shape, 3).sum(1).T
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         rows = rows.to(self.device, non_blocking=True)  # pinned: overwritten only after actions.cpu

@@ -63,7 +63,7 @@ def import_prefix(env_id: str) -> str:
     try:
         if colon:
             importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"cannot make environment {env_id!r}: {error}") from error
     return name
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from scipy.stats import ks_2samp
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab import envs, torch_envs
@@ -653,7 +654,8 @@ def test_the_host_waits_for_nothing_between_two_finished_on_cuda(name):
 @pytest.mark.parametrize("name", ["ContinuousCartPole-v1", pytest.param(
     "Quadrotor-v0", marks=pytest.mark.slow)])
 def test_compiled_and_eager_steps_agree(name, device):
-    """From equal seeds, over the ends of episodes, to 1e-4 of float32."""
+    """From equal seeds, over the ends of episodes, to 1e-4. All steps are one compiled graph."""
+    counters.clear()
     eager, compiled = (envs.make(f"torch/{name}", [0, 1], 4, device=device, compile=compile)
                        for compile in (False, True))
     torch.testing.assert_close(compiled.reset(), eager.reset())
@@ -662,7 +664,7 @@ def test_compiled_and_eager_steps_agree(name, device):
         x, y = (stack.step(actions - 0.8) for stack in (compiled, eager))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
         ends += int((y.terminations + y.truncations).sum())
-    assert ends >= 4
+    assert ends >= 4 and counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for x, y in zip(compiled.finished(), eager.finished(), strict=True):
         assert x == pytest.approx(y, rel=1e-4) and sum(y) > 0
 
