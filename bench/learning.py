@@ -26,7 +26,8 @@ RESULTS = ROOT / "bench/results"
 CHEETAH, HOPPER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
     "HalfCheetah-v4", "Hopper-v4"))
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
-# name -> arguments of learn_simple.py, and what others have published at the same number of steps
+# name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others
+# have published at the same number of steps
 EXPERIMENTS = {
     "sac-halfcheetah": (f"agents/sac.py {CHEETAH}", "6156 (SimbaV2's curves)"),
     "sac-halfcheetah-bf16": (f"agents/sac.py {CHEETAH} --precision bf16", "6156"),
@@ -49,6 +50,10 @@ EXPERIMENTS = {
     "cem-pendulum": (
         "agents/cem.py --env Pendulum-v1 --seeds 5 --steps 10_000 --qf-width 128",
         "-157 (SAC at 20 000)"),
+    "ppo-torch-pendulum": (
+        "agents/ppo.py --env torch/Pendulum-v1 --num-envs 1024 --seeds 5 --steps 2_000_000 "
+        "--num-steps 64 --gamma 0.95 --lr 2e-3 --update-epochs 5 --eval-episodes 50",
+        "-172 (PPO at 100 000, tuned)"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (
@@ -65,18 +70,24 @@ PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 
 def train(name: str) -> Path:
     """-> the run's folder."""
-    subprocess.run([sys.executable, "learn_simple.py", *EXPERIMENTS[name][0].split(), "--log",
-                    "--name", name], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, command.SCRIPTS[kind(name)], *EXPERIMENTS[name][0].split(),
+                    "--log", "--name", name], cwd=ROOT, check=True)
     return max(ROOT.glob(f"runs/{name}-*"), key=lambda folder: folder.stat().st_mtime)
+
+
+def kind(name: str) -> type[command.Options]:
+    """The options of the script that runs it."""
+    return command.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else command.Simple
 
 
 def keep(name: str, run: Path) -> None:
     """Copy what a reader needs of a run into bench/results/<name>/."""
     settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
-                                  command.parse(EXPERIMENTS[name][0].split()))
+                                  command.parse(EXPERIMENTS[name][0].split(), kind(name)))
     options = settings["options"]
-    same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes")
-    wanted = json.loads(json.dumps({name: getattr(wanted, name) for name in same} | config))
+    same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
+            "num_envs")
+    wanted = json.loads(json.dumps({name: getattr(wanted, name, None) for name in same} | config))
     if settings["config"] | {name: options.get(name) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
@@ -124,8 +135,9 @@ def write_pairs() -> None:
 
 
 def write_table() -> None:
-    lines = ["| command (`python learn_simple.py ... --log`) | seeds | mean | 95% t interval | IQM "
-             "| each seed | published |", "|---|---|---|---|---|---|---|"]
+    lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
+             "| seeds | mean | 95% t interval | IQM | each seed | published |",
+             "|---|---|---|---|---|---|---|"]
     for name, (arguments, published) in EXPERIMENTS.items():
         returns = read(name)
         if not returns:
