@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lab import agent_file
 from lab.gym_envs import UserError
@@ -108,7 +108,6 @@ def test_every_agent_keeps_the_contract(path, num_envs):
 
 
 def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
-    """Of a transition of each environment, with every agent's way to owe them."""
     text = KEEPS_THE_CONTRACT.replace("import torch\n", "import torch\nfrom pathlib import Path\n")
     text = text.replace("        self.gain, self.seeds", """        def step(x):
             with Path(__file__).with_name("steps").open("a") as file:
@@ -120,7 +119,7 @@ def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
         for _ in range(self.owed):
             loss = self.step(torch.zeros(self.seeds))
             assert (loss == 1).all() and loss.shape == (self.seeds,)
-        return {"loss": loss}""").replace("self.gain = state", "self.gain = state")
+        return {"loss": loss}""")
     text = text.replace("        pass", "        self.owed = 20 * obs.shape[1]")
     path, counts = write(tmp_path, text), []
     for num_envs in (1, 7, 50):
@@ -133,10 +132,10 @@ def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
-    """With 24 environments: 240 critic steps are owed by 10 a transition, by PPO 320 minibatches."""
+    """In 24 environments, 10 a transition are 240 at once; PPO's rollout has 320 minibatches."""
     steps, known = [], agent_file.load(path).Config.__dataclass_fields__
     small = {"replay_ratio": 10.0, "batch_size": 16, "qf_width": 16, "actor_width": 16}
-    hook = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *x: steps.append(x[0]))
+    hook = register_optimizer_step_post_hook(lambda *x: steps.append(x[0]))
     try:
         config = {name: value for name, value in small.items() if name in known}
         agent_file.check_contract(path, config, make_spec(), 24, "cpu")

@@ -3,14 +3,16 @@
 import ast
 import copy
 import io
+import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lab import envs
+from lab import accelerate, envs
 from lab.accelerate import Accelerator
 from lab.rollout import evaluate
 from tests import probe_envs
@@ -24,6 +26,7 @@ from tests.conftest import (
     needs_compiler,
     needs_cuda,
     same,
+    small_config,
 )
 
 
@@ -104,6 +107,11 @@ def test_update_learns_and_returns_detached_metrics_of_each_seed(module, num_env
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+# Shifts of BRO's critics that the next batch norm takes away: their gradient is the rounding of a
+# 0, which Adam scales up.
+ROUNDED = re.compile(r"qf/mlp\.(layers\.[0-4]\.bias|norms\.0\.bias|norms\.[1-5]\.mean)")
+
+
 def test_a_seed_in_a_stack_trains_as_it_does_alone(module, float64):
     stack = make_agent(module, seeds=range(8))
     alone = make_agent(module, seeds=[3])
@@ -113,7 +121,8 @@ def test_a_seed_in_a_stack_trains_as_it_does_alone(module, float64):
     theirs, ours = seed_slices(alone, 0), seed_slices(stack, 3)
     assert len(theirs) > 10
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
+        atol = 1e-8 if hasattr(module, "BroNet") and ROUNDED.fullmatch(name) else 1e-11
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=atol, msg=name)
 
 
 def test_a_nan_in_one_seed_leaves_the_others_bit_identical(module):
@@ -152,7 +161,8 @@ def test_a_checkpoint_of_another_shape_is_refused(module):
 
 @pytest.mark.parametrize("field, value", [
     ("gamma", 1.5), ("batch_size", 0), ("num_steps", 0), ("num_minibatches", 3), ("qf_lr", -1.0),
-    ("lr", float("nan")), ("clip_coef", -0.1), ("tau", 2.0), ("alpha", -1.0)])
+    ("lr", float("nan")), ("clip_coef", -0.1), ("tau", 2.0), ("alpha", -1.0), ("beta1", 1.0),
+    ("beta1", -0.1), ("micro_batches", 0)])
 def test_a_bad_setting_is_named_with_its_value(module, field, value):
     if field not in module.Config.__dataclass_fields__:
         pytest.skip("not a setting of this agent")
@@ -184,8 +194,11 @@ def test_the_agent_learns_where_the_optimum_is_known(module):
 
 
 @needs_compiler
-def test_compiled_and_eager_updates_agree(module):
-    """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
+def test_compiled_and_eager_updates_agree(module, request):
+    """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. BRO in
+    float64: it scales rounding up, as above, to a drift of 5e-2."""
+    if hasattr(module, "BroNet"):
+        request.getfixturevalue("float64")
     steps = make_steps((0, 1), 1, 200)
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
                        steps) for compiled in (False, True)]
@@ -214,6 +227,120 @@ def test_the_agent_trains_on_cuda(module):
         agent.update()
         agent.observe(obs.cuda(), actions, tensors[0], tensors[1], *tensors[2:])
     assert actions.device.type == "cuda" and actions.isfinite().all()
+
+
+class HostReads(TorchDispatchMode):
+    """The operations that give the host a value, or a shape: on CUDA it waits for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, indices = torch.ops.aten, args[1] if "index" in func.name() else []
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select,
+                                   aten.equal) or (
+                isinstance(indices, list) and any(
+                    x is not None and x.dtype == torch.bool for x in indices)):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_reads_no_value_on_the_host(module, monkeypatch):
+    """It would wait for it on CUDA. A copy to the host is seen there alone, by the test below."""
+    if hasattr(module, "PLASTICITY_EVERY"):
+        monkeypatch.setattr(module, "PLASTICITY_EVERY", 6)
+    agent = make_agent(module, replay_ratio=1.0, policy_delay=1, target_kl=0.1)
+    steps, update, reads, seen = make_steps((0, 1), 1, 20), agent.update, HostReads(), set()
+
+    def watched():
+        with reads:
+            metrics = update()
+        seen.update(metrics)
+        return metrics
+
+    agent.update = watched
+    assert len(drive(agent, steps)) >= 2 and not reads.seen
+    assert any("plasticity" in name for name in seen) and any("loss" in name for name in seen)
+    x = torch.ones(3)
+    for read in (x.sum().item, lambda: bool(x[0] > 0), lambda: x[x > 0], x.nonzero,
+                 lambda: x.__setitem__(x > 0, torch.ones(3))):
+        reads.seen.clear()
+        with reads:
+            read()
+        assert reads.seen
+
+
+def cuda_agent(module, accelerate=lambda fn: fn):
+    config = small_config(module, replay_ratio=1.0, policy_delay=1)
+    return module.Agent(make_spec(), config, [0, 1], num_envs=2, total_steps=1000, device="cuda",
+                        accelerate=accelerate)
+
+
+def cuda_steps(count):
+    return [tuple(x.cuda() for x in step) for step in make_steps((0, 1), 2, count)]
+
+
+@needs_cuda
+def test_compiled_cuda_graphs_and_eager_updates_agree(module, monkeypatch, float64):
+    """80 gradient steps or 5 rollouts in float64, to 1e-6: kernels differ in their last digits. And
+    graphs were replayed: each step's function ran to warm up, once for its recording, no more."""
+    made, ran = [], Counter()
+
+    class Watched(accelerate.CudaGraph):
+        def __init__(self, fn):
+            super().__init__(lambda *x: (ran.update([self]), fn(*x))[1])
+            made.append(self)
+
+    monkeypatch.setattr(accelerate, "CudaGraph", Watched)
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        agent = cuda_agent(module, Accelerator(compiled, device="cuda"))
+        history = drive(agent, cuda_steps(44))
+        results.append((history, parameters(agent)))
+    (eager, theirs), (graphed, ours) = results
+    assert len(made) == (1 if module.Agent.name == "ppo" else 2)
+    for graph in made:
+        ((shapes, calls),) = graph.calls.items()
+        assert calls >= 30 and ran[graph] == graph.WARM_UP + 1 and shapes in graph.recordings
+    assert len(graphed) == len(eager) >= 5
+    for a, b in zip(eager, graphed, strict=True):
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-6, atol=1e-6, msg=name)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@needs_cuda
+def test_an_update_on_cuda_never_waits_for_the_device(module, monkeypatch):
+    """After the first ones, which make optimiser states; plasticity is measured as well. A reset of
+    BRO does wait, once in a run, and is none of these."""
+    if hasattr(module, "PLASTICITY_EVERY"):
+        monkeypatch.setattr(module, "PLASTICITY_EVERY", 6)
+    agent, steps = cuda_agent(module), cuda_steps(60)
+    drive(agent, steps[:20])
+    update, seen = agent.update, set()
+
+    def watched():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            metrics = update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen.update(metrics)
+        return metrics
+
+    agent.update = watched
+    assert len(drive(agent, steps[20:])) >= 4
+    assert any("plasticity" in name for name in seen) and any("loss" in name for name in seen)
+    agent.update = update
+    torch.cuda.set_sync_debug_mode("error")  # which does see what waits
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            agent.act(steps[0][0]).sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_agents_import_only_the_standard_library_numpy_and_torch():
