@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import socket
+import weakref
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class WorkerEnvs(HostEnvs):
         self.awaited = 0  # groups that are stepping
         self.links: list[socket.socket] = []
         self.processes: list[Any] = []
+        # also at the interpreter's exit, before multiprocessing waits for the workers
+        self.end = weakref.finalize(self, _end, self.links, self.processes)
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         for worker in range(workers):
             parts = []
@@ -94,24 +97,27 @@ class WorkerEnvs(HostEnvs):
             link.settimeout(seconds)
             try:
                 link.sendall(command)
-            except OSError:
-                self._fail(worker, "died")
+            except OSError:  # it is gone; what it said before may say why
+                self._await(worker, "command", 1 + self.awaited)
 
     def _await_all(self, what: str, answers: int) -> None:
-        for worker, link in enumerate(self.links):
-            left = answers
-            while left:
-                try:
-                    answer = link.recv(left)
-                except TimeoutError:
-                    self._fail(worker, f"did not answer to a {what} for {link.gettimeout():.0f} s")
-                except OSError:
-                    answer = b""
-                if not answer:
-                    self._fail(worker, "died")
-                if b"!" in answer:
-                    self._fail(worker, "failed: " + self._last_words(answer, link))
-                left -= len(answer)
+        for worker in range(len(self.links)):
+            self._await(worker, what, answers)
+
+    def _await(self, worker: int, what: str, answers: int) -> None:
+        link = self.links[worker]
+        while answers:
+            try:
+                answer = link.recv(answers)
+            except TimeoutError:
+                self._fail(worker, f"did not answer to a {what} for {link.gettimeout():.0f} s")
+            except OSError:
+                answer = b""
+            if not answer:
+                self._fail(worker, "died")
+            if b"!" in answer:
+                self._fail(worker, "failed: " + self._last_words(answer, link))
+            answers -= len(answer)
 
     @staticmethod
     def _last_words(answer: bytes, link: socket.socket) -> str:
@@ -133,10 +139,13 @@ class WorkerEnvs(HostEnvs):
                           f"{what}")
 
     def close(self) -> None:
-        for link in self.links:
-            link.close()  # a worker that waits for a command ends
-        for process in self.processes:
-            process.join(5)
-            process.kill()
-            process.join()
-        self.links, self.processes = [], []
+        self.end()
+
+
+def _end(links: list[socket.socket], processes: list[Any]) -> None:
+    for link in links:
+        link.close()  # a worker that waits for a command ends
+    for process in processes:
+        process.join(5)
+        process.kill()
+        process.join()

@@ -269,8 +269,9 @@ class Sums:
 
 @pytest.mark.parametrize("shapes", [[(4,)], [(4,), (7, 2)]])
 def test_a_graph_is_recorded_once_for_each_shape_and_replayed(gpu, shapes):
-    """Every call changes what the step holds once, and its results stay as they are."""
-    sums, total, results = Sums(gpu), 0.0, []
+    """Every call changes what the step holds once; its results stay as they are, and so do the
+    tensors that it was given."""
+    sums, total, results, given = Sums(gpu), 0.0, [], []
     graph = CudaGraph(sums)
     for i in range(10):
         for shape in shapes:
@@ -278,7 +279,8 @@ def test_a_graph_is_recorded_once_for_each_shape_and_replayed(gpu, shapes):
             results.append((graph(x, y), x + y))
             total += x.sum().item()
             assert sums.total.item() == total
-            x.zero_()
+            given.append(x.zero_())
+    assert not any(x.any() for x in given)
     assert sums.calls == len(shapes) * (CudaGraph.WARM_UP + 1)
     for result, expected in results:
         assert torch.equal(result["sum"], expected) and torch.equal(result["parts"][0], expected)

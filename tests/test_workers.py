@@ -187,8 +187,6 @@ def test_a_worker_that_breaks_in_one_group_is_named_after_both_were_sent(make):
     assert gone(pids)
 
 
-@pytest.mark.xfail(strict=True, reason="open: the next send finds a closed link and says that the "
-                   "worker died with exit code 0; what it has written stays unread")
 def test_a_worker_that_broke_before_the_next_send_is_named_with_the_reason(make):
     stack = make(workers=1, groups=2)
     stack.reset()
@@ -197,6 +195,7 @@ def test_a_worker_that_broke_before_the_next_send_is_named_with_the_reason(make)
     stack.processes[0].join()
     with fails(pids, 1, "failed: ZeroDivisionError: the motor burns"):
         stack.send(act(1.0), 1)
+        stack.receive()
 
 
 def test_a_stopped_worker_is_a_timeout(make, monkeypatch):
@@ -321,8 +320,6 @@ def test_workers_end_when_the_main_process_is_killed():
         assert await_end(pids) == []
 
 
-@pytest.mark.xfail(run=False, reason="open, it hangs: at exit multiprocessing waits for workers "
-                   "that ignore its SIGTERM, and they wait for their link to close")
 def test_a_program_that_does_not_close_its_workers_ends_all_the_same():
     with running(MAKES + PRINTS) as (process, pids):
         assert process.wait(60) == 0 and await_end(pids) == []
