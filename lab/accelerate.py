@@ -106,6 +106,7 @@ class CudaGraph:
         self.recordings: dict[tuple[torch.Size, ...], tuple[Any, list[torch.Tensor], Any]] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
+        tensors = tuple(x.contiguous() for x in tensors)  # strides are compiled in
         shapes = tuple(x.shape for x in tensors)
         self.calls[shapes] += 1
         if self.calls[shapes] <= self.WARM_UP:

@@ -1,4 +1,5 @@
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lab import agent_file
 from lab.gym_envs import EnvSpec
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 AGENTS = sorted(Path("agents").glob("*.py"))
 # Small and fast, for the tests; an agent takes those that its Config has.
 SMALL = {"batch_size": 16, "actor_width": 16, "qf_width": 16, "width": 16, "learning_starts": 8,

@@ -298,7 +298,6 @@ def test_a_compiled_step_on_cuda_is_a_graph_and_each_call_counts(monkeypatch, gp
     assert made == {False: 9, True: CudaGraph.WARM_UP + 1} and len(compilations) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a recording reads clones, whose strides are others")
 def test_recording_a_graph_compiles_nothing(gpu):
     """It may not: whatever a call brings, also parts of a batch as Replay.sample gives, all that
     needs compilation is met while warming up."""
