@@ -109,12 +109,13 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
 
 def _first_calls(fn: Callable[..., Any], calls: int = 2) -> Callable[..., Any]:
     """An accelerate for a rehearsal: many environments owe many gradient steps, a few will do."""
-    results: list[Any] = []
+    results: dict[tuple[torch.Size, ...], list[Any]] = {}
 
     def step(*tensors: torch.Tensor) -> Any:
-        if len(results) < calls:
-            results.append(fn(*tensors))
-        return results[-1]
+        seen = results.setdefault(tuple(x.shape for x in tensors), [])
+        if len(seen) < calls:
+            seen.append(fn(*tensors))
+        return seen[-1]
 
     return step
 
