@@ -88,11 +88,6 @@ def plasticity(name, network, hidden):
         for kind, units in (("dead_units", dead), ("dormant_ratio", dormant))}
 
 
-def pessimistic(values, pessimism):
-    """Two critics' values (S, 2, B) -> (S, B) between their mean, 0, and their minimum, 1."""
-    return torch.lerp(values.mean(1), values.amin(1), pessimism)
-
-
 def squashed_log_probs(x, noise, log_std, log_scale):
     """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -178,6 +173,8 @@ class BroNet(nn.Module):
         n = [fan_in] + 5 * [width] + [fan_out]
         self.norms = nn.ModuleList(BatchNorm(generators, config, m, copies) for m in n[:-1])
         self.layers = nn.ModuleList(Linear(generators, *n[k : k + 2], copies) for k in range(6))
+        for shift in (self.norms[0].bias, *(layer.bias for layer in self.layers[:5])):
+            shift.requires_grad_(False).zero_()  # the next norm takes a shift out again
 
     def hidden(self, x, train=False):
         """-> what each ReLU gives, and the last sum, (S * copies, B, width)."""
@@ -264,7 +261,7 @@ def validate(spec, config):
             (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
             (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
             (1e-6 if config.tune_alpha else 0, 1e9, "alpha"),
-            (0, 1 - 1e-9, "beta1"), (0, 1, "gamma weight_decay pessimism")):
+            (0, 0.9999, "beta1"), (0, 1, "gamma weight_decay pessimism")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:
@@ -359,7 +356,7 @@ class Agent:
         both = torch.cat([b_obs, b_next_obs], 1), torch.cat([b_actions, next_actions], 1)
         values, next_values = self.qf(*both, train=True).chunk(2, dim=2)
         with torch.no_grad():
-            next_values = pessimistic(next_values, self.config.pessimism)
+            next_values = next_values.mean(1).lerp(next_values.amin(1), self.config.pessimism)
             next_values = next_values - self.log_alpha.exp()[:, None] * next_log_probs
             target = td_target(b_rewards, b_terminations, next_values, self.config.gamma)
         assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
@@ -371,7 +368,8 @@ class Agent:
 
     def _update_actor(self, b_obs, noise):
         actions, log_probs = self.actor(b_obs, noise, train=True)
-        values = pessimistic(self.qf_frozen(b_obs, actions), self.config.pessimism)
+        values = self.qf_frozen(b_obs, actions)
+        values = values.mean(1).lerp(values.amin(1), self.config.pessimism)
         assert values.shape == log_probs.shape, (values.shape, log_probs.shape)
         alpha = self.log_alpha.exp()
         actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)

@@ -190,7 +190,7 @@ def validate(spec, config):
             (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations"),
             (2, 1e9, "samples target_samples"),
             (0, 1e9, "learning_starts replay_ratio qf_lr noise"),
-            (0, 1 - 1e-9, "beta1"), (0, 1, "gamma")):
+            (0, 0.9999, "beta1"), (0, 1, "gamma")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:

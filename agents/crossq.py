@@ -228,7 +228,7 @@ def validate(spec, config):
             (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
             (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
             (1e-6 if config.tune_alpha else 0, 1e9, "alpha"),
-            (0, 1 - 1e-9, "beta1"), (0, 1, "gamma")):
+            (0, 0.9999, "beta1"), (0, 1, "gamma")):
         for name in names.split():
             value = getattr(config, name)
             if not low <= value <= high:

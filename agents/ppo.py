@@ -160,7 +160,7 @@ def validate(config, num_envs):
             (0, 1e9, "lr clip_coef vf_coef ent_coef max_grad_norm rpo_alpha")):
         for name in names.split():
             value = getattr(config, name)
-            if value is not None and not low <= value <= high:
+            if (value is not None or name != "num_steps") and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
     steps, parts = config.num_steps, config.num_minibatches
     if steps is None:  # whole minibatches of it
@@ -201,8 +201,8 @@ class Agent:
                                for bound in (spec.action_low, spec.action_high))
         self.rollout = torch.zeros(S, T, num_envs, O + A + 1 + O + 3, device=self.device)
         self.filled = self.transitions = 0  # rows of the rollout; transitions of one seed
-        # unclipped actions and log-probs, between act and observe: an update may come between,
-        # and so may acts for other environments
+        # unclipped actions and log-probs, between act and observe: an update may come between, and
+        # acts for other environments before
         self.acted = torch.zeros(S, 0, A + 1, device=self.device)
         self.minibatch_step = accelerate(self._update_minibatch)
 
@@ -223,7 +223,8 @@ class Agent:
         return actions.clamp(self.low, self.high)
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
-        """One step, each (S, N, ...). The stored actions are the unclipped ones of act."""
+        """One step, each (S, N, ...), after the last exploring acts for these environments: it
+        stores their unclipped actions."""
         if self.acted.shape[1] != self.num_envs:
             raise ValueError("observe needs an act(explore=True) on its environments before it")
         flags = torch.stack([rewards, terminations, truncations], -1)
@@ -306,21 +307,24 @@ class Agent:
             mb_advantages = mb_advantages - mb_advantages.mean(1, keepdim=True)
             mb_advantages = mb_advantages / (mb_advantages.std(1, keepdim=True) + 1e-8)
             samples = torch.cat([*others, mb_advantages, mb_returns, mb_values], -1)
-        metrics = {}
-        parts = self.config.micro_batches
-        for micro, shift in zip(samples.chunk(parts, 1), shifts.chunk(parts, 1), strict=True):
-            loss, latest = self._losses(micro, shift)
-            share = micro.shape[1] / samples.shape[1]
-            # the sum over seeds gives each seed exactly its own gradient
-            (share * loss).sum().backward()
-            metrics = {k: metrics.get(k, 0) + share * v.detach() for k, v in latest.items()}
+        rows, parts = samples.shape[1], self.config.micro_batches
+        *before, last = zip(samples.chunk(parts, 1), shifts.chunk(parts, 1), strict=True)
+        metrics = [self._accumulate(*part, rows) for part in before]
+        loss, latest = self._losses(*last, rows)
+        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
         self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()  # last: compilation needs one graph up to here
+        return {name: sum([x[name] for x in metrics], value) for name, value in latest.items()}
+
+    def _accumulate(self, samples, shifts, rows):
+        """Add to the gradients those of one micro-batch; not the last, which ends the update."""
+        loss, metrics = self._losses(samples, shifts, rows)
+        loss.sum().backward()
         return metrics
 
-    def _losses(self, samples, shifts):
-        """-> the loss (S,) and its parts, each the mean over the rows of samples (S, B, ...)."""
+    def _losses(self, samples, shifts, rows):
+        """What samples (S, B, ...) add to the loss (S,) of a minibatch of `rows`, and its parts."""
         c, O, A = self.config, self.spec.obs_dim, self.spec.action_dim
         mb_inputs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1], -1)
         mb_log_probs, mb_advantages, mb_returns, mb_values = (x.squeeze(-1) for x in scalars)
@@ -342,8 +346,10 @@ class Agent:
 
         loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy  # (S,)
         approx_kl = (ratio - 1 - log_ratio).mean(1)  # Schulman's k3, never negative
-        return loss, {"loss/policy": policy_loss, "loss/value": value_loss,
-                      "policy/entropy": entropy, "policy/approx_kl": approx_kl}
+        share = samples.shape[1] / rows
+        return share * loss, {name: share * x.detach() for name, x in {
+            "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy,
+            "policy/approx_kl": approx_kl}.items()}
 
     def _clip_gradients(self):
         """Scale each seed's gradient down to max_grad_norm, by itself."""

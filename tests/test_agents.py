@@ -104,12 +104,12 @@ def test_update_learns_and_returns_detached_metrics_of_each_seed(module, num_env
     for name, value in history[-1].items():
         assert value.shape == (2,) and not value.requires_grad and value.isfinite().all(), name
     after = parameters(agent)
-    assert all(not torch.equal(before[name], after[name]) for name in before)
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert all(hasattr(module, "BroNet") and NO_SHIFT.fullmatch(name) for name in still), still
 
 
-# Shifts of BRO's critics that the next batch norm takes away: their gradient is the rounding of a
-# 0, which Adam scales up.
-ROUNDED = re.compile(r"qf/mlp\.(layers\.[0-4]\.bias|norms\.0\.bias|norms\.[1-5]\.mean)")
+# BRO's critics need no shift where the next batch norm takes it out again
+NO_SHIFT = re.compile(r"qf/mlp\.(layers\.[0-4]|norms\.0)\.bias")
 
 
 def test_a_seed_in_a_stack_trains_as_it_does_alone(module, float64):
@@ -121,8 +121,7 @@ def test_a_seed_in_a_stack_trains_as_it_does_alone(module, float64):
     theirs, ours = seed_slices(alone, 0), seed_slices(stack, 3)
     assert len(theirs) > 10
     for name, value in theirs.items():
-        atol = 1e-8 if hasattr(module, "BroNet") and ROUNDED.fullmatch(name) else 1e-11
-        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=atol, msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_a_nan_in_one_seed_leaves_the_others_bit_identical(module):
@@ -194,11 +193,8 @@ def test_the_agent_learns_where_the_optimum_is_known(module):
 
 
 @needs_compiler
-def test_compiled_and_eager_updates_agree(module, request):
-    """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. BRO in
-    float64: it scales rounding up, as above, to a drift of 5e-2."""
-    if hasattr(module, "BroNet"):
-        request.getfixturevalue("float64")
+def test_compiled_and_eager_updates_agree(module):
+    """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
     steps = make_steps((0, 1), 1, 200)
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
                        steps) for compiled in (False, True)]

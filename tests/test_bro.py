@@ -3,7 +3,6 @@
 import io
 import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -41,6 +40,9 @@ class BroNet(nn.Module):
             dense.weight.data = ours.weight.data[seed, place].T.clone()
             dense.bias.data = ours.bias.data[seed, place, 0].clone()
             self.layers.append(dense)
+        for bias in (self.norms[0].bias, *(dense.bias for dense in self.layers[:5])):
+            assert not bias.any()  # the next norm takes a shift out again
+            bias.requires_grad_(False)
 
     def forward(self, x):
         def dense_norm(k, x):
@@ -91,11 +93,6 @@ class Reference(test_crossq.Reference):
         self.step(self.alpha_optimizer, alpha_loss)
 
 
-# Shifts that the next batch norm takes away: their gradient is the rounding of a 0, which Adam
-# scales up. They and the means that see them agree to fewer digits.
-NO_GRADIENT = re.compile(r"layers\.[0-4]\.bias|norms\.0\.bias|norms\.[1-5]\.running_mean")
-
-
 @pytest.mark.parametrize("seed, pessimism", [(0, 0.0), (1, 0.3), (0, 1.0)])
 def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism):
     agent = make_agent(bro, batch_size=8, pessimism=pessimism, weight_decay=0.1, alpha=0.3)
@@ -115,8 +112,7 @@ def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism
     for ours, theirs in pairs:
         ours, theirs = ours.state_dict(), theirs.state_dict()
         for name in (name for name in ours if "num_batches" not in name):
-            atol = 1e-8 if NO_GRADIENT.fullmatch(name) else 1e-10
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=atol, msg=name)
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-10, msg=name)
     torch.testing.assert_close(agent.log_alpha[seed].detach(), reference.log_alpha.detach(),
                                rtol=1e-7, atol=0)  # 1 - tanh(x)^2 costs the reference digits
 
@@ -125,22 +121,6 @@ def test_the_default_networks_have_about_five_million_parameters():
     agent = bro.Agent(make_spec(17, 6 * (-1.0,), 6 * (1.0,)), bro.Config(), [0], total_steps=10)
     count = sum(p.numel() for network in (agent.actor, agent.qf) for p in network.parameters())
     assert 4e6 < count < 6e6
-
-
-# Pessimism
-
-
-@pytest.mark.parametrize("pessimism", [0.0, 0.3, 0.5, 1.0])
-def test_pessimism_is_the_mean_less_a_part_of_half_the_gap(float64, pessimism):
-    values = torch.randn(3, 2, 7)
-    ours = bro.pessimistic(values, pessimism)
-    assert ours.shape == (3, 7)
-    for s, b in itertools.product(range(3), range(7)):
-        one, other = values[s, :, b].tolist()
-        mean, smaller = (one + other) / 2, min(one, other)
-        expected = {0.0: mean, 0.5: (mean + smaller) / 2, 1.0: smaller}.get(
-            pessimism, mean - pessimism * abs(one - other) / 2)
-        assert ours[s, b].item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])
@@ -270,7 +250,7 @@ def test_a_seeds_new_weights_are_the_same_whatever_the_stack(float64):
 
     stack, alone = weights((0, 1, 2)), weights((1,))
     assert all(torch.equal(stack[name][1], alone[name][0]) for name in alone)
-    differ = [name for name in alone if "norms" not in name]
+    differ = [n for n in alone if "norms" not in n and alone[n].any()]
     assert not any(torch.equal(stack[name][0], stack[name][1]) for name in differ)
 
 
