@@ -15,7 +15,7 @@ DIARY = "tests.probe_envs:lab-tests/Diary-v0"  # imported by name, in any proces
 EPISODE, STEP, LENGTH, START = range(4)
 SETTINGS = {
     "sync": {"backend": "sync"},
-    "workers": {"backend": "workers", "workers": 1},
+    "workers": {"backend": "workers", "workers": 2},
     "groups": {"backend": "workers", "workers": 2, "groups": 2},
     "crowd": {"backend": "workers", "workers": 9, "groups": 2},  # more workers than environments
     "envpool": {"backend": "envpool"},

@@ -173,7 +173,7 @@ def test_autotune_alone_prints_the_flags_and_changes_nothing(hasty, tmp_path, ca
 def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "learn_vectorised.py", "agents/ppo.py", "--env", TARGET, "--num-envs", "4",
-         "--backend", "workers", "--workers", "2", "--steps", "10_000_000", "--log", "--runs",
+         "--backend", "workers", "--workers", "3", "--steps", "10_000_000", "--log", "--runs",
          str(tmp_path), *small("agents/ppo.py")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

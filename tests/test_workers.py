@@ -33,11 +33,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 @pytest.fixture
 def make():
-    """Stacks with two workers; what a test leaves behind is an error."""
+    """Stacks with two workers beside this process; what a test leaves behind is an error."""
     made = []
 
-    def make(env_id=FAULTY, seeds=(0,), num_envs=2, **settings):
-        made.append(envs.make(env_id, seeds, num_envs, "workers", **{"workers": 2} | settings))
+    def make(env_id=FAULTY, seeds=(0,), num_envs=3, **settings):
+        made.append(envs.make(env_id, seeds, num_envs, "workers", **{"workers": 3} | settings))
         return made[-1]
 
     yield make
@@ -47,8 +47,8 @@ def make():
 
 
 def act(*actions):
-    """Of one seed."""
-    return torch.tensor([[[a] for a in actions]])
+    """Of one seed; this process's environment comes first."""
+    return torch.tensor([[[1.0], *([a] for a in actions)]])
 
 
 def pids_of(stack):
@@ -98,7 +98,7 @@ def test_the_groups_are_neighbours_of_about_one_size(make, layout, parts):
 
 
 def test_there_are_no_more_workers_than_environments(make):
-    assert len(make(DIARY, [0], 2, workers=9).processes) == 2
+    assert len(make(DIARY, [0], 2, workers=9).processes) == 1
 
 
 def test_a_group_steps_while_the_next_is_acted_on(make):
@@ -143,6 +143,18 @@ def test_the_environments_alone_do_not_import_torch():
                           check=True).stdout == "False\n"
 
 
+# An environment breaks
+
+
+def test_an_environment_that_breaks_in_this_process_is_named_with_the_reason(make):
+    stack = make()
+    stack.reset()
+    pids = pids_of(stack)
+    with pytest.raises(WorkerError, match=f"^{FAULTY} failed: ZeroDivisionError: the motor burns$"):
+        stack.step(torch.tensor([[[RAISES], [1.0], [1.0]]]))
+    assert gone(pids)
+
+
 # A worker breaks
 
 
@@ -175,7 +187,7 @@ def test_a_worker_that_breaks_in_a_step_is_named_with_the_reason(make, actions, 
 
 def test_a_worker_that_breaks_in_one_group_is_named_after_both_were_sent(make):
     """The answer to the first group comes before the error."""
-    stack = make(workers=1, groups=2)
+    stack = make(num_envs=4, workers=2, groups=2)
     stack.reset()
     pids = pids_of(stack)
     os.kill(pids[0], signal.SIGSTOP)  # so that both commands are there when it goes on
@@ -188,7 +200,7 @@ def test_a_worker_that_breaks_in_one_group_is_named_after_both_were_sent(make):
 
 
 def test_a_worker_that_broke_before_the_next_send_is_named_with_the_reason(make):
-    stack = make(workers=1, groups=2)
+    stack = make(num_envs=4, workers=2, groups=2)
     stack.reset()
     pids = pids_of(stack)
     stack.send(act(RAISES), 0)
@@ -221,7 +233,7 @@ def test_a_step_that_does_not_end_is_a_timeout(make, monkeypatch):
 
 def test_a_worker_stopped_before_a_reset_is_a_timeout(make, monkeypatch):
     monkeypatch.setattr(workers, "STEP_SECONDS", 600.0)
-    stack = make(workers=1)
+    stack = make(workers=2)
     pids = pids_of(stack)
     monkeypatch.setattr(workers, "START_SECONDS", 1.0)
     os.kill(pids[0], signal.SIGSTOP)
@@ -264,7 +276,7 @@ def test_workers_are_deaf_to_interrupts(make):
 
 
 def test_closing_leaves_no_process_and_closing_twice_is_fine(make, monkeypatch):
-    stack = make(DIARY, workers=2, groups=2)
+    stack = make(DIARY, groups=2)
     stack.reset()
     stack.send(act(1.0))  # a step that nobody waits for
     pids, processes = pids_of(stack), list(stack.processes)
@@ -300,10 +312,10 @@ MAKES = f"""
 import time
 import torch
 from lab import envs
-stacks = [envs.make({FAULTY!r}, [0], 1, "workers", workers=1) for _ in range(2)]
+stacks = [envs.make({FAULTY!r}, [0], 2, "workers", workers=2) for _ in range(2)]
 for stack in stacks:
     stack.reset()
-    stack.step(torch.ones(1, 1, 1))
+    stack.step(torch.ones(1, 2, 1))
 """
 PRINTS = """
 print(*(stack.processes[0].pid for stack in stacks), flush=True)
@@ -313,7 +325,7 @@ print(*(stack.processes[0].pid for stack in stacks), flush=True)
 @linux
 def test_workers_end_when_the_main_process_is_killed():
     """One waits, one is in the middle of a step."""
-    sends = f"stack.send(torch.full((1, 1, 1), {SLEEPS}))"
+    sends = f"stack.send(torch.tensor([[[1.0], [{SLEEPS}]]]))"
     with running(MAKES + sends + PRINTS + "time.sleep(600)") as (process, pids):
         process.kill()
         process.wait()
@@ -333,7 +345,7 @@ def make_job(folder, **settings):
     return Job(**{"agent_path": str(SAC), "config": dataclasses.asdict(small), "env_id": DIARY,
                   "seeds": (0, 1), "steps": 100, "eval_every": 50, "log_every": 10,
                   "checkpoint_every": 0, "eval_episodes": 1, "num_envs": 2, "backend": "workers",
-                  "workers": 2, "run": str(folder)} | settings)
+                  "workers": 3, "run": str(folder)} | settings)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
