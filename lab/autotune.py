@@ -107,7 +107,7 @@ def candidates(options: Any, speeds: dict[Candidate, float]) -> Iterator[Candida
     else:
         backends = ["sync", "workers"]
         backends += ["envpool"] if importlib.util.find_spec("envpool") else []
-    numbers = sorted({options.workers or n for n in (max(1, cores - 1), cores, 2 * cores)})
+    numbers = sorted({options.workers or n for n in (max(2, cores - 1), cores, 2 * cores)})
     for backend in backends:
         if backend == "workers":
             groups = [options.groups] if options.groups else [1, 2]

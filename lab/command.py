@@ -64,7 +64,7 @@ class Vectorised(Options):
     # The environments of one seed
     num_envs: int | None = None  # of one seed; none: 32, or what --autotune finds fastest
     backend: Literal["sync", "workers", "envpool", "torch"] | None = None  # none: torch or sync
-    workers: int | None = None  # processes, or envpool's threads; none: one for each physical core
+    workers: int | None = None  # that step, this process among them, or threads; none: cores
     groups: int | None = None  # of environments: one steps while the next is acted on; none: 1
     autotune: bool = False  # measure these four that are not given, use and remember the fastest
 
