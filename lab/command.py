@@ -38,7 +38,7 @@ class Options:
     eval_every: int | None = None  # steps between evaluations; none: ten a run
     eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
     log_every: int | None = None  # steps between logged rows; none: a hundred a run
-    checkpoint_every: int | None = None  # steps between checkpoints; none: ten, 0: the last
+    checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
@@ -218,7 +218,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
-        checkpoint_every=every(options.checkpoint_every, 10), eval_episodes=options.eval_episodes,
+        checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
         clip_reward=options.clip_reward, **layout,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,

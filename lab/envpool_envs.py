@@ -62,7 +62,19 @@ class EnvpoolEnvs(HostEnvs):
             self.returns[ended], self.running[ended] = self.running[ended], 0
             fresh, info = self.pool.reset(ended.astype(np.int32))  # the next step does not skip
             rows[info["env_id"], O : 2 * O] = fresh
-        return self.transition()
+        return self.stepped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its environments do not tell theirs."""
+        return {"sums": torch.from_numpy(self.sums.copy())}
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
+        obs = self.reset(*stream)
+        self.sums[:] = state["sums"].cpu().numpy()
+        return obs, len(self.places)
+
+    def goes_on(self) -> bool:
+        return False
 
     def close(self) -> None:
         self.pool.close()

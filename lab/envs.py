@@ -6,16 +6,32 @@
 """
 
 import contextlib
+import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from lab.gym_envs import EnvSpec, Slice, UserError, make_one, spec_of
+from lab.gym_envs import (
+    BEGIN_AGAIN,
+    RESET,
+    SEEDED,
+    STEP_AGAIN,
+    UNKNOWN,
+    EnvSpec,
+    Slice,
+    UserError,
+    make_one,
+    obey,
+    seed_of,
+    spec_of,
+)
 
 TRAINING, EVALUATION = 0, 1  # streams of environment randomness that never meet
 TORCH = "torch/"  # begins the ids of environments that are written in torch
+REMEMBERED = 10_000  # steps of an episode at most, to take them again
 BACKENDS = ("sync", "workers", "envpool", "torch")
 
 
@@ -119,6 +135,19 @@ class VectorEnvs:
         """Of each seed, since the last call. On a GPU the host waits here for the device."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on, and episodes that `finished` has not told."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
+        """Go on where `state` was taken -> obs (S, N, O), and the number of environments that could
+        not: they begin an episode of that stream."""
+        raise NotImplementedError
+
+    def goes_on(self) -> bool | None:
+        """Whether load_state_dict would find the running episode; none: it is too early to say."""
+        return True
+
     def close(self) -> None:
         """Free what the environments hold; calling twice is fine."""
 
@@ -149,9 +178,19 @@ class HostEnvs(VectorEnvs):
         self.actions = np.zeros((total, spec.action_dim), np.float32)
         self.rows = np.zeros((total, 2 * spec.obs_dim + 3), np.float32)
         self.returns = np.zeros((total, 2))
+        self.origins = np.zeros((total, 7), np.uint64)
+        # the running episodes: their lengths, and the actions since the oldest began
+        self.ages = np.zeros(total, np.int64)
+        self.history: deque[np.ndarray] = deque(maxlen=REMEMBERED)
         self.sums = np.zeros((3, self.shape[0]))  # count, returns, lengths of finished episodes
         pinned = self.device.type == "cuda"
         self.staged = torch.zeros(self.rows.shape, pin_memory=pinned) if pinned else None
+
+    def reset(self, *stream: int) -> torch.Tensor:
+        self.rows[:] = self.sums[:] = self.ages[:] = 0
+        self.history.clear()
+        self.command(bytes([RESET]) + json.dumps(stream or (TRAINING,)).encode())
+        return self.transition().obs
 
     def put_actions(self, actions: torch.Tensor, rows: Any = slice(None)) -> None:
         """Into the array, rows of it; the host waits for the device here."""
@@ -159,14 +198,24 @@ class HostEnvs(VectorEnvs):
         # a broken seed must not break a simulator's process
         self.actions[rows] = np.where(np.isfinite(flat), flat, 0)
 
-    def transition(self) -> Transition:
-        """From the rows, by one copy, of which nothing else holds a part."""
+    def stepped(self) -> Transition:
+        """After a step of all environments."""
+        self.history.append(self.actions.copy())
+        self.ages += 1
         ended = self.rows[:, -2] + self.rows[:, -1] > 0
         if ended.any():
+            self.ages[ended] = 0
+            longest = self.ages.max()
+            while len(self.history) > longest:
+                self.history.popleft()
             order = self.order.numpy()
             done = np.concatenate([np.ones((len(order), 1)), self.returns], 1)
             done = np.where(ended[:, None], done, 0)  # not a product: an old return may be NaN
             self.sums += done[order].reshape(*self.shape, 3).sum(1).T
+        return self.transition()
+
+    def transition(self) -> Transition:
+        """From the rows, by one copy, of which nothing else holds a part."""
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         rows = rows.to(self.device, non_blocking=True)  # pinned: overwritten only after actions.cpu
         O = self.spec.obs_dim
@@ -180,6 +229,64 @@ class HostEnvs(VectorEnvs):
         sums, self.sums = self.sums, np.zeros_like(self.sums)
         return [summary(column) for column in sums.T.tolist()]
 
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name) for name in ("rows", "ages", "sums")}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | {
+            "origins": torch.from_numpy(self.origins.view(np.int64).copy()),
+            "actions": torch.from_numpy(
+                np.array(self.history, np.float32).reshape(-1, *self.actions.shape))}
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
+        """The episodes begin as they did and take the same actions again."""
+        saved = {name: tensor.cpu().numpy() for name, tensor in state.items()}
+        ages, past, O = saved["ages"], saved["actions"], self.spec.obs_dim
+        self.origins[:] = saved["origins"].view(np.uint64)
+        known = (self.origins[:, 0] != UNKNOWN) & (ages <= len(past))
+        self._again(BEGIN_AGAIN, known, 0)
+        for back in range(len(past), 0, -1):
+            self._again(STEP_AGAIN, known & (ages >= back), past[-back])
+        again, before = (rows.copy().view(np.int32) for rows in (self.rows, saved["rows"]))
+        again[ages == 0, :O] = before[ages == 0, :O]  # of an episode that has ended
+        again[ages == 0, 2 * O :] = before[ages == 0, 2 * O :]
+        self.rows[:], self.sums[:] = saved["rows"], saved["sums"]
+        lost = (again != before).any(1) | ~known
+        if lost.any():
+            self.origins[:] = 0
+            self.origins[:, 0], self.origins[:, 1] = SEEDED, [
+                seed_of(seed, stream, n) for seed, n in self.row_places()]
+            self._again(BEGIN_AGAIN, lost, 0)
+        self.ages[:] = np.where(lost, 0, ages)
+        self.history.clear()
+        self.history.extend(past)
+        return self.transition().obs, int(lost.sum())
+
+    def goes_on(self) -> bool | None:
+        """Tried on one environment that is no longer in its first, seeded, episode."""
+        later = np.flatnonzero(self.origins[:, 0] != SEEDED)
+        if not len(later):
+            return None
+        state, row = self.state_dict(), later[:1]
+        part = {name: state[name][row] for name in ("rows", "ages", "origins")}
+        part |= {"actions": state["actions"][:, row], "sums": torch.zeros(3, 1)}
+        with contextlib.closing(SyncEnvs(Layout(self.layout.env_id, [0]))) as twin:
+            return twin.load_state_dict(part)[1] == 0
+
+    def row_places(self) -> list[tuple[int, int]]:
+        """(seed, n) of each row."""
+        places = [(0, 0)] * len(self.places)
+        for place, row in zip(self.places, self.order.tolist(), strict=True):
+            places[row] = place
+        return places
+
+    def _again(self, command: int, which: np.ndarray, actions: Any) -> None:
+        """A command for those environments, which know by their actions that they are meant."""
+        self.actions[:] = np.where(which[:, None], actions, np.nan)
+        self.command(bytes([command]))
+
+    def command(self, command: bytes) -> None:
+        """Every Slice obeys."""
+        raise NotImplementedError
+
 
 def summary(sums: Sequence[float]) -> Finished:
     """From count, sum of returns, sum of lengths."""
@@ -192,19 +299,18 @@ class SyncEnvs(HostEnvs):
 
     def __init__(self, layout: Layout):
         super().__init__(layout, probe(layout.env_id))
-        self.slice = Slice(layout.env_id, self.places, self.actions, self.rows, self.returns)
+        self.slice = Slice(layout.env_id, self.places, self.actions, self.rows, self.returns,
+                           self.origins)
 
-    def reset(self, *stream: int) -> torch.Tensor:
-        self.rows[:] = self.sums[:] = 0
-        self.slice.reset(stream or (TRAINING,))
-        return self.transition().obs
+    def command(self, command: bytes) -> None:
+        obey(self.slice, command)
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
         self.put_actions(actions)
 
     def receive(self) -> Transition:
         self.slice.step()
-        return self.transition()
+        return self.stepped()
 
     def close(self) -> None:
         self.slice.close()

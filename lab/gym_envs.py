@@ -119,12 +119,14 @@ class Slice:
 
     A place is (seed, n): environment n of that seed, whose random stream it names.
     actions (n, A) is read; rows (n, 2 O + 3) gets next_obs, obs, reward, termination, truncation;
-    returns (n, 2) gets the undiscounted return and the length of an episode when it ends.
+    returns (n, 2) gets the undiscounted return and the length of an episode when it ends;
+    origins (n, 7) says how the running episode began.
     """
 
     def __init__(self, env_id: str, places: Sequence[tuple[int, int]], actions: np.ndarray,
-                 rows: np.ndarray, returns: np.ndarray):
+                 rows: np.ndarray, returns: np.ndarray, origins: np.ndarray):
         self.places, self.actions, self.rows, self.returns = places, actions, rows, returns
+        self.origins = origins
         self.envs = [make_one(env_id) for _ in places]
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
@@ -134,15 +136,16 @@ class Slice:
         """Into obs. The one seeded reset: later episodes go on in the random stream that the seed,
         the stream's numbers and the environment's n name."""
         for i, (seed, n) in enumerate(self.places):
-            entropy = np.random.SeedSequence([seed, *stream, n])
-            self._begin(i, int(entropy.generate_state(1)[0]))
+            self._begin(i, seed_of(seed, stream, n))
 
-    def step(self) -> None:
+    def step(self, among: Sequence[int] | None = None) -> None:
+        """All of them, or those."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
-        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            self.rows[i, :O], reward, terminated, truncated, _ = env.step(action)
+        which: Any = slice(None) if among is None else among
+        for i in range(len(self.envs)) if among is None else among:
+            self.rows[i, :O], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
             outcomes.append((reward, terminated, truncated and not terminated))
             running = self.running[i]
             running[0] += float(reward)
@@ -150,15 +153,28 @@ class Slice:
             if terminated or truncated:
                 self.returns[i] = running
                 fresh.append(i)
-        self.rows[:, O : 2 * O] = self.rows[:, :O]
-        self.rows[:, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # there may be none
+        self.rows[which, O : 2 * O] = self.rows[which, :O]
+        self.rows[which, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # there may be none
         for i in fresh:
             self._begin(i)
 
+    def begin_again(self) -> None:
+        """The episodes that origins name, where an action is a number."""
+        for i in self._named():
+            self._begin(i, recall(self.envs[i], self.origins[i].tolist()))
+
+    def step_again(self) -> None:
+        """Where an action is a number."""
+        self.step(self._named())
+
+    def _named(self) -> list[int]:
+        return np.flatnonzero(~np.isnan(self.actions[:, 0])).tolist()
+
     def _begin(self, i: int, seed: int | None = None) -> None:
-        renew_box2d_world(self.envs[i])
-        self.running[i] = [0.0, 0]
-        self.rows[i, self.obs_dim : 2 * self.obs_dim] = self.envs[i].reset(seed=seed)[0]
+        env = self.envs[i]
+        renew_box2d_world(env)
+        self.running[i], self.origins[i] = [0.0, 0], origin(env, seed)
+        self.rows[i, self.obs_dim : 2 * self.obs_dim] = env.reset(seed=seed)[0]
 
     def close(self) -> None:
         for env in self.envs:
@@ -185,7 +201,43 @@ def hear(link: socket.socket, size: int, seconds: float | None = None) -> bytes:
     return link.recv(size)
 
 
-RESET = 255  # the first byte of a command; any other is the number of a group that steps
+def seed_of(seed: int, stream: Sequence[int], n: int) -> int:
+    """Of an environment's reset: the seed's, in that stream of randomness, for its n-th."""
+    return int(np.random.SeedSequence([seed, *stream, n]).generate_state(1)[0])
+
+
+UNKNOWN, SEEDED, CONTINUED = 0, 1, 2  # how an episode began: the first of the words of its origin
+WORD = 2**64
+
+
+def origin(env: gymnasium.Env, seed: int | None) -> list[int]:
+    """7 words of 64 bits that say what the reset which follows draws from: a seed, or the random
+    numbers after those of the episode before, if they come from numpy's PCG64."""
+    if seed is not None:
+        return [SEEDED, seed, 0, 0, 0, 0, 0]
+    state: Any = env.unwrapped.np_random.bit_generator.state
+    if state["bit_generator"] != "PCG64":
+        return [UNKNOWN] * 7
+    position, increment = state["state"]["state"], state["state"]["inc"]
+    return [CONTINUED, *divmod(position, WORD), *divmod(increment, WORD), state["has_uint32"],
+            state["uinteger"]]
+
+
+def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:
+    """Put the environment where that origin was taken -> the seed of its reset, if there is one."""
+    kind, *rest = words
+    if kind == CONTINUED:
+        high, low, inc_high, inc_low, has_uint32, uinteger = rest
+        generator = np.random.PCG64()
+        generator.state = {
+            "bit_generator": "PCG64", "has_uint32": has_uint32, "uinteger": uinteger,
+            "state": {"state": high * WORD + low, "inc": inc_high * WORD + inc_low}}
+        env.unwrapped.np_random = np.random.Generator(generator)
+    return rest[0] if kind == SEEDED else None
+
+
+# the first byte of a command; any other is the number of a group that steps
+RESET, BEGIN_AGAIN, STEP_AGAIN = 255, 254, 253
 
 
 def slices(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
@@ -195,11 +247,21 @@ def slices(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
             for places, start in groups]
 
 
+def obey(part: Slice, command: bytes) -> None:
+    """A command that is for every group."""
+    if command[0] == RESET:
+        part.reset(json.loads(command[1:]))
+    elif command[0] == BEGIN_AGAIN:
+        part.begin_again()
+    else:
+        part.step_again()
+
+
 def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[Any, ...]],
           shared: Sequence[Any]) -> None:
     """A worker's life: step its slice of each group when told, until the link closes.
 
-    groups: as of `slices`; shared: the buffers of actions, rows, returns with their shapes. Every
+    groups: as of `slices`; shared: the buffers of a Slice's arrays with their shapes. Every
     command is answered by one byte, or by "!" and an error, which is the last word.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the main process's business
@@ -211,9 +273,9 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
         parts = slices(env_id, groups, arrays)
         link.sendall(b".")
         while command := hear(link, 4096):
-            if command[0] == RESET:
+            if command[0] >= STEP_AGAIN:
                 for each in parts:
-                    each.reset(json.loads(command[1:]))
+                    obey(each, command)
                 link.sendall(b".")
                 continue
             for group in command:

@@ -15,9 +15,9 @@ from lab import agent_file, checkpoint, envs
 from lab.accelerate import Accelerator
 from lab.gym_envs import UserError
 from lab.recorder import SeedRecorder, group_folder
-from lab.workers import WorkerError
 
 Emit = Callable[[dict[str, Any]], None]
+CHECKPOINT_SECONDS = 300
 ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
 
 
@@ -32,7 +32,7 @@ class Job:
     steps: int  # transitions of one seed, like all that follow
     eval_every: int
     log_every: int
-    checkpoint_every: int  # 0: only at the end
+    checkpoint_every: int | None  # none: a tenth of the run or five minutes; 0: only at the end
     eval_episodes: int = 5  # of one seed, at each evaluation
     num_envs: int = 1
     backend: str | None = None  # none: torch for a torch/ id, else sync
@@ -66,24 +66,19 @@ def train(job: Job, emit: Emit) -> None:
         agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                                  job.steps, job.device, accelerate)
         log = Log(job, accelerate, training, emit)
-        step = log.resume(agent)
+        step, obs = log.begin(agent)
         emit({"step": step})
-        obs = training.reset(envs.TRAINING, step)
-        try:
-            while step < job.steps:
-                actions = training.send_groups(agent.act, obs)
-                metrics = agent.update()  # on a GPU it runs while the environments step
-                t = training.receive()
-                agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
-                obs = t.obs
-                step += job.num_envs
-                log.step(step, metrics, agent)
-                if interrupts.received:
-                    log.save(step, agent)
-                    break
-        except WorkerError:
-            log.save(step, agent)
-            raise
+        while step < job.steps:
+            actions = training.send_groups(agent.act, obs)
+            metrics = agent.update()  # on a GPU it runs while the environments step
+            t = training.receive()
+            agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+            obs = t.obs
+            step += job.num_envs
+            log.step(step, metrics, agent)
+            if interrupts.received:
+                log.save(step, agent)
+                break
         log.close()
 
 
@@ -122,26 +117,33 @@ class Log:
         self.metrics: dict[str, torch.Tensor] = {}
         self.failed: set[int] = set()
         self.last_eval: list[float] = []
-        self.clock = self.beat = time.perf_counter()
+        self.clock = self.beat = self.saved = time.perf_counter()
+        self.tried = False  # whether the environments can be put back
         self.logged_step = self.logged_updates = 0
         self.speed: dict[str, float] = {}
 
-    def resume(self, agent: Any) -> int:
-        """Load the last checkpoint -> its step, or 0."""
+    def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
+        """At the start, or where the last checkpoint was written -> the step, obs (S, N, O)."""
         if self.job.group is None or self.job.checkpoints is None:
-            return 0
+            return 0, self.training.reset(envs.TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
-        step = 0
-        if state is not None:
-            agent.load_state_dict(state["agent"])
-            step, self.last_eval = state["step"], state["last_eval"]
-            self.failed = set(state["failed"])
-        for place in self.failed:
-            self.emit({"failed_seed": self.job.seeds[place], "reason": "failed before"})
+        step = 0 if state is None else state["step"]
         self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                           for seed in self.job.seeds]
-        self.logged_step = step
-        return step
+        if state is None:
+            return 0, self.training.reset(envs.TRAINING, 0)
+        agent.load_state_dict(state["agent"])
+        self.last_eval, self.failed = state["last_eval"], set(state["failed"])
+        self.metrics, self.logged_step = state["metrics"], step
+        for place in self.failed:
+            self.emit({"failed_seed": self.job.seeds[place], "reason": "failed before"})
+        if step >= self.job.steps:
+            return step, torch.empty(0)
+        obs, lost = self.training.load_state_dict(state["envs"], envs.TRAINING, step)
+        if lost:
+            self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes begin "
+                       "anew: their environment cannot be put back where it was"})
+        return step, obs
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """After every step of the environments."""
@@ -153,7 +155,9 @@ class Log:
         elif time.perf_counter() - self.beat > 1:
             self.beat = time.perf_counter()
             self.emit({"step": step})
-        if end or due(step, job.checkpoint_every, job.num_envs):
+        every = job.checkpoint_every
+        late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
+        if end or late or due(step, job.steps // 10 if every is None else every, job.num_envs):
             self.save(step, agent)
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
@@ -198,10 +202,17 @@ class Log:
         if self.job.checkpoints is not None:
             try:
                 checkpoint.save(self.job.checkpoints, step, {
-                    "step": step, "agent": agent.state_dict(), "failed": sorted(self.failed),
+                    "step": step, "agent": agent.state_dict(), "envs": self.training.state_dict(),
+                    "metrics": self.metrics, "failed": sorted(self.failed),
                     "last_eval": self.last_eval})
             except OSError as error:
-                self.emit({"warning": f"no checkpoint at step {step}: {error}"})
+                self.emit({"step": step, "warning": f"no checkpoint: {error}"})
+            if not self.tried:
+                self.tried = (goes_on := self.training.goes_on()) is not None
+                if goes_on is False:
+                    self.emit({"step": step, "warning": "the environment cannot be put back where "
+                               "it was: a resumed run begins new episodes"})
+        self.saved = time.perf_counter()
         for recorder in self.recorders:
             recorder.board.flush()
 

@@ -6,6 +6,7 @@ returns are TorchEnvs' business. Add one by putting the class into ENVS, as the 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,6 +208,8 @@ ENVS: dict[str, type[TorchEnv]] = {
 class TorchEnvs(VectorEnvs):
     """S x N instances of one of ENVS. Between two `finished` the host waits for nothing."""
 
+    STATE = ("state", "running", "sums", "block")
+
     def __init__(self, layout: Layout):
         super().__init__(layout)
         name = import_prefix(layout.env_id).removeprefix(TORCH)
@@ -225,6 +228,7 @@ class TorchEnvs(VectorEnvs):
                  for seed in self.layout.seeds]
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
         self.drawn = 0
+        self.block = torch.empty(0)
         self.state = self.env.initial(self._uniform())
         # of the running episodes: length, return; of the finished ones: count, returns, lengths
         self.running = torch.zeros(2, *self.shape, device=self.device, dtype=torch.float64)
@@ -242,6 +246,19 @@ class TorchEnvs(VectorEnvs):
     def finished(self) -> list[Finished]:
         sums, self.sums = self.sums.T.tolist(), torch.zeros_like(self.sums)  # the host waits
         return [summary(row) for row in sums]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.STATE} | {
+            "drawn": self.drawn, "generators": [g.get_state() for g in self.generators]}
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[Tensor, int]:
+        self.reset(*stream)
+        for name in self.STATE:
+            setattr(self, name, state[name].to(self.device))
+        self.drawn = state["drawn"]
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())
+        return self.env.observe(self.state), 0
 
     def _uniform(self) -> Tensor:
         """(S, N, randoms) for the episodes that begin at this step, each seed's its own."""

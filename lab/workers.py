@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import socket
@@ -23,8 +22,8 @@ import torch
 
 from lab import gym_envs
 from lab.accelerate import physical_cores
-from lab.envs import TRAINING, HostEnvs, Layout, Transition, probe
-from lab.gym_envs import RESET, UserError
+from lab.envs import HostEnvs, Layout, Transition, probe
+from lab.gym_envs import STEP_AGAIN, UserError
 
 START_SECONDS, STEP_SECONDS = 120.0, 60.0  # a worker that takes longer hangs
 
@@ -38,7 +37,7 @@ class WorkerEnvs(HostEnvs):
         super().__init__(layout, probe(layout.env_id))
         S, N = self.shape
         processes = min(layout.workers or physical_cores(), S * N)
-        groups = min(layout.groups, N)
+        groups = min(layout.groups, N, STEP_AGAIN)
         bounds = [round(i * N / groups) for i in range(groups + 1)]
         self.groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         self.bounds = [S * bound for bound in bounds]  # rows, which lie group by group
@@ -47,7 +46,7 @@ class WorkerEnvs(HostEnvs):
         place = {row: number for number, row in enumerate(rows)}
         self.order = torch.tensor([place[s, n] for s in range(S) for n in range(N)])
 
-        shared = [self._share(name) for name in ("actions", "rows", "returns")]
+        shared = [self._share(name) for name in ("actions", "rows", "returns", "origins")]
         self.sent: list[int] = []  # groups that are stepping
         self.patience = START_SECONDS
         self.own: list[gym_envs.Slice] = []  # this process's part of each group
@@ -65,7 +64,7 @@ class WorkerEnvs(HostEnvs):
             ours.setblocking(False)
             self.links.append(ours)
             self.processes.append(worker)
-        arrays = self.actions, self.rows, self.returns
+        arrays = self.actions, self.rows, self.returns, self.origins
         self.own = gym_envs.slices(layout.env_id, self._parts(rows, 0, processes), arrays)
         self._await_all("start", 1)
 
@@ -87,16 +86,13 @@ class WorkerEnvs(HostEnvs):
         setattr(self, name, view.reshape(array.shape))
         return buffer, array.dtype, array.shape
 
-    def reset(self, *stream: int) -> torch.Tensor:
+    def command(self, command: bytes) -> None:
         self._await_all("step", len(self.sent))
         self.sent = []
-        self.rows[:] = self.sums[:] = 0
-        stream = stream or (TRAINING,)
-        self._command(bytes([RESET]) + json.dumps(stream).encode(), START_SECONDS)
+        self._command(command, START_SECONDS)
         for each in self.own:
-            self._try(functools.partial(each.reset, stream))
+            self._try(functools.partial(gym_envs.obey, each, command))
         self._await_all("reset", 1)
-        return self.transition().obs
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
         self.put_actions(actions, slice(self.bounds[group], self.bounds[group + 1]))
@@ -108,7 +104,7 @@ class WorkerEnvs(HostEnvs):
             self._try(self.own[group].step)
         self._await_all("step", len(self.sent))
         self.sent = []
-        return self.transition()
+        return self.stepped()
 
     def _try(self, own: Callable[[], None]) -> None:
         """What this process's environments do."""

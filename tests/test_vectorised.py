@@ -174,11 +174,11 @@ def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "learn_vectorised.py", "agents/ppo.py", "--env", TARGET, "--num-envs", "4",
          "--backend", "workers", "--workers", "3", "--steps", "10_000_000", "--log", "--runs",
-         str(tmp_path), *small("agents/ppo.py")],
+         str(tmp_path), "--checkpoint-every", "100", *small("agents/ppo.py")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("ppo-*/*/ppo/seed_0/metrics.jsonl")):
+        while not list(tmp_path.glob("ppo-*/*/ppo/stack_0_0/step_*.pt")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         children = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],

@@ -350,23 +350,23 @@ def make_job(folder, **settings):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_training_whose_worker_is_killed_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, groups):
-    job, pids = make_job(tmp_path, groups=groups), []
+    job, pids = make_job(tmp_path, groups=groups, checkpoint_every=40), []
 
-    def kill_at_40(message):
-        if message["step"] == 40 and "rows" in message:
+    def kill_at_50(message):
+        if message["step"] == 50 and "rows" in message:
             children = multiprocessing.active_children()
             pids.extend(child.pid for child in children)
             children[0].kill()
             children[0].join()
 
     with pytest.raises(WorkerError, match=r"environment worker \d of 2 .* died by signal 9"):
-        train(job, kill_at_40)
+        train(job, kill_at_50)
     assert len(pids) == 2 and gone(pids)
     state = checkpoint.load_latest(job.checkpoints)
     assert state["step"] == state["agent"]["counters"]["transitions"] == 40
     messages = []
     train(job, messages.append)
-    assert messages[0] == {"step": 40} and messages[-1]["step"] == 100
+    assert messages[0]["step"] == 40 and messages[-1]["step"] == 100
     assert checkpoint.load_latest(job.checkpoints)["agent"]["counters"]["transitions"] == 100
     for seed in job.seeds:
         rows = read_metrics(job.group / f"seed_{seed}" / "metrics.jsonl")
@@ -401,4 +401,4 @@ train({job!r}, emit)
     assert state["step"] == state["agent"]["counters"]["transitions"] >= 40
     messages = []
     train(dataclasses.replace(job, steps=state["step"] + 10), messages.append)
-    assert messages[0] == {"step": state["step"]}
+    assert messages[0]["step"] == state["step"]
