@@ -532,3 +532,67 @@ def test_a_missing_envpool_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "envpool", None)
     with pytest.raises(UserError, match="needs a package: pip install envpool"):
         envs.make("Pendulum-v1", [0], backend="envpool")
+
+
+# Going on
+
+
+ON_EACH = [("sync", "Pendulum-v1"), ("workers", "HalfCheetah-v5"), ("sync", "BipedalWalker-v3"),
+           ("groups", "LunarLanderContinuous-v3"), ("torch", "torch/Pendulum-v1"),
+           ("groups", "Pendulum-v1")]
+
+
+@on_each(*ON_EACH)
+@pytest.mark.parametrize("before", [0, 130, 400])
+def test_a_stack_goes_on_where_another_was(make, env_id, before):
+    """400 is the end of an episode in Pendulum-v1; walkers and landers have fallen before."""
+    whole, other = (make(env_id, [3, 4], 2) for _ in range(2))
+    latest, _ = whole.reset(), other.reset(7)  # what the other did before does not matter
+    low, high = torch.tensor([whole.spec.action_low, whole.spec.action_high])
+    generator = torch.Generator().manual_seed(0)
+    actions = low + (high - low) * torch.rand(before + 120, 2, 2, len(low), generator=generator)
+    for each in actions[:before]:
+        latest = whole.step(each).obs
+    state = whole.state_dict()
+    going_on = [whole.step(each) for each in actions[before:]], whole.finished()
+    obs, lost = other.load_state_dict(state, 9)
+    assert lost == 0 and torch.equal(obs, latest)
+    again = [other.step(each) for each in actions[before:]], other.finished()
+    for ours, theirs in zip(going_on[0], again[0], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    assert going_on[1] == again[1]
+    if env_id != "HalfCheetah-v5" and make.name != "torch" and before == 400:
+        assert whole.goes_on() is True
+
+
+@diaries
+def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
+    """A Diary counts its episodes, which nobody can put back."""
+    whole, other = (make(make.diary) for _ in range(2))
+    whole.reset()
+    assert whole.goes_on() is (True if make.name == "torch" else None)
+    actions = torch.ones(*whole.shape, 1)
+    for _ in range(12):  # it takes two episodes or more
+        t = whole.step(actions)
+    state = whole.state_dict()
+    other.reset()
+    obs, lost = other.load_state_dict(state, 9)
+    if make.name == "torch":
+        assert lost == 0 and torch.equal(obs, t.obs)
+        return
+    assert whole.goes_on() is False and lost == len(obs.view(-1, 4))
+    assert torch.equal(obs, other.reset(9)) and not torch.equal(obs, other.reset())
+
+
+def test_an_envpool_begins_anew_and_says_so():
+    pytest.importorskip("envpool")
+    pools = [envs.make("Pendulum-v1", [0, 1], 2, "envpool") for _ in range(2)]
+    pools[0].reset()
+    for _ in range(250):
+        pools[0].step(torch.zeros(2, 2, 1))
+    obs, lost = pools[1].load_state_dict(pools[0].state_dict(), 9)
+    assert lost == 4 and torch.equal(obs, pools[0].reset(9)) and pools[0].goes_on() is False
+    assert [each.episodes for each in pools[1].finished()] == [2, 2]
+    for pool in pools:
+        pool.close()
+
