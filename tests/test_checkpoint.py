@@ -126,3 +126,106 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path, capsys):
     assert path.name in capsys.readouterr().err and not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Payload(str(tmp_path / "ran"))))
     assert (tmp_path / "ran").exists()  # the payload is a live one
+
+
+# Large tensors
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(checkpoint, "BLOCK", 1024)
+
+
+def replay(filled, size=5000):
+    """Blocks of 256 numbers, the last one not full; what is not filled is 0."""
+    rows = torch.zeros(2, size // 2, dtype=torch.float32)
+    rows.view(-1)[:filled] = torch.arange(1.0, filled + 1)
+    return {"step": filled, "agent": {"rows": rows, "counts": torch.arange(7),
+                                      "wide": torch.arange(300, dtype=torch.float64)}}
+
+
+def written(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "blocks").iterdir()}
+
+
+def test_large_tensors_are_loaded_as_they_were_saved(tmp_path, small_blocks):
+    for filled in (0, 300, 5000):
+        checkpoint.save(tmp_path, filled, replay(filled))
+        loaded = checkpoint.load_latest(tmp_path)
+        for name, tensor in replay(filled)["agent"].items():
+            assert loaded["agent"][name].dtype == tensor.dtype
+            assert torch.equal(loaded["agent"][name], tensor)
+
+
+def test_only_blocks_that_changed_are_written_and_those_nobody_names_go(tmp_path, small_blocks):
+    checkpoint.save(tmp_path, 1, replay(2560))
+    before = written(tmp_path)
+    assert len(before) == 10 + 1 + 1 + 3  # filled, of zeros, the last of zeros, wide
+    checkpoint.save(tmp_path, 2, replay(2570))
+    after = written(tmp_path)
+    assert len(after) == len(before) + 1 and before.items() < after.items()
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, replay(256))
+    assert len(written(tmp_path)) == 1 + 1 + 1 + 3
+    assert torch.equal(checkpoint.load_latest(tmp_path)["agent"]["rows"],
+                       replay(256)["agent"]["rows"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_broken_block_is_named_and_the_checkpoint_before_is_used(
+        tmp_path, small_blocks, capsys, damage):
+    checkpoint.save(tmp_path, 1, replay(1000))
+    before = written(tmp_path)
+    path = checkpoint.save(tmp_path, 2, replay(2000))
+    block = tmp_path / "blocks" / sorted(written(tmp_path).keys() - before.keys())[0]
+    content = block.read_bytes()
+    if damage == "remove":
+        block.unlink()
+    else:
+        block.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "flip"
+                          else content[:-1])
+    assert checkpoint.load_latest(tmp_path)["step"] == 1000
+    assert path.name in capsys.readouterr().err
+    checkpoint.save(tmp_path, 2, replay(2000))
+    assert checkpoint.load_latest(tmp_path)["step"] == 2000, "the block has been written again"
+
+
+def test_a_kill_between_two_blocks_leaves_the_checkpoint_before(
+        tmp_path, small_blocks, monkeypatch):
+    checkpoint.save(tmp_path, 1, replay(1000))
+    real, calls = os.replace, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, replay(4000))
+    assert checkpoint.load_latest(tmp_path)["step"] == 1000
+    checkpoint.save(tmp_path, 2, replay(4000))
+    assert torch.equal(checkpoint.load_latest(tmp_path)["agent"]["rows"],
+                       replay(4000)["agent"]["rows"])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_checkpoint_names_no_file_outside_its_blocks(tmp_path, small_blocks, capsys):
+    checkpoint.save(tmp_path / "mine", 1, replay(1000))
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(1024))
+    state = {"step": 2, "rows": {"blocks": ["../../secret"], "like": torch.empty(0),
+                                 "shape": [256]}}
+    checkpoint.save(tmp_path / "mine", 2, state)
+    assert checkpoint.load_latest(tmp_path / "mine")["step"] == 1000
+    assert "passed over" in capsys.readouterr().err and secret.exists()
+
+
+def test_a_shape_larger_than_its_blocks_takes_no_memory(tmp_path, small_blocks):
+    state = replay(1000)
+    checkpoint.save(tmp_path, 1, state)
+    state["agent"]["rows"] = {"blocks": [], "like": torch.empty(0), "shape": [2**50]}
+    checkpoint.save(tmp_path, 2, state)
+    assert checkpoint.load_latest(tmp_path)["step"] == 1000
