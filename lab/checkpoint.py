@@ -8,21 +8,52 @@ A large tensor, as a replay is, lies in blocks/, each named by its hash: what ha
 the last checkpoint is not written again.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.utils._pytree as pytree
 
+from lab.gym_envs import UserError
+
 KEPT = 2
+LOCK_SECONDS = 30.0
 BLOCK = 2**22  # bytes; a tensor with fewer stays in the file
 NAME = re.compile(r"step_(\d+)-([0-9a-f]{64})\.pt")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone. UserError if it is another's, which does not end soon, as
+    it does when its parent was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process trains in {folder}: wait until it has ended")
+            time.sleep(0.1)
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True  # not on this system
+    except OSError:
+        return False
+    return True
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:

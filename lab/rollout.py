@@ -62,10 +62,12 @@ def train(job: Job, emit: Emit) -> None:
     training = envs.make(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
         groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
-    with contextlib.closing(training), Interrupts() as interrupts:
+    with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
         agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                                  job.steps, job.device, accelerate)
         log = Log(job, accelerate, training, emit)
+        if job.checkpoints:
+            held.enter_context(checkpoint.lock(job.checkpoints))
         step, obs = log.begin(agent)
         emit({"step": step})
         while step < job.steps:
@@ -127,6 +129,7 @@ class Log:
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(envs.TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
+        self._check_settings(state or {})
         step = 0 if state is None else state["step"]
         self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                           for seed in self.job.seeds]
@@ -144,6 +147,19 @@ class Log:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes begin "
                        "anew: their environment cannot be put back where it was"})
         return step, obs
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """UserError if the run was begun with others: its result would be of neither."""
+        now = self._settings()
+        for name, value in state.get("settings", now).items():
+            if now.get(name) != value:
+                raise UserError(f"{self.job.run} began with {name} = {value}, not {now.get(name)}: "
+                                "put it back, or begin a new run")
+
+    def _settings(self) -> dict[str, str]:
+        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward")
+        return {name: repr(value) for name, value in (
+            self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """After every step of the environments."""
@@ -203,8 +219,8 @@ class Log:
             try:
                 checkpoint.save(self.job.checkpoints, step, {
                     "step": step, "agent": agent.state_dict(), "envs": self.training.state_dict(),
-                    "metrics": self.metrics, "failed": sorted(self.failed),
-                    "last_eval": self.last_eval})
+                    "metrics": self.metrics, "settings": self._settings(),
+                    "failed": sorted(self.failed), "last_eval": self.last_eval})
             except OSError as error:
                 self.emit({"step": step, "warning": f"no checkpoint: {error}"})
             if not self.tried:

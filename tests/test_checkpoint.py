@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lab import checkpoint
+from lab.gym_envs import UserError
 
 WEIGHT = torch.arange(1000.0)
 
@@ -229,3 +230,12 @@ def test_a_shape_larger_than_its_blocks_takes_no_memory(tmp_path, small_blocks):
     state["agent"]["rows"] = {"blocks": [], "like": torch.empty(0), "shape": [2**50]}
     checkpoint.save(tmp_path, 2, state)
     assert checkpoint.load_latest(tmp_path)["step"] == 1000
+
+
+def test_a_folder_is_one_process_s_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.2)
+    with (checkpoint.lock(tmp_path / "new"), pytest.raises(UserError, match="another process"),
+          checkpoint.lock(tmp_path / "new")):
+        raise AssertionError("it was locked twice")
+    with checkpoint.lock(tmp_path / "new"):
+        pass

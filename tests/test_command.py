@@ -333,7 +333,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch)
     run = next((tmp_path / "runs").iterdir())
     before = metrics(run)
     assert before[-1]["step"] == 99 and not (run / "learning_curves.png").exists()
-    assert [path.name[:17] for path in run.glob("*/*/stack_0_0/*")] == ["step_000000000099"]
+    assert [path.name[:17] for path in run.glob("*/*/stack_0_0/s*")] == ["step_000000000099"]
     assert command.run(["--resume", str(run)]) == 0
     rows = metrics(run)
     assert rows[:len(before)] == before

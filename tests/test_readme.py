@@ -19,7 +19,7 @@ COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines()
 
 def test_the_loop_that_is_quoted_is_the_loop_that_runs():
     (loop,) = (code for code in PYTHON if "agent.act" in code)
-    code = textwrap.indent(loop, 12 * " ")
+    code = textwrap.indent(loop, 8 * " ")
     assert code in Path("lab/rollout.py").read_text()
 
 

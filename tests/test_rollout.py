@@ -156,7 +156,7 @@ def test_rows_come_when_due_and_evaluations_ten_times(tmp_path):
     for row in read_metrics(job.group / "seed_1" / "metrics.jsonl"):
         assert row["perf/steps_per_s"] > 0 and "perf/updates_per_s" in row
     assert messages[0] == {"step": 0} and messages[-1]["step"] == 100
-    assert len(list(job.checkpoints.iterdir())) == 1
+    assert len(list(job.checkpoints.glob("step_*"))) == 1
 
 
 def test_without_a_run_folder_no_file_is_left(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_several_environments_log_evaluate_and_checkpoint_at_the_first_step_past
     rows = rows_of(run(job))[0]
     assert list(rows) == [12, 21, 30, 42, 51, 60]
     assert [step for step, row in rows.items() if "return/eval" in row] == [21, 42, 60]
-    assert sorted(int(path.name[5:17]) for path in job.checkpoints.iterdir()) == [51, 60]
+    assert sorted(int(path.name[5:17]) for path in job.checkpoints.glob("step_*")) == [51, 60]
 
 
 def test_a_run_ends_with_a_row_an_evaluation_and_a_checkpoint(tmp_path):
@@ -479,3 +479,15 @@ def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
         self._observe(), 0.0, False, False, {}))
     with pytest.raises(UserError, match=r"does not end in 50 steps; register .* max_episode_steps"):
         train(make_job(SAC, SMALL_SAC, env_id=TARGET), lambda message: None)
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("gamma", {"config": {"gamma": 0.5}}), ("num_envs", {"num_envs": 2}),
+    ("clip_reward", {"clip_reward": (-1.0, 1.0)})])
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
+    job = make_job(run=str(tmp_path), checkpoint_every=50)
+    run(job)
+    config = job.config | settings.pop("config", {})
+    with pytest.raises(UserError, match=f"began with {name} = .* not .*: put it back") as caught:
+        run(dataclasses.replace(job, config=config, **settings))
+    assert "\n" not in str(caught.value)
