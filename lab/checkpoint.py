@@ -119,22 +119,22 @@ def _put(blocks: Path, tensor: torch.Tensor) -> dict[str, Any]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     _sync(blocks)
-    return {"blocks": digests, "like": torch.empty(0, dtype=tensor.dtype),
+    return {"blocks": digests, "block": BLOCK, "like": torch.empty(0, dtype=tensor.dtype),
             "shape": list(tensor.shape)}
 
 
 def _in_blocks(x: Any) -> bool:
-    return isinstance(x, dict) and x.keys() == {"blocks", "like", "shape"}
+    return isinstance(x, dict) and x.keys() == {"blocks", "block", "like", "shape"}
 
 
 def _get(blocks: Path, x: dict[str, Any], device: str) -> torch.Tensor:
-    size = math.prod(x["shape"]) * x["like"].element_size()
-    if math.ceil(size / BLOCK) != len(x["blocks"]):
+    size, length = math.prod(x["shape"]) * x["like"].element_size(), x["block"]
+    if math.ceil(size / length) != len(x["blocks"]):
         raise ValueError("blocks are missing")
     tensor = torch.empty(x["shape"], dtype=x["like"].dtype)
     content = _bytes_of(tensor)
     for number, digest in enumerate(x["blocks"]):
-        block, path = content[number * BLOCK :][:BLOCK], blocks / Path(digest).name
+        block, path = content[number * length :][:length], blocks / Path(digest).name
         with open(path, "rb") as file:
             whole = file.readinto(block) == len(block)
         if not whole or hashlib.sha256(block).hexdigest() != digest:

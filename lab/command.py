@@ -328,7 +328,10 @@ class Outcome:
             picture = folder / "learning_curves.png"
             curves = {env_id: report.read_curves(group, self.seeds, "return/eval")
                       for env_id, group in self.groups.items()}
-            report.draw_learning_curves(picture, curves, self.title + self.declared)
+            try:
+                report.draw_learning_curves(picture, curves, self.title + self.declared)
+            except OSError as error:
+                print(f"no picture: {error}", file=sys.stderr)
             print(f"run folder: {folder}\npicture:    {picture}\n"
                   f"look at it: tensorboard --logdir {folder}")
         for reason in self.lost:

@@ -7,6 +7,7 @@
         <env_id>/<agent>/stack_<a>_<b>/ checkpoints of the seeds a to b, which one process trains
 """
 
+import functools
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -89,12 +91,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def tensorboard(folder: Path, **settings: Any) -> Any:
+    """A SummaryWriter."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    _quieten_its_threads()
+    return SummaryWriter(str(folder), **settings)
+
+
+@functools.cache
+def _quieten_its_threads() -> None:
+    """When one cannot write, the next call on its SummaryWriter says so: once is enough."""
+    before = threading.excepthook
+
+    def quieter(failure: threading.ExceptHookArgs) -> None:
+        theirs = type(failure.thread).__module__.startswith("tensorboard")
+        if not (theirs and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = quieter
+
+
 class SeedRecorder:
     """The rows of one seed. What an interrupted run wrote after the step `start` is dropped."""
 
     def __init__(self, folder: Path, start: int):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start]
@@ -102,7 +123,7 @@ class SeedRecorder:
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
         whole.replace(path)
         self.file = path.open("a")
-        self.board = SummaryWriter(str(folder), purge_step=start + 1)
+        self.board = tensorboard(folder, purge_step=start + 1)
         self.failed = False
 
     def write(self, row: dict[str, float]) -> None:
@@ -135,12 +156,10 @@ class AllSeeds:
     """The TensorBoard run with mean and interval of the returns over the seeds, as a band."""
 
     def __init__(self, folder: Path, seeds: Sequence[int]):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder, self.alive = folder, set(seeds)
         self.written = dict.fromkeys(RETURNS, -1)  # the last step of each tag
         shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # a view, made anew on resuming
-        self.board = SummaryWriter(str(folder / "all_seeds"))
+        self.board = tensorboard(folder / "all_seeds")
         charts = {tag: ["Margin", [f"{tag}_mean", f"{tag}_lower", f"{tag}_upper"]]
                   for tag in RETURNS}
         self.board.add_custom_scalars({"mean and 95% interval over the seeds": charts})

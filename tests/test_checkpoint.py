@@ -217,7 +217,7 @@ def test_a_checkpoint_names_no_file_outside_its_blocks(tmp_path, small_blocks, c
     checkpoint.save(tmp_path / "mine", 1, replay(1000))
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(1024))
-    state = {"step": 2, "rows": {"blocks": ["../../secret"], "like": torch.empty(0),
+    state = {"step": 2, "rows": {"blocks": ["../../secret"], "block": 1024, "like": torch.empty(0),
                                  "shape": [256]}}
     checkpoint.save(tmp_path / "mine", 2, state)
     assert checkpoint.load_latest(tmp_path / "mine")["step"] == 1000
@@ -227,7 +227,8 @@ def test_a_checkpoint_names_no_file_outside_its_blocks(tmp_path, small_blocks, c
 def test_a_shape_larger_than_its_blocks_takes_no_memory(tmp_path, small_blocks):
     state = replay(1000)
     checkpoint.save(tmp_path, 1, state)
-    state["agent"]["rows"] = {"blocks": [], "like": torch.empty(0), "shape": [2**50]}
+    state["agent"]["rows"] = {"blocks": [], "block": 1024, "like": torch.empty(0),
+                              "shape": [2**50]}
     checkpoint.save(tmp_path, 2, state)
     assert checkpoint.load_latest(tmp_path)["step"] == 1000
 
