@@ -104,6 +104,7 @@ def measure_lab(side: str, name: str) -> float:
     env_id, num_envs, backend, settings = ENVIRONMENTS[name], NUM_ENVS, side.split()[1], {}
     if side == "lab workers, autotuned":
         flags = ["--env", env_id, "--num-envs", str(num_envs), "--backend", "workers"]
+        autotune.BUDGET = 25.0  # of its minute, as the number of environments is given
         best = autotune.measure_all(*command.parse(flags, command.Vectorised))
         settings = {"workers": best.workers, "groups": best.groups}
     if "torch" in side:
