@@ -123,10 +123,6 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
         raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
     kept = {key: value for key, value in kept.items() if key not in others}
-    for field in dataclasses.fields(module.Config):
-        if field.name in names:
-            raise UserError(f"{path}: Config's {field.name!r} is already a flag of the script's; "
-                            "give it another name")
     try:
         kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", kind.runs))
@@ -147,8 +143,13 @@ def find_agent(argv: Sequence[str]) -> int | None:
 
 def read_flags(argv: Sequence[str], place: int | None, options: Any, config: Any,
                description: str | None) -> tuple[Any, dict[str, Any]]:
-    """-> options, which are a dataclass, and the agent's settings, where no flag says otherwise
-    as given."""
+    """-> options and the agent's settings, from two dataclasses with their defaults. UserError on
+    unknown flags and on a field that both have."""
+    taken = {field.name for field in dataclasses.fields(options)}
+    for field in dataclasses.fields(config):
+        if field.name in taken:
+            raise UserError(f"{options.agent}: Config's {field.name!r} is already a flag of the "
+                            "script's; give it another name")
     both = dataclasses.make_dataclass("Both", [("options", type(options), options),
                                                ("config", type(config), config)], frozen=True)
     if place is not None:  # the file first: after `--env A B` it would be a third environment

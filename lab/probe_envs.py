@@ -51,7 +51,7 @@ class Fork(gymnasium.Env):
     """Four decisions in episodes of a step or two; each has a mistake that turns it around.
 
     The action, scaled to u in [-1, 1], trades a small reward for a prize x that comes after: the
-    state (PRIZE, x) gives 2 x and ends. BEST holds for every discount from 0.5 to 1.
+    state (PRIZE, x) gives 2 x and ends. So it is for every discount from 0.6 to 1.
 
     TRUNCATED   -0.5 u, then the prize u behind a truncation: who does not bootstrap there, takes -1
     SUCCESSOR   0.1 u, then the prize u / 2 behind a truncation, but the next episode begins at

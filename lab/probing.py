@@ -18,7 +18,7 @@ Step = tuple[torch.Tensor, ...]  # obs, rewards, next_obs, terminations, truncat
 SPEC = EnvSpec("check", 3, 2, (-1.0, 0.0), (1.0, 4.0), None)
 NUM_ENVS, STEPS = 4, 60  # of a seed, where it is driven by made-up transitions
 ACTIONS = {"the action": False, "the exploring action": True}
-SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 8_000  # where it trains on a probe environment
+SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # where it trains on a probe environment
 RING_ROWS = 2 * PROBE_ENVS
 
 # Settings that keep this short, by patterns of their names; those of another type are left alone.
