@@ -87,6 +87,7 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         expect("act", wanted, isinstance(actions, torch.Tensor), type(actions).__name__)
         expect("act", wanted, tuple(actions.shape) == (S, N, spec.action_dim),
                tuple(actions.shape))
+        expect("act", f"actions of {obs.dtype}", actions.dtype == obs.dtype, actions.dtype)
         expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
     zeros, metrics = torch.zeros(S, N, device=device), {}
     for _ in range(5_000):

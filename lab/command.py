@@ -77,10 +77,14 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
         do: Callable[[Any, dict[str, Any]], int] | None = None) -> int:
     """Parse and do, which is to train and report -> exit code: 0, 1 if a job failed, 2 for bad
     input, 128 + signal."""
+    return guarded(lambda: (do or train)(*parse(argv, kind)))
+
+
+def guarded(do: Callable[[], int]) -> int:
+    """-> the exit code of `do`, or 2 for a UserError, which is printed, or 128 + signal."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        options, config = parse(argv, kind)
-        return (do or train)(options, config)
+        return do()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -110,8 +114,7 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
         raise UserError("--resume takes every setting from the run; give no other flag")
     dropped = ("config", "resume") if resume else ("config", "resume", "processes")
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
-    place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
-                  and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
+    place = find_agent(argv)
     path = kept.get("agent", kind.agent) if place is None else argv[place]
     module = agent_file.load(path)
     names = {field.name for field in dataclasses.fields(kind)}
@@ -120,10 +123,6 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
         raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
     kept = {key: value for key, value in kept.items() if key not in others}
-    for field in dataclasses.fields(module.Config):
-        if field.name in names:
-            raise UserError(f"{path}: Config's {field.name!r} is already a flag of the script's; "
-                            "give it another name")
     try:
         kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", kind.runs))
@@ -133,11 +132,29 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    both = dataclasses.make_dataclass("Both", [("options", kind, defaults[0]),
-                                               ("config", module.Config, defaults[1])], frozen=True)
+    return read_flags(argv, place, *defaults, module.__doc__)
+
+
+def find_agent(argv: Sequence[str]) -> int | None:
+    """The place of the agent's file among the arguments."""
+    return next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
+                 and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
+
+
+def read_flags(argv: Sequence[str], place: int | None, options: Any, config: Any,
+               description: str | None) -> tuple[Any, dict[str, Any]]:
+    """-> options and the agent's settings, from two dataclasses with their defaults. UserError on
+    unknown flags and on a field that both have."""
+    taken = {field.name for field in dataclasses.fields(options)}
+    for field in dataclasses.fields(config):
+        if field.name in taken:
+            raise UserError(f"{options.agent}: Config's {field.name!r} is already a flag of the "
+                            "script's; give it another name")
+    both = dataclasses.make_dataclass("Both", [("options", type(options), options),
+                                               ("config", type(config), config)], frozen=True)
     if place is not None:  # the file first: after `--env A B` it would be a third environment
-        argv = [path, *argv[:place], *argv[place + 1:]]
-    flags = _read_flags(both, argv, module.__doc__)
+        argv = [argv[place], *argv[:place], *argv[place + 1:]]
+    flags = _parse_flags(both, argv, description)
     return flags.options, dataclasses.asdict(flags.config)
 
 
@@ -148,7 +165,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         raise TypeError(f"{name}: {error}") from error
 
 
-def _read_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
+def _parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     """tyro's parser; the box in which it puts an error becomes one line."""
     box = io.StringIO()
     try:

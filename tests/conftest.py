@@ -7,6 +7,7 @@ import torch
 
 from lab import agent_file
 from lab.gym_envs import EnvSpec
+from lab.probing import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -45,50 +46,3 @@ def make_agent(module, seeds=(0, 1), num_envs=1, total_steps=1000, accelerate=No
     return module.Agent(spec or make_spec(), small_config(module, **settings), list(seeds),
                         num_envs=num_envs, total_steps=total_steps,
                         accelerate=accelerate or (lambda fn: fn))
-
-
-def make_steps(seeds, num_envs, count, obs_dim=3):
-    """Transitions of made-up environments, each seed's its own whatever the stack: a list of
-    (obs, rewards, next_obs, terminations, truncations)."""
-    generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
-
-    def draw(*shape):
-        return torch.stack([torch.rand(num_envs, *shape, generator=g) for g in generators])
-
-    obs, steps = draw(obs_dim), []
-    for _ in range(count):
-        next_obs, ends = draw(obs_dim), draw()
-        steps.append((obs, draw(), next_obs, (ends < 0.1).float(), (ends > 0.9).float()))
-        obs = torch.where(((ends < 0.1) | (ends > 0.9))[..., None], draw(obs_dim), next_obs)
-    return steps
-
-
-def drive(agent, steps, spoil=None):
-    """The loop of lab/rollout.py on made-up transitions -> the metrics of every update.
-
-    `spoil` puts a NaN into the rewards of that place in the stack."""
-    history = []
-    for obs, rewards, next_obs, terminations, truncations in steps:
-        actions = agent.act(obs)
-        metrics = agent.update()
-        if metrics:
-            history.append({name: value.clone() for name, value in metrics.items()})
-        if spoil is not None:
-            rewards = rewards.clone()
-            rewards[spoil] = float("nan")
-        agent.observe(obs, actions, rewards, next_obs, terminations, truncations)
-    return history
-
-
-def flat_state(state, prefix=""):
-    """Every leaf of a state_dict by its path."""
-    if isinstance(state, dict) or hasattr(state, "items"):
-        return {k: v for key, value in state.items()
-                for k, v in flat_state(value, f"{prefix}{key}/").items()}
-    if isinstance(state, list | tuple):
-        return flat_state(dict(enumerate(state)), prefix)
-    return {prefix[:-1]: state}
-
-
-def same(a, b):
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -150,6 +150,7 @@ def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
     ("act", "return torch.zeros(*obs.shape[:2], 1)", r"but gave \(2, 3, 1\)"),
     ("act", "return obs.numpy()[..., :2]",
      r"should give a tensor .* = \(2, 3, 2\), but gave ndarray"),
+    ("act", "return torch.zeros(2, 3, 2).double()", r"of torch.float32, but gave torch.float64"),
     ("act", "return torch.zeros(2, 3, 2, requires_grad=True)",
      r"should give actions without a gradient, but gave one that has it"),
     ("act", "return torch.zeros(2, 3, 2) if explore else torch.zeros(2, 2)", r"gave \(2, 2\)"),

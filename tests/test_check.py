@@ -1,0 +1,232 @@
+"""python -m lab.check: what it says of broken agents, of foreign ones and of its own probes."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import check, command, probe_envs, probing
+from tests.test_agent_file import KEEPS_THE_CONTRACT
+
+TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-5:]
+TRAINING = TRUNCATION, TERMINATION, SUCCESSOR, RING
+QUICK = list(check.CHECKS)[:-5]
+IMPORTS, VERBS, NUMBER, BOUNDS, FROZEN, METRICS, WEIGHTS, SEEDS, ALONE, NAN, RESUME = QUICK
+
+ADDED = "self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)"
+# The row before gets the next observation that is acted on for its successor.
+NEXT_REPLACED = f"""{ADDED}
+        N, O = obs.shape[1:]
+        start = (self.position or self.rows.shape[1]) - N
+        self.rows[:, start : start + N, -2 - O : -2] = obs"""
+# Until the next row comes, the newest row's successor is the oldest one's observation.
+JOINED = f"""N, O = obs.shape[1:]
+        if self.size:
+            start = (self.position or self.rows.shape[1]) - N
+            self.rows[:, start : start + N, -2 - O : -2] = self.late
+        {ADDED}
+        self.late, oldest = next_obs, end % self.rows.shape[1]
+        self.rows[:, self.position : end, -2 - O : -2] = self.rows[:, oldest : oldest + N, :O]
+        """
+
+# name: agent, what is replaced, by what, the checks that run, those that must fail
+BROKEN = {
+    "termination ignored": ("sac", "gamma * (1 - terminations) * next_values",
+                            "gamma * next_values", TRAINING, {TERMINATION}),
+    "truncation cuts": ("sac", "self.replay.add(obs, actions, next_obs, rewards, terminations)",
+                        "self.replay.add(obs, actions, next_obs, rewards, terminations + "
+                        "truncations)", TRAINING, {TRUNCATION}),
+    "truncation cuts the advantage": (
+        "ppo", "gamma * (1 - terminations) * next_values",
+        "gamma * (1 - terminations - truncations) * next_values", TRAINING, {TRUNCATION}),
+    "next_obs replaced": ("sac", ADDED, NEXT_REPLACED, TRAINING, {SUCCESSOR}),
+    "newest joined to oldest": ("sac", ADDED, JOINED, TRAINING, {RING}),
+    "gradients shared": ("sac", "self.qf_optimizer.step()\n", """for p in self.qf.parameters():
+            p.grad[:] = p.grad.mean(0, keepdim=True)
+        self.qf_optimizer.step()
+""", QUICK, {ALONE, NAN}),
+    "normaliser shared": (
+        "ppo", "var, mean = torch.var_mean(x, 1, keepdim=True, correction=0)",
+        "var, mean = torch.var_mean(x, (0, 1), keepdim=True, correction=0)",
+        (SEEDS, ALONE, NAN), {ALONE, NAN}),
+    "generators not loaded": ("sac", "generator.set_state(generator_state.cpu())", "pass", QUICK,
+                              {RESUME}),
+    "a counter not saved": ("crossq", "self.transitions, self.critic_steps = (",
+                            "_ = (", (FROZEN, RESUME), {RESUME}),
+    "not clamped": ("sac", "self.actor(obs, noise)[0].clamp(self.low, self.high)",
+                    "self.actor(obs, noise)[0]", QUICK, {BOUNDS}),
+    "noise not clamped": ("cem", "(plans + c.noise * noise)).clamp(self.low, self.high)",
+                          "(plans + c.noise * noise))", (NUMBER, BOUNDS), {BOUNDS}),
+    "normalised while acting": (
+        "ppo", "        actions = self.actor(self.normalise(obs))\n",
+        "        self.obs_normaliser.update(obs)\n"
+        "        actions = self.actor(self.normalise(obs))\n", (BOUNDS, FROZEN), {FROZEN}),
+    "noise of all": ("sac", "torch.randn(shape, generator=g, device=g.device)",
+                     "torch.randn(shape, device=g.device)", QUICK, {SEEDS, ALONE, NAN, RESUME}),
+    "target at rest": ("sac", "             self.config.tau)", "             0.0)", QUICK,
+                       {WEIGHTS}),
+    "loss attached": ("sac", '{"loss/qf": loss.detach(),', '{"loss/qf": loss,', QUICK,
+                      {VERBS, METRICS}),
+    "one number of environments": (
+        "droq", "noise = torch.zeros(*obs.shape[:2], self.spec",
+        "noise = torch.zeros(len(obs), self.num_envs, self.spec", (VERBS, NUMBER, BOUNDS),
+        {NUMBER}),
+    "imports the lab": ("sac", "import copy\n", "import copy\nfrom lab import stats\n", QUICK,
+                        {IMPORTS}),
+}
+
+
+def broken(folder, name):
+    agent, old, new, *_ = BROKEN[name]
+    text = Path(f"agents/{agent}.py").read_text()
+    assert text.count(old) == 1
+    path = folder / "mine.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_agent_is_caught_by_name(tmp_path, name):
+    *_, checks, wanted = BROKEN[name]
+    subject = check.parse([str(broken(tmp_path, name))])
+    reasons = {each: check.failure(check.CHECKS[each], subject) for each in checks}
+    assert {each for each, reason in reasons.items() if reason} == wanted, reasons
+    assert not any("\n" in reason for reason in reasons.values() if reason)
+
+
+def test_the_command_says_passed_or_failed_and_exits_so(tmp_path, monkeypatch, capsys):
+    def raises(subject):
+        raise ZeroDivisionError("the second\nline")
+
+    monkeypatch.setattr(check, "CHECKS", {VERBS: check.CHECKS[VERBS], IMPORTS: raises})
+    path = broken(tmp_path, "loss attached")
+    assert command.guarded(lambda: check.run([str(path), "--gamma", "0.7"])) == 1
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path} with gamma 0.7, ") and "batch_size 64" in first
+    assert lines == [f"FAILED  {VERBS}: update should give loss/qf detached, but gave it with a "
+                     "gradient", f"FAILED  {IMPORTS}: ZeroDivisionError: the second"]
+    assert last.startswith("0 of 2 checks passed in ")
+    monkeypatch.setattr(check, "CHECKS", {VERBS: check.CHECKS[VERBS]})
+    assert check.run(["agents/sac.py"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].rstrip() == f"passed  {VERBS}"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["agents/sac.py", "--gama", "0.9"], "--gama"),
+    (["agents/sac.py", "--gamma", "2"], r"sac.py on check: gamma must lie in \[0, 1\], not 2"),
+    (["nowhere.py"], "no agent file 'nowhere.py'"),
+    (["agents/sac.py", "--steps", "10"], "--steps"),
+    pytest.param(["agents/sac.py", "--cuda"], "--cuda: torch sees no CUDA device",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
+def test_bad_input_is_one_line_and_exit_code_2(argv, words, capsys):
+    assert command.guarded(lambda: check.run(argv)) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"error: .*{words}.*\n", captured.err) and not captured.out
+
+
+def test_settings_are_made_small_by_their_names_and_flags_win(tmp_path):
+    text = KEEPS_THE_CONTRACT.replace("    gain: float = 1.0  # of the action\n", """
+    gain: float = 1.0
+    critic_learning_rate: float = 1e-3
+    minibatch_size: int = 256
+    hidden_size: tuple[int, ...] = (400, 300)
+    world_width: int = 512
+    replay_ratio: int = 4
+    gamma: float = 0.99
+""")
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    assert check.parse([str(path), "--gamma", "0.99"]).config == {
+        "gain": 1.0, "critic_learning_rate": 3e-3, "minibatch_size": 256, "world_width": 32,
+        "hidden_size": (400, 300), "replay_ratio": 4, "gamma": 0.99}
+    path.write_text(text.replace("if config.gain < 0:", "if config.world_width < 100:"))
+    assert check.parse([str(path)]).config["world_width"] == 512
+
+
+def test_an_agent_that_only_raises_fails_check_by_check(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(KEEPS_THE_CONTRACT.replace("self.gain, self.seeds,", "_, _,"))
+    subject = check.parse([str(path)])
+    reasons = [check.failure(fn, subject) for fn in list(check.CHECKS.values())[1:]]
+    assert all("AttributeError: 'Agent' object has no attribute" in x for x in reasons), reasons
+
+
+def test_an_agent_that_learns_nothing_is_told_so(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(KEEPS_THE_CONTRACT)
+    subject = check.parse([str(path), "--gain", "1"])
+    failed = {name: reason for name, fn in check.CHECKS.items()
+              if (reason := check.failure(fn, subject))}
+    assert {TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS, WEIGHTS, SEEDS, NAN} <= set(failed)
+    assert "could not decide" in failed[TRUNCATION] or "did not learn" in failed[TRUNCATION]
+
+
+def test_a_replay_that_cannot_wrap_is_not_passed(tmp_path):
+    text = Path("agents/sac.py").read_text()
+    path = tmp_path / "mine.py"
+    path.write_text(text.replace("buffer_size", "memory"))
+    subject = check.parse([str(path)])
+    assert "not seen" in check.failure(check.CHECKS[RING], subject)
+
+
+@pytest.mark.parametrize("gamma", [0.6, 0.8, 1.0])
+def test_what_is_best_in_a_fork_follows_from_its_steps(gamma):
+    """And each mistake turns round its own decision and no other."""
+    def value(mistake, state, u):
+        env = probe_envs.Fork()
+        env.reset(seed=0)
+        env._go(state)
+        obs, reward, terminated, truncated, _ = env.step([1 + 2 * u])
+        if truncated and mistake == probe_envs.SUCCESSOR:
+            obs = env.reset()[0]
+        after = 2 * obs[probe_envs.PRIZE]
+        if obs[probe_envs.WAY] and mistake == probe_envs.RING:
+            after = gamma / 2 * 4  # half of the time it leads to RING
+        over = (terminated and mistake != probe_envs.TERMINATED) or (
+            truncated and mistake == probe_envs.TRUNCATED)
+        return reward + gamma * after * (not over)
+
+    for mistake in (None, *range(probe_envs.WAY)):
+        for state in range(probe_envs.WAY):
+            actions = [-1.0, -0.01, 0.01, 1.0]
+            best = max(actions, key=lambda u, s=state: value(mistake, s, u))
+            wrong = best * probe_envs.BEST[state] <= 0
+            assert wrong == (state == mistake), (mistake, state, best)
+
+
+def test_a_fork_ends_and_begins_as_it_says():
+    env = probe_envs.Fork()
+    begun = {int(env.reset(seed=seed)[0].argmax()) for seed in range(40)}
+    assert begun == set(range(probe_envs.WAY))
+    for state, ends, begins in ((probe_envs.TRUNCATED, (False, True), 0.5),
+                                (probe_envs.SUCCESSOR, (False, True), -0.5),
+                                (probe_envs.TERMINATED, (True, False), -0.5)):
+        env._go(state)
+        assert env.step([2.0])[2:4] == ends
+        assert env.reset()[0].tolist() == [0, 0, 0, 0, 0, begins]
+        assert env.step([0.0])[1:4] == (2 * begins, True, False)
+    env._go(probe_envs.RING)
+    flags = [env.step([2.0])[2] for _ in range(3)]
+    assert flags == [False, False, True]
+
+
+def test_made_up_transitions_hold_every_kind_of_end():
+    steps = probing.make_steps((0, 1), 4, 60)
+    _, _, next_obs, terminations, truncations = map(torch.stack, zip(*steps, strict=True))
+    obs = torch.stack([step[0] for step in steps])
+    assert terminations.any() and truncations.any() and not (terminations * truncations).any()
+    fresh = (obs[1:] != next_obs[:-1]).all(-1)
+    assert torch.equal(fresh, (terminations + truncations)[:-1] > 0)
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    mine = shutil.copy("agents/ppo.py", tmp_path / "mine.py")
+    done = subprocess.run([sys.executable, "-m", "lab.check", str(mine)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.count("\npassed  ") == len(check.CHECKS)
