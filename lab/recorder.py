@@ -28,10 +28,14 @@ PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy", "tensorboard", "sc
 RETURNS = ("return/train", "return/eval")
 
 
+def safe_name(name: str) -> str:
+    """The words of a name, fit for a folder."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
+
+
 def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str, Any]) -> Path:
     """A new folder under root with the run's settings and sources. UserError if unwritable."""
-    safe = re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    safe, stamp = safe_name(name), time.strftime("%Y%m%d-%H%M%S")
     try:
         root.mkdir(parents=True, exist_ok=True)
         for clash in itertools.count(1):
@@ -41,13 +45,22 @@ def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str,
                 break
             except FileExistsError:
                 continue
-        write_json(folder / "config.json", config)
-        write_json(folder / "versions.json", versions())
-        shutil.copyfile(agent_path, folder / agent_path.name)
+        describe_run(folder, agent_path, config)
     except OSError as error:
-        raise UserError(f"cannot write to the runs folder {str(root)!r}: {error.strerror}; choose "
-                        "another with --runs") from error
+        raise unwritable(root, error) from error
     return folder
+
+
+def unwritable(root: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to the runs folder {str(root)!r}: {error.strerror}; choose "
+                     "another with --runs")
+
+
+def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None:
+    """Its settings, versions and source."""
+    write_json(folder / "config.json", config)
+    write_json(folder / "versions.json", versions())
+    shutil.copyfile(agent_path, folder / agent_path.name)
 
 
 def versions() -> dict[str, str]:
