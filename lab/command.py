@@ -130,8 +130,8 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
     before = _read_settings(source) if source else {"options": {}, "config": {}}
     if resume and len(words) > 2:
         raise UserError("--resume takes every setting from the run; give no other flag")
-    dropped = ("config", "resume") if resume else ("config", "resume", "processes")
-    dropped += OWN if kind is Tune and not resume else ()
+    dropped = ["config", "resume", *(() if resume else ("processes",)),
+               *(OWN if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
                   and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)

@@ -90,13 +90,13 @@ class StudyProgress:
 
     def __init__(self, options: Any, trials: "Sequence[Trial]"):
         self.options, self.trials, self.console = options, trials, Console()
-        self.best: "tuple[Trial, float] | None" = None
+        self.best: tuple[Trial, float] | None = None
         self.steps: dict[int, int] = {}  # that each running trial has reached
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
                             MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
                             console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("trials", total=options.trials, state="starting")
-        self.printed, self.begun = ("", 0.0), time.monotonic()
+        self.printed, self.begun = (-1, 0.0), time.monotonic()
         self.before = self._work()
 
     def __enter__(self) -> "StudyProgress":
@@ -118,19 +118,18 @@ class StudyProgress:
     def show(self) -> None:
         ended = Counter(trial.state for trial in self.trials)
         running = ended.pop("running", 0)
-        counts = [f"{ended[state]} {state}" for state in ("completed", "pruned", "diverged", "failed")
-                  if ended[state] or state in ("completed", "pruned", "failed")]
+        counts = [f"{ended[state]} {state}" for state in ("completed", "pruned", "diverged",
+                                                          "failed")]
         state = ", ".join([*counts, f"{running} running"])
         if self.best:
             trial, mean = self.best
             state += f"; best {mean:.1f} (trial {trial.number}, posterior mean)"
         now, done = time.monotonic(), sum(ended.values())
         progress, left = self._work() - self.before, self.options.trials - self._work()
-        if progress > 0:
+        if progress > 0.1:
             state += f"; ETA {max(left, 0) * (now - self.begun) / progress:.0f} s"
         self.bar.update(self.task, completed=done, state=state)
-        fresh = state.split("; ETA")[0]
-        if not self.console.is_terminal and progress and (
-                fresh != self.printed[0] or now - self.printed[1] >= PLAIN_SECONDS):
-            self.printed = fresh, now
+        if not self.console.is_terminal and self.trials and (
+                done != self.printed[0] or now - self.printed[1] >= PLAIN_SECONDS):
+            self.printed = done, now
             print(f"{done}/{self.options.trials} trials: {state}", flush=True)

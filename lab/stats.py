@@ -22,5 +22,5 @@ def iqm(values: Sequence[float]) -> float:
 
 
 def probability_of_improvement(x: Sequence[float], y: Sequence[float]) -> float:
-    """That a draw of x lies above one of y; a tie counts half (Agarwal et al. 2021, section 4.3)."""
+    """That a draw of x lies above one of y, ties by half (Agarwal et al. 2021, section 4.3)."""
     return float(stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)))

@@ -278,7 +278,7 @@ def confirm(study: Study, best: Sequence[Trial]) -> list[str]:
             for share in sweep.split_seeds(seeds, 1 + len(best), study.workers)]
     jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # confirmed before
     numbers = ", ".join(str(trial.number) for trial in best)
-    print(f"confirming the defaults and trials {numbers} on {len(seeds)} held-out seeds", flush=True)
+    print(f"the defaults and trials {numbers}, afresh on {len(seeds)} held-out seeds:", flush=True)
     with SweepProgress(jobs) as progress:
         failures = sweep.run(jobs, study.workers, progress.update) if jobs else {}
     lost = [f"{Path(jobs[place].run or '').name}: {why}" for place, why in failures.items()]
@@ -306,8 +306,9 @@ def finals(job: Job) -> dict[int, float]:
 def show(study: Study, best: Sequence[tuple[Trial, float]]) -> None:
     """The table, best.json and the picture."""
     options, seeds = study.options, tuple(held_out(study.options))
-    confirmed = [list(finals(dataclasses.replace(study.defaults, seeds=seeds, run=str(run))).values())
-                 for run in entries(study, [trial for trial, _ in best])]
+    jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
+            for run in entries(study, [trial for trial, _ in best])]
+    confirmed = [list(finals(job).values()) for job in jobs]
     rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
         (f"trial {trial.number}", study.defaults.config | trial.settings, mean, returns)
         for (trial, mean), returns in zip(best, confirmed[1:], strict=True)]

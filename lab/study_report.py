@@ -21,11 +21,11 @@ def table(space: Space, rows: Sequence[tuple[str, dict[str, Any], float | None, 
           seeds: int) -> Table:
     """rows: name, config, posterior mean of its trial if any, confirmed returns; the defaults are
     the first."""
-    result = Table(title=f"Confirmed on {seeds} held-out seeds", title_justify="left",
-                   caption="tuned mean: the surrogate's, on the trials' own seeds", caption_justify="left")
+    result = Table(title="evaluation return: tuned, the surrogate's mean from the trials' own seeds; "
+                   f"confirmed, the mean over {seeds} held-out seeds", title_justify="left")
     result.add_column("", no_wrap=True)
-    for heading in (*(parameter.name for parameter in space.parameters), "tuned mean", "n",
-                    "confirmed mean", "95% t interval", "P(better than the defaults)"):
+    for heading in (*(parameter.name for parameter in space.parameters), "tuned", "n",
+                    "confirmed", "95% t interval", "P(> defaults)"):
         result.add_column(heading, justify="right")
     defaults = rows[0][3]
     for name, config, tuned, confirmed in rows:

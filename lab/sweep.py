@@ -150,8 +150,8 @@ def _attempt(job: Job, emit: Callable[[dict[str, Any]], None]) -> Failure | None
         raise
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        first = str(error).strip().splitlines()[0] if str(error) else ""
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
             "can't allocate memory" in str(error))  # what torch says of a CPU's
-        return Failure(reason, "settings" if memory else "error")
+        return Failure(f"{type(error).__name__}: {first}", "settings" if memory else "error")
     return None

@@ -96,7 +96,7 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
     return result
 
 
-class Improvement(acquisition.ExpectedImprovement):  # type: ignore[misc]
+class Improvement(acquisition.ExpectedImprovement):
     """Expected improvement over the best posterior mean of what was tried: the best value that was
     observed is a lucky seed's. The process has to be fitted before."""
 
@@ -119,19 +119,19 @@ class Surrogate:
         if not points:
             raise ValueError("no trial has completed")
         # a setting that was tried again is one point, the surer for it
-        merged = [(same[0][0], *np.average([s[1:] for s in same], 0)) for same in points.values()]
-        repeats = np.array([len(same) for same in points.values()])
-        values = np.array([value for _, value, _ in merged])
-        variances = np.array([variance for *_, variance in merged]) / repeats
+        vectors = [same[0][0] for same in points.values()]
+        values = np.array([np.mean([value for _, value, _ in same]) for same in points.values()])
+        variances = np.array([np.mean([variance for _, _, variance in same]) / len(same)
+                              for same in points.values()])
         self.optimizer = BayesianOptimization(
             None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)}, Improvement(xi=0),
             random_state=seed, verbose=0)
         kernel = Matern(np.full(space.size, 0.5), LENGTH_SCALES, nu=2.5)
         alpha = variances / (values.var() or 1.0) + 1e-6
         self.optimizer.set_gp_params(kernel=wrap_kernel(kernel, space.snap), alpha=alpha)
-        for x, value, _ in merged:
+        for x, value in zip(vectors, values, strict=True):
             self.optimizer.register(x, value)
-        self.predict([merged[0][0]], fit=True)
+        self.predict(vectors[:1], fit=True)
 
     def predict(self, points: Sequence[np.ndarray], fit: bool = False
                 ) -> tuple[np.ndarray, np.ndarray]:
@@ -154,13 +154,14 @@ class Surrogate:
     def importance(self) -> dict[str, float]:
         """How much the posterior mean changes when a parameter's values are shuffled among 512
         points of the space, as shares of 1."""
-        points = self.space.snap(qmc.Sobol(self.space.size, rng=0).random(512))
+        points = self.space.snap(qmc.Sobol(self.space.size, rng=0).random_base2(9))
         means, order = self.predict(list(points))[0], np.random.default_rng(0).permutation(512)
         changes, start = {}, 0
         for parameter in self.space.parameters:
             shuffled, axes = points.copy(), slice(start, start + parameter.size)
             shuffled[:, axes] = points[order, axes]
-            changes[parameter.name] = float(np.square(means - self.predict(list(shuffled))[0]).mean())
+            changed = self.predict(list(shuffled))[0] - means
+            changes[parameter.name] = float(np.square(changed).mean())
             start += parameter.size
         return {name: change / (sum(changes.values()) or 1) for name, change in changes.items()}
 
@@ -171,15 +172,16 @@ def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any
     number = len(trials)
     completed = sum(trial.state == "completed" for trial in trials)
     if number < 2 * len(space.parameters) or completed < 2:
-        points = qmc.Sobol(space.size, scramble=True, rng=study_seed)
-        return space.decode(points.fast_forward(number).random(1)[0])
+        sequence = qmc.Sobol(space.size, rng=study_seed)
+        return space.decode(sequence.random_base2(number.bit_length())[number])
     seed = int(np.random.SeedSequence([study_seed, number]).generate_state(1)[0])
     return Surrogate(space, trials, seed).suggest()
 
 
 def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
-    """The completed trials with their posterior means, best first."""
-    completed = [trial for trial in trials if trial.state == "completed"]
+    """The completed trials with their posterior means, best first; one of each setting."""
+    completed = list({space.encode(trial.settings).tobytes(): trial for trial in trials
+                      if trial.state == "completed"}.values())
     if not completed:
         return []
     ended = [trial for trial in trials if trial.state in ENDED]
@@ -222,8 +224,8 @@ class Journal:
                             "another --name") from error
         self.file.seek(0)
         content = self.file.read()
-        self.whole = content.rfind(b"\n") + 1  # a kill tears the last line at most
-        lines = content[:self.whole].splitlines()
+        self.torn: int | None = content.rfind(b"\n") + 1  # a kill tears the last line at most
+        lines = content[:self.torn].splitlines()
         try:
             self.header, *self.events = [json.loads(line) for line in lines] or [{}]
         except ValueError as error:
@@ -231,9 +233,9 @@ class Journal:
             raise UserError(f"{path} is broken: {error}") from error
 
     def append(self, event: dict[str, Any]) -> None:
-        if self.whole is not None:
-            self.file.truncate(self.whole)
-            self.whole = None
+        if self.torn is not None:
+            self.file.truncate(self.torn)
+            self.torn = None
         self.file.write(json.dumps(event).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
