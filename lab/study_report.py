@@ -21,8 +21,8 @@ def table(space: Space, rows: Sequence[tuple[str, dict[str, Any], float | None, 
           seeds: int) -> Table:
     """rows: name, config, posterior mean of its trial if any, confirmed returns; the defaults are
     the first."""
-    result = Table(title="evaluation return: tuned, the surrogate's mean from the trials' own seeds; "
-                   f"confirmed, the mean over {seeds} held-out seeds", title_justify="left")
+    result = Table(title="evaluation return: tuned, the surrogate's mean, from the trials' own "
+                   f"seeds; confirmed, the mean over {seeds} held-out seeds", title_justify="left")
     result.add_column("", no_wrap=True)
     for heading in (*(parameter.name for parameter in space.parameters), "tuned", "n",
                     "confirmed", "95% t interval", "P(> defaults)"):

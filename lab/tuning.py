@@ -112,16 +112,16 @@ class Surrogate:
 
     def __init__(self, space: Space, trials: Sequence[Trial], seed: int):
         self.space = space
-        points: dict[bytes, list[tuple[np.ndarray, float, float]]] = {}
-        for settings, value, variance in observe(trials):
-            x = space.encode(settings)
-            points.setdefault(x.tobytes(), []).append((x, value, variance))
+        points: dict[bytes, list[Observation]] = {}
+        for observation in observe(trials):
+            x = space.encode(observation.settings)
+            points.setdefault(x.tobytes(), []).append(observation)
         if not points:
             raise ValueError("no trial has completed")
         # a setting that was tried again is one point, the surer for it
-        vectors = [same[0][0] for same in points.values()]
-        values = np.array([np.mean([value for _, value, _ in same]) for same in points.values()])
-        variances = np.array([np.mean([variance for _, _, variance in same]) / len(same)
+        vectors = [space.encode(same[0].settings) for same in points.values()]
+        values = np.array([np.mean([o.value for o in same]) for same in points.values()])
+        variances = np.array([np.mean([o.variance for o in same]) / len(same)
                               for same in points.values()])
         self.optimizer = BayesianOptimization(
             None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)}, Improvement(xi=0),
@@ -137,13 +137,12 @@ class Surrogate:
                 ) -> tuple[np.ndarray, np.ndarray]:
         """Encoded (n, size) -> posterior means and standard deviations, (n,) each."""
         named = [dict(zip(self.optimizer.space.keys, x, strict=True)) for x in points]
-        mean, std = self.optimizer.predict(named, return_std=True, fit_gp=fit)
+        mean, std = self.optimizer.predict(  # type: ignore[misc]
+            named, return_std=True, fit_gp=fit)
         return np.asarray(mean), np.asarray(std)
 
     def means(self, trials: Sequence[Trial]) -> list[float]:
         """The posterior mean of each."""
-        if not trials:
-            return []
         encoded = [self.space.encode(trial.settings) for trial in trials]
         return [float(mean) for mean in self.predict(encoded)[0]]
 
