@@ -101,14 +101,12 @@ def open_study(options: command.Tune, config: dict[str, Any], searched: space.Sp
     described = {"name": job.name, "options": settings, "config": config}
     agent, root = Path(options.agent), options.runs / "studies"
     if not options.name and not options.resume:
-        folder = recorder.create_run_folder(root, job.name, agent, described)
+        folder = recorder.new_folder(root, job.name)
     else:
         folder = options.resume or root / recorder.safe_name(job.name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise recorder.unwritable(options.runs, error) from error
-    journal = tuning.Journal(folder / "trials.jsonl")
+    with recorder.writable(root):
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = tuning.Journal(folder / "trials.jsonl")
     try:
         fixed = {key: value for key, value in settings.items() if key not in FREE}
         header = json.loads(json.dumps({"space": searched.texts(), "config": config} | fixed))

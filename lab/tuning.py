@@ -18,6 +18,7 @@ from bayes_opt import BayesianOptimization, acquisition
 from bayes_opt.parameter import wrap_kernel
 from scipy.stats import qmc
 from sklearn.gaussian_process.kernels import Matern
+from threadpoolctl import threadpool_limits
 
 from lab.gym_envs import UserError
 from lab.space import Space
@@ -107,6 +108,10 @@ class Improvement(acquisition.ExpectedImprovement):
             self, gp, target_space, n_random, n_smart, False, random_state)
 
 
+# The matrices are small: threads would only take the workers' cores (4 times the processor time)
+one_thread = threadpool_limits.wrap(limits=1)
+
+
 class Surrogate:
     """The Gaussian process over what the trials told; ValueError if that is nothing."""
 
@@ -133,6 +138,7 @@ class Surrogate:
             self.optimizer.register(x, value)
         self.predict(vectors[:1], fit=True)
 
+    @one_thread
     def predict(self, points: Sequence[np.ndarray], fit: bool = False
                 ) -> tuple[np.ndarray, np.ndarray]:
         """Encoded (n, size) -> posterior means and standard deviations, (n,) each."""
@@ -146,6 +152,7 @@ class Surrogate:
         encoded = [self.space.encode(trial.settings) for trial in trials]
         return [float(mean) for mean in self.predict(encoded)[0]]
 
+    @one_thread
     def suggest(self) -> dict[str, Any]:
         x = self.optimizer.suggest()
         return self.space.decode(np.array([x[key] for key in self.optimizer.space.keys]))

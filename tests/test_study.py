@@ -1,7 +1,6 @@
 """A study with a made-up trainer: what becomes of each trial, of a kill, of bad input."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -9,6 +8,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -167,10 +167,16 @@ def test_a_trial_that_is_killed_once_goes_on_and_counts(tmp_path):
     assert len(trials(tmp_path)[1].evaluations) == 10
 
 
-def test_without_pruning_none_is_pruned(tmp_path):
-    FakeProcesses.fates = {6: behind}
-    assert tune(tmp_path, "--trials", "7", "--no-prune") == 0
-    assert [trial.state for trial in trials(tmp_path)] == ["completed"] * 7
+@pytest.mark.parametrize("flag, steps", [
+    ("--prune", 40), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
+    ("--n-startup-trials=2", 100)])
+def test_where_pruning_begins_and_that_it_can_be_left_out(tmp_path, flag, steps):
+    FakeProcesses.fates = {1: behind}
+    flags = ["--trials", "2", "--n-startup-trials", "1", *flag.split("=")]
+    assert tune(tmp_path, *flags) == 0
+    behind_all = trials(tmp_path)[1]
+    assert behind_all.state == ("completed" if steps == 100 else "pruned")
+    assert max(behind_all.evaluations) == steps
 
 
 def test_no_completed_trial_is_a_failure(tmp_path, capsys):
@@ -189,16 +195,16 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
         patch.setattr(sweep, "Processes", FakeProcesses)
         patch.setattr(FakeProcesses, "given", [])
-        assert tune(folder, "--trials", "6", "--tau", "0.01") == 0
+        assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
         jobs = list(FakeProcesses.given)
     return folder, jobs
 
 
 def test_the_best_and_the_defaults_are_confirmed_on_seeds_that_no_trial_saw(finished):
     folder, jobs = finished
-    tuned = {seed for job in jobs[:6] for seed in job.seeds}
-    confirmed = jobs[6:]
-    assert tuned == set(range(12)) and len(confirmed) == 4
+    tuned = {seed for job in jobs[:5] for seed in job.seeds}
+    confirmed = jobs[5:]
+    assert tuned == set(range(10)) and len(confirmed) == 4
     for job in confirmed:
         assert job.seeds == (1_000_000, 1_000_001, 1_000_002) and job.config["tau"] == 0.01
     assert confirmed[0].config["actor_lr"] == 3e-4, "the defaults"
@@ -230,7 +236,7 @@ def test_tensorboard_has_a_row_and_a_curve_for_each_trial(finished):
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     runs = sorted((finished[0] / "studies/mine/tensorboard").iterdir())
-    assert [run.name for run in runs] == [f"trial_{number:03}" for number in range(6)]
+    assert [run.name for run in runs] == [f"trial_{number:03}" for number in range(5)]
     for run, trial in zip(runs, trials(finished[0]), strict=True):
         events = EventAccumulator(str(run)).Reload()
         assert [e.step for e in events.Scalars("return/eval")] == list(range(10, 101, 10))
@@ -241,10 +247,10 @@ def test_tensorboard_has_a_row_and_a_curve_for_each_trial(finished):
         assert set(info.hparams) == {"actor_lr", "gamma", "state"}
 
 
-def test_a_finished_study_trains_nothing_again_and_may_be_extended(finished, capsys):
+def test_a_finished_study_trains_nothing_again(finished):
     folder, _ = finished
     before = trials(folder)
-    assert tune(folder, "--trials", "6", "--tau", "0.01") == 0
+    assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
     assert not FakeProcesses.given
     assert command.run(["--resume", str(folder / "studies/mine")], command.Tune, study.tune) == 0
     assert not FakeProcesses.given and trials(folder) == before
@@ -254,16 +260,17 @@ def test_a_finished_study_trains_nothing_again_and_may_be_extended(finished, cap
 
 
 def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
-    """Killed at any moment: the same trials, none that had ended is given again."""
-    assert tune(tmp_path / "whole", "--trials", "6") == 0
+    """The fifth trial is the surrogate's; killed while the second runs, and just before the fifth
+    ends: the same trials come of it, and none that had ended is given again."""
+    assert tune(tmp_path / "whole", "--trials", "5") == 0
     whole = trials(tmp_path / "whole")
-    for number, moment in enumerate((1, 17, 59, 66)):
+    for number, moment in enumerate((17, 58)):
         folder = tmp_path / str(number)
         with monkeypatch.context() as patch:
             patch.setattr(FakeProcesses, "killed_at", moment)
             patch.setattr(FakeProcesses, "told", 0)
             child = multiprocessing.get_context("fork").Process(
-                target=tune, args=(folder, "--trials", "6"))
+                target=tune, args=(folder, "--trials", "5"))
             child.start()
             child.join(60)
         assert child.exitcode == -signal.SIGKILL
@@ -272,11 +279,11 @@ def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch
         ended = [t.number for t in trials(folder) if t.state != "running"]
         assert len(ended) == moment // 12
         FakeProcesses.given.clear()
-        assert tune(folder, "--trials", "6") == 0
+        assert tune(folder, "--trials", "5") == 0
         assert trials(folder) == whole
         again = [job.seeds[0] // 2 for job in FakeProcesses.given
                  if job.seeds[0] < study.CONFIRM_FROM]
-        assert again == list(range(len(ended), 6))
+        assert again == list(range(len(ended), 5))
 
 
 def test_what_was_evaluated_but_not_journaled_before_a_kill_is_read_from_the_files(tmp_path):
@@ -351,7 +358,7 @@ def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, fl
 
 def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
     path = tmp_path / "mine.py"
-    source = open("agents/sac.py").read()
+    source = Path("agents/sac.py").read_text()
     path.write_text(source)
     assert tune(tmp_path, str(path), "--trials", "1") == 0
     path.write_text(source + "\n# another\n")
@@ -397,5 +404,5 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
     assert trial.state == "completed" and sorted(trial.evaluations) == list(range(30, 301, 30))
     assert "trial 0: its process ended with code -9; it is tried again" in capfd.readouterr().out
     folder = tmp_path / "studies/mine"
-    assert begun[0] == dataclasses.replace(begun[2]) and not list(folder.glob("trials/*/*/*/stack*"))
+    assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))
     assert (folder / "study.png").exists() and (folder / "best.json").exists()

@@ -274,5 +274,5 @@ def test_a_second_tuner_is_refused_until_the_first_has_ended(tmp_path):
 def test_a_journal_that_is_broken_before_its_end_is_refused(tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text('{"space": {}}\nnonsense\n{"trial": 0, "settings": {}}\n')
-    with pytest.raises(UserError, match="trials.jsonl is broken"):
+    with pytest.raises(UserError, match=r"trials\.jsonl is broken"):
         Journal(path)
