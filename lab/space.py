@@ -135,7 +135,7 @@ def read(texts: Sequence[str], config: type[Any], agent: str) -> Space:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"--space names {twice!r} twice")
-    return Space(tuple(parameters))
+    return Space(tuple(sorted(parameters, key=lambda parameter: parameter.name)))
 
 
 def _read_one(text: str, config: type[Any], agent: str) -> Parameter:

@@ -14,31 +14,18 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
 
-from lab import (
-    agent_file,
-    command,
-    envs,
-    recorder,
-    report,
-    space,
-    stats,
-    study_report,
-    sweep,
-    tuning,
-)
+from lab import agent_file, command, confirm, envs, recorder, report, space, sweep, tuning
 from lab.accelerate import physical_cores
 from lab.gym_envs import UserError
-from lab.progress import StudyProgress, SweepProgress
+from lab.progress import StudyProgress
 from lab.rollout import Job
 from lab.tuning import Trial
 
-CONFIRM_FROM = 1_000_000  # the first held-out seed; those of the trials lie below
 TOP = 3  # trials that are confirmed
 # What may differ when a study goes on
 FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
@@ -58,8 +45,8 @@ def tune(options: command.Tune, config: dict[str, Any]) -> int:
                 if trial.state == "failed"]
         best = tuning.ranked(searched, study.trials)
         if best:
-            failures = confirm(study, [trial for trial, _ in best[:TOP]])
-            show(study, best[:TOP])
+            failures = confirm.train(study, [trial for trial, _ in best[:TOP]])
+            confirm.show(study, best[:TOP])
         else:
             failures = ["no trial completed"]
     for reason in lost + failures:
@@ -79,9 +66,9 @@ def check(options: command.Tune, config: dict[str, Any]) -> tuple[space.Space, J
                         f"{job.eval_every}")
     if (options.n_warmup_steps or 0) < 0:
         raise UserError(f"--n-warmup-steps must be 0 or more, not {options.n_warmup_steps}")
-    if options.trials * options.seeds > CONFIRM_FROM:
+    if options.trials * options.seeds > confirm.HELD_OUT:
         raise UserError(f"--trials {options.trials} of --seeds {options.seeds} would train on "
-                        f"held-out seeds, which start at {CONFIRM_FROM}")
+                        f"held-out seeds, which start at {confirm.HELD_OUT}")
     with contextlib.closing(envs.make(job.env_id, [0], 1, job.backend, job.device)) as one:
         spec = one.spec
     agent_file.check_contract(job.agent_path, config, spec, 1, job.device)
@@ -113,6 +100,7 @@ def open_study(options: command.Tune, config: dict[str, Any], searched: space.Sp
         if journal.header:
             _compare(folder, journal.header, header)
             command.check_source(folder, agent)
+            recorder.write_json(folder / "config.json", described)
         else:
             recorder.describe_run(folder, agent, described)
             journal.append(header)
@@ -199,23 +187,25 @@ class Study:
             progress.steps[trial.number] = message.get("step", 0)
             returns = [row["return/eval"] for row in message.get("rows", {}).values()
                        if "return/eval" in row]
-            if returns and message["step"] not in trial.evaluations:
+            if returns:
                 self.evaluate(trial, message["step"], returns)
-                if trial.state == "running" and self.options.prune and tuning.prune(
-                        trial, self.trials, self.options.n_startup_trials, self.warmup):
+                if trial.state == "running" and self.falls_behind(trial, message["step"]):
                     self.end(trial, "pruned")
                     pool.end(trial.number)
 
-    @property
-    def warmup(self) -> int:
-        given = self.options.n_warmup_steps
-        return self.options.steps // 3 if given is None else given
-
     def evaluate(self, trial: Trial, step: int, returns: list[float]) -> None:
-        self.journal.append({"trial": trial.number, "step": step, "returns": returns})
-        trial.evaluations[step] = returns
+        """A trial that goes on from its checkpoint may tell again what stands in the journal."""
+        if step not in trial.evaluations:
+            self.journal.append({"trial": trial.number, "step": step, "returns": returns})
+            trial.evaluations[step] = returns
         if step >= self.options.steps:
             self.end(trial, "completed")
+
+    def falls_behind(self, trial: Trial, step: int) -> bool:
+        given, steps = self.options.n_warmup_steps, self.options.steps
+        return self.options.prune and step == max(trial.evaluations) and tuning.prune(
+            trial, self.trials, self.options.n_startup_trials,
+            steps // 3 if given is None else given)
 
     def end(self, trial: Trial, state: str, reason: str = "") -> None:
         self.journal.append({"trial": trial.number, "state": state, "reason": reason})
@@ -247,9 +237,7 @@ class Study:
         job = self.job(trial)
         curves = report.read_curves(job.group, job.seeds, "return/eval") if job.group else {}
         for points in zip(*curves.values(), strict=False):
-            step = points[0][0]
-            if step not in trial.evaluations:
-                self.evaluate(trial, step, [value for _, value in points])
+            self.evaluate(trial, points[0][0], [value for _, value in points])
         if trial.state == "running":
             self.end(trial, "failed", "it ended before its last evaluation")
 
@@ -257,8 +245,6 @@ class Study:
         """The HParams row and the curve in TensorBoard of a trial that ended with a value."""
         if trial.state not in ("completed", "pruned"):
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         with SummaryWriter(str(self.folder / "tensorboard" / f"trial_{trial.number:03}")) as board:
             for step, mean in sorted(trial.means.items()):
                 board.add_scalar("return/eval", mean, step)
@@ -266,61 +252,3 @@ class Study:
                      for name, value in trial.settings.items()}
             board.add_hparams(shown | {"state": trial.state}, {"hparam/return_eval": trial.final},
                               run_name=".")
-
-
-def confirm(study: Study, best: Sequence[Trial]) -> list[str]:
-    """Train the best and the defaults on seeds that no trial has seen -> what failed."""
-    seeds = held_out(study.options)
-    jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
-            for run, config in entries(study, best).items()
-            for share in sweep.split_seeds(seeds, 1 + len(best), study.workers)]
-    jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # confirmed before
-    numbers = ", ".join(str(trial.number) for trial in best)
-    print(f"the defaults and trials {numbers}, afresh on {len(seeds)} held-out seeds:", flush=True)
-    with SweepProgress(jobs) as progress:
-        failures = sweep.run(jobs, study.workers, progress.update) if jobs else {}
-    lost = [f"{Path(jobs[place].run or '').name}: {why}" for place, why in failures.items()]
-    diverged = [job for place, job in enumerate(jobs) if place not in failures
-                and len(finals(job)) < len(job.seeds)]
-    return lost + [f"{Path(job.run or '').name}: a seed is not finite" for job in diverged]
-
-
-def held_out(options: command.Tune) -> range:
-    return range(CONFIRM_FROM, CONFIRM_FROM + options.confirm_seeds)
-
-
-def entries(study: Study, best: Sequence[Trial]) -> dict[Path, dict[str, Any]]:
-    """The folder of each confirmation, and the agent's config: the defaults, then the best."""
-    folder, config = study.folder / "confirmed", study.defaults.config
-    return {folder / "defaults": config} | {
-        folder / f"{trial.number:03}": config | trial.settings for trial in best}
-
-
-def finals(job: Job) -> dict[int, float]:
-    """The final return of each of its seeds that has got there."""
-    return report.final_returns(job.group, job.seeds, job.steps) if job.group else {}
-
-
-def show(study: Study, best: Sequence[tuple[Trial, float]]) -> None:
-    """The table, best.json and the picture."""
-    options, seeds = study.options, tuple(held_out(study.options))
-    jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
-            for run in entries(study, [trial for trial, _ in best])]
-    confirmed = [list(finals(job).values()) for job in jobs]
-    rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
-        (f"trial {trial.number}", study.defaults.config | trial.settings, mean, returns)
-        for (trial, mean), returns in zip(best, confirmed[1:], strict=True)]
-    Console().print(study_report.table(study.space, rows, len(seeds)))
-    named = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
-    kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",
-            "precision", "cuda")
-    recorder.write_json(study.folder / "best.json", {
-        "name": f"best of {study.defaults.name}",
-        "options": {key: getattr(options, key) for key in kept}, "config": named[1],
-        "study": {"is": named[0], "confirmed": named[3], "seeds": list(seeds)}})
-    picture = study.folder / "study.png"
-    study_report.draw(picture, study.space, study.trials, f"{study.defaults.name}: "
-                      f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
-    verdict = "nothing beat the defaults" if named[0] == "defaults" else f"best: {named[0]}"
-    print(f"{verdict} on the held-out seeds\npicture: {picture}\ntrain it: python learn_simple.py "
-          f"--config {study.folder / 'best.json'} --seeds 4 --log")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import command, recorder, report, study, sweep, tuning
+from lab import command, confirm, recorder, report, study, sweep, tuning
 from lab.tuning import Journal
 
 SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
@@ -48,7 +48,7 @@ class FakeProcesses:
 
     def give(self, key, job):
         type(self).given.append(job)
-        held_out = job.seeds[0] >= study.CONFIRM_FROM
+        held_out = job.seeds[0] >= confirm.HELD_OUT
         fate = train if held_out else self.fates.get(key, train)
         self.running[key] = fate(job)
 
@@ -145,7 +145,7 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
     assert done[4].reason == "MemoryError: too large"
     assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 4]
     assert max(done[8].evaluations) == 40, "the first evaluation after a third of the steps"
-    jobs = [job for job in FakeProcesses.given if job.seeds[0] < study.CONFIRM_FROM]
+    jobs = [job for job in FakeProcesses.given if job.seeds[0] < confirm.HELD_OUT]
     assert [job.seeds[0] // 2 for job in jobs] == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
     worst = min(trial.final for trial in done if trial.state == "completed")
     registered = {o.settings["actor_lr"]: o.value for o in tuning.observe(done)}
@@ -282,7 +282,7 @@ def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch
         assert tune(folder, "--trials", "5") == 0
         assert trials(folder) == whole
         again = [job.seeds[0] // 2 for job in FakeProcesses.given
-                 if job.seeds[0] < study.CONFIRM_FROM]
+                 if job.seeds[0] < confirm.HELD_OUT]
         assert again == list(range(len(ended), 5))
 
 
@@ -297,6 +297,17 @@ def test_what_was_evaluated_but_not_journaled_before_a_kill_is_read_from_the_fil
     assert tune(tmp_path, "--trials", "3") == 0
     assert [trial.state for trial in trials(tmp_path)] == ["completed"] * 3
     assert len(trials(tmp_path)[1].evaluations) == 10
+
+
+@pytest.mark.parametrize("torn", [1, 2])
+def test_a_kill_between_two_lines_of_the_journal_loses_nothing(tmp_path, torn):
+    """Before the line that says that the last trial has completed, or its last evaluation."""
+    assert tune(tmp_path, "--trials", "2") == 0
+    path, before = tmp_path / "studies/mine/trials.jsonl", trials(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-torn]))
+    assert trials(tmp_path)[1].state == "running"
+    FakeProcesses.fates = {1: lambda job: iter([{"step": 100}])}  # it has nothing left to tell
+    assert tune(tmp_path, "--trials", "2") == 0 and trials(tmp_path) == before
 
 
 def test_a_second_tuner_on_a_study_is_refused(tmp_path, capsys):

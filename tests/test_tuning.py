@@ -54,7 +54,7 @@ def test_settings_come_back_and_their_vectors_are_exact():
 
 
 def test_a_log_axis_and_equal_shares():
-    lr, size, width, delay, kind, learn, limit = read(*EVERY).parameters
+    delay, kind, learn, limit, lr, size, width = read(*EVERY).parameters  # by name
     assert lr.decode(np.array([0.5])) == pytest.approx(10**-3.5, rel=1e-5)
     values, counts = np.unique(size.numbers(np.linspace(0, 1, 4001)), return_counts=True)
     assert values.tolist() == [2, 3, 4, 5] and abs(counts - 1000).max() < 3
