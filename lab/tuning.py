@@ -98,8 +98,16 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
 
 
 class Improvement(acquisition.ExpectedImprovement):
-    """Expected improvement over the best posterior mean of what was tried: the best value that was
-    observed is a lucky seed's. The process has to be fitted before."""
+    """Augmented expected improvement (Huang et al. 2006): over the best posterior mean of what was
+    tried, because the best value that was observed is a lucky seed's, and less where another trial
+    would tell little beside its noise, a standard deviation. The process must be fitted before."""
+
+    def __init__(self, noise: float):
+        super().__init__(xi=0)
+        self.noise = noise
+
+    def base_acq(self, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+        return super().base_acq(mean, std) * (1 - self.noise / np.hypot(std, self.noise))
 
     def suggest(self, gp: Any, target_space: Any, n_random: int = 10_000, n_smart: int = 10,
                 fit_gp: bool = True, random_state: Any = None) -> np.ndarray:
@@ -128,11 +136,12 @@ class Surrogate:
         values = np.array([np.mean([o.value for o in same]) for same in points.values()])
         variances = np.array([np.mean([o.variance for o in same]) / len(same)
                               for same in points.values()])
+        spread = float(values.var()) or 1.0
+        alpha = variances / spread + 1e-6
         self.optimizer = BayesianOptimization(
-            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)}, Improvement(xi=0),
-            random_state=seed, verbose=0)
+            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)},
+            Improvement(float(np.median(alpha) * spread) ** 0.5), random_state=seed, verbose=0)
         kernel = Matern(np.full(space.size, 0.5), LENGTH_SCALES, nu=2.5)
-        alpha = variances / (values.var() or 1.0) + 1e-6
         self.optimizer.set_gp_params(kernel=wrap_kernel(kernel, space.snap), alpha=alpha)
         for x, value in zip(vectors, values, strict=True):
             self.optimizer.register(x, value)

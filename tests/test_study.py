@@ -402,17 +402,18 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
     def kill_once(self, timeout=None):
         for key, message in receive(self, timeout):
             yield key, message
-            if len(begun) == 1 and isinstance(message, dict) and message.get("step", 0) >= 30:
+            if len(begun) == 1 and isinstance(message, dict) and message.get("step", 0) >= 50:
                 os.kill(self.running[key][0].pid, signal.SIGKILL)
                 time.sleep(0.1)
                 begun.append(None)
 
     monkeypatch.setattr(sweep.Processes, "give", note)
     monkeypatch.setattr(sweep.Processes, "receive", kill_once)
-    flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--steps", "300"]
+    flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--steps", "200",
+             "--eval-every", "50"]
     assert tune(tmp_path, *flags) == 0
     (trial,) = trials(tmp_path)
-    assert trial.state == "completed" and sorted(trial.evaluations) == list(range(30, 301, 30))
+    assert trial.state == "completed" and sorted(trial.evaluations) == [50, 100, 150, 200]
     assert "trial 0: its process ended with code -9; it is tried again" in capfd.readouterr().out
     folder = tmp_path / "studies/mine"
     assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))
