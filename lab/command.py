@@ -76,8 +76,9 @@ class Tune(Options):
     seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # of each trial, its own
     steps: int = 2_500  # environment steps of one seed
     log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
-    # What to try: NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH or cat:A,B,C
-    space: tuple[str, ...] = ("actor_lr=log:1e-4:1e-2", "gamma=0.9:0.999")  # NAME=KIND:LOW:HIGH ...
+    # What to try
+    space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
+        "qf_lr=log:3e-4:1e-2", "batch_size=logint:32:128")
     trials: int = 8  # to try
     workers: int | None = None  # processes, one trial each; none: one for each physical core
     study_seed: int = 0  # another one: another study of the same space
