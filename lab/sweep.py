@@ -1,18 +1,23 @@
 """Jobs in parallel local processes, one process a job, and what becomes of each."""
 
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from lab.gym_envs import UserError, die_with
 from lab.rollout import Job, train
 
+RETRIES = 2  # of a job whose process was killed
 Report = Callable[[int, dict[str, Any]], None]  # the job's place, and a message of its process
 
 
@@ -33,87 +38,120 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 def run(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, str]:
     """Train every job -> why each failed one failed, by its place. One job runs in this process.
 
+    A process that is killed is tried again from its job's checkpoint, if the run leaves any.
     KeyboardInterrupt passes through after the processes have written their checkpoints.
     """
     if len(jobs) == 1:
         failure = _attempt(jobs[0], lambda message: report(0, message))
-        return {0: failure} if failure else {}
-    return _Processes(jobs, processes, report).run()
+        return {0: failure.reason} if failure else {}
+    failures: dict[int, str] = {}
+    waiting, retries = list(range(len(jobs))), Counter[int]()
+    with Processes() as pool:
+        while waiting or pool.running:
+            while waiting and len(pool.running) < processes:
+                place = waiting.pop(0)
+                pool.start(place)
+                pool.give(place, jobs[place])
+            for place, message in pool.receive():
+                if not isinstance(message, Failure):
+                    if message is not None:
+                        report(place, message)
+                elif message.cause == "killed" and jobs[place].run and retries[place] < RETRIES:
+                    retries[place] += 1
+                    waiting.insert(0, place)
+                    report(place, {"warning": f"{message.reason}; it is tried again"})
+                else:
+                    failures[place] = message.reason
+    return failures
 
 
-class _Processes:
-    def __init__(self, jobs: Sequence[Job], processes: int, report: Report):
-        self.jobs, self.processes, self.report = jobs, processes, report
-        self.waiting = list(range(len(jobs)))
+class Failure(NamedTuple):
+    """Why a job did not get to its end."""
+
+    reason: str
+    cause: str  # "killed" its process; "settings": refused, or too large for memory; "error"
+
+
+class Processes:
+    """One process for each job, which is known by a key; leaving the context stops them all."""
+
+    def __init__(self) -> None:
         self.running: dict[int, tuple[Any, connection.Connection]] = {}
-        self.failures: dict[int, str] = {}
+        self.failures: dict[int, Failure] = {}
 
-    def run(self) -> dict[int, str]:
-        try:
-            while self.waiting or self.running:
-                while self.waiting and len(self.running) < self.processes:
-                    self._start(self.waiting.pop(0))
-                ready = connection.wait([pipe for _, pipe in self.running.values()])
-                for place, (_, pipe) in list(self.running.items()):
-                    if pipe in ready:
-                        self._receive(place)
-        except BaseException:
-            self._stop()
-            raise
-        return self.failures
+    def __enter__(self) -> "Processes":
+        return self
 
-    def _start(self, place: int) -> None:
+    def start(self, key: int) -> None:
+        """A process that imports what it needs (seconds) until it is given its job."""
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(self.jobs[place], theirs, os.getpid()))
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(theirs, os.getpid()))
         process.start()
         theirs.close()
-        self.running[place] = process, ours
+        self.running[key] = process, ours
 
-    def _receive(self, place: int) -> None:
-        """A message, or the end of the pipe: each process has its own, so a kill breaks only it."""
-        process, pipe = self.running[place]
-        try:
-            message = pipe.recv()
-        except (EOFError, OSError):
-            process.join()
-            del self.running[place]
-            if process.exitcode and place not in self.failures:
-                self.failures[place] = f"its process ended with code {process.exitcode}"
-            return
-        if "failure" in message:
-            self.failures[place] = message["failure"]
-        else:
-            self.report(place, message)
+    def give(self, key: int, job: Job) -> None:
+        with contextlib.suppress(OSError):  # it was killed: receive tells
+            self.running[key][1].send(job)
 
-    def _stop(self) -> None:
-        for process, _ in self.running.values():
-            process.terminate()  # asks for a checkpoint
+    def receive(self, timeout: float | None = None
+                ) -> Iterator[tuple[int, dict[str, Any] | Failure | None]]:
+        """Wait for messages -> each with its key; at the end of a process its Failure, or None."""
+        ready = connection.wait([pipe for _, pipe in self.running.values()], timeout)
+        for key, (process, pipe) in list(self.running.items()):
+            if pipe not in ready:
+                continue
+            try:  # each process has its own pipe, so a kill breaks only that
+                message = pipe.recv()
+            except (EOFError, OSError):
+                process.join()
+                pipe.close()
+                del self.running[key]
+                reason = f"its process ended with code {process.exitcode}"
+                killed = Failure(reason, "killed") if process.exitcode else None
+                yield key, self.failures.pop(key, killed)
+                continue
+            if isinstance(message, Failure):
+                self.failures[key] = message
+            else:
+                yield key, message
+
+    def end(self, key: int) -> None:
+        """Ask for a checkpoint and an end, after the step that it is at."""
+        self.running[key][0].terminate()
+
+    def __exit__(self, *exception: object) -> None:
+        for key in self.running:
+            self.end(key)
         for process, _ in self.running.values():
             process.join(30)
             process.kill()
 
 
-def _child(job: Job, pipe: connection.Connection, parent: int) -> None:
+def _child(pipe: connection.Connection, parent: int) -> None:
     die_with(parent)
     try:
-        failure = _attempt(job, pipe.send)
-    except (KeyboardInterrupt, BrokenPipeError):
+        failure = _attempt(pipe.recv(), pipe.send)
+    except (KeyboardInterrupt, BrokenPipeError, EOFError):
         sys.exit(1)
     if failure:
-        pipe.send({"failure": failure})
+        pipe.send(failure)
     pipe.close()
 
 
-def _attempt(job: Job, emit: Callable[[dict[str, Any]], None]) -> str | None:
+def _attempt(job: Job, emit: Callable[[dict[str, Any]], None]) -> Failure | None:
     """Train -> None, or why it failed; the traceback of an unexpected failure goes to stderr."""
     try:
         train(job, emit)
     except UserError as error:
-        return str(error)
+        return Failure(str(error), "settings")
     except BrokenPipeError:
         raise
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        first = str(error).strip().splitlines()[0] if str(error) else ""
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            "can't allocate memory" in str(error))  # what torch says of a CPU's
+        return Failure(f"{type(error).__name__}: {first}", "settings" if memory else "error")
     return None

@@ -127,6 +127,22 @@ def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
     assert capfd.readouterr().err.count("Traceback") == 1, "of the unexpected exception alone"
 
 
+def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path):
+    """One is killed once, the other whenever it gets to 20 steps."""
+    once, always = tmp_path / "once", "os.kill(os.getpid(), signal.SIGKILL)"
+    line = f"Path({str(once)!r}).exists() or (Path({str(once)!r}).touch(), {always})"
+    jobs = [make_job(tmp_path, name, line, run=str(tmp_path / "run"), checkpoint_every=10)
+            for name, line in (("once", line), ("always", always))]
+    messages = {0: [], 1: []}
+    failures = sweep.run(jobs, 2, lambda place, message: messages[place].append(message))
+    assert failures == {1: "its process ended with code -9"}
+    told = {place: [message.get("warning", message.get("step")) for message in all_of_it
+                    if "warning" in message or "rows" in message]
+            for place, all_of_it in messages.items()}
+    again = "its process ended with code -9; it is tried again"
+    assert told == {0: [10, 20, again, 30, 40], 1: [10, 20, again, again]}
+
+
 def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
     endless = {"steps": 1_000_000, "run": str(tmp_path), "log_every": 10}
     jobs = [make_job(tmp_path, "mine", seeds=seeds, **endless) for seeds in ((0,), (1, 2))]
