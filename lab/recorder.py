@@ -7,6 +7,7 @@
         <env_id>/<agent>/stack_<a>_<b>/ checkpoints of the seeds a to b, which one process trains
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,26 +29,47 @@ PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy", "tensorboard", "sc
 RETURNS = ("return/train", "return/eval")
 
 
+def safe_name(name: str) -> str:
+    """The words of a name, fit for a folder."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
+
+
 def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str, Any]) -> Path:
     """A new folder under root with the run's settings and sources. UserError if unwritable."""
-    safe = re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    try:
+    folder = new_folder(root, name)
+    describe_run(folder, agent_path, config)
+    return folder
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """root/<name>-<stamp>, which was not there before. UserError if it cannot be."""
+    safe, stamp = safe_name(name), time.strftime("%Y%m%d-%H%M%S")
+    with writable(root):
         root.mkdir(parents=True, exist_ok=True)
         for clash in itertools.count(1):
             folder = root / (f"{safe}-{stamp}" + (f"-{clash}" if clash > 1 else ""))
-            try:
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
-            except FileExistsError:
-                continue
+    return folder
+
+
+def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None:
+    """Its settings, versions and source."""
+    with writable(folder.parent):
         write_json(folder / "config.json", config)
         write_json(folder / "versions.json", versions())
         shutil.copyfile(agent_path, folder / agent_path.name)
+
+
+@contextlib.contextmanager
+def writable(root: Path) -> Iterator[None]:
+    """A UserError in place of what the system says."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write to the runs folder {str(root)!r}: {error.strerror}; choose "
                         "another with --runs") from error
-    return folder
 
 
 def versions() -> dict[str, str]:

@@ -19,3 +19,8 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
 def iqm(values: Sequence[float]) -> float:
     """The mean of the middle half (Agarwal et al. 2021, section 4.3)."""
     return float(stats.trim_mean(np.asarray(values, float), 0.25)) if len(values) else float("nan")
+
+
+def probability_of_improvement(x: Sequence[float], y: Sequence[float]) -> float:
+    """That a draw of x lies above one of y, ties by half (Agarwal et al. 2021, section 4.3)."""
+    return float(stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)))
