@@ -1,0 +1,272 @@
+"""What to try next, what a trial tells, when to prune it, and the journal. No processes here.
+
+`ask` is stateless: the same trials give the same suggestion, whoever asks. The surrogate is
+bayesian-optimization's Gaussian process with a Matern 5/2 kernel and one length scale an axis,
+noise of its own for each point, on the encoded space of lab/space.py.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from bayes_opt import BayesianOptimization, acquisition
+from bayes_opt.parameter import wrap_kernel
+from scipy.stats import qmc
+from sklearn.gaussian_process.kernels import Matern
+from threadpoolctl import threadpool_limits
+
+from lab.gym_envs import UserError
+from lab.space import Space
+
+LENGTH_SCALES = (0.05, 20.0)  # in units of the cube
+ONE_SEED = 0.1  # the noise, in variances of y, where trials of one seed cannot show it
+ENDED = ("completed", "pruned", "diverged", "failed")
+
+
+@dataclass
+class Trial:
+    """One setting and what became of it. "diverged" is whatever its settings are to blame for;
+    "failed" died of something else."""
+
+    number: int
+    settings: dict[str, Any]
+    state: str = "running"
+    evaluations: dict[int, list[float]] = field(default_factory=dict)  # step -> each seed's return
+    reason: str = ""
+
+    @property
+    def means(self) -> dict[int, float]:
+        return {step: float(np.mean(returns)) for step, returns in self.evaluations.items()}
+
+    @property
+    def final(self) -> float:
+        """Its last evaluation, mean over seeds."""
+        return self.means[max(self.evaluations)]
+
+    def at(self, step: int) -> float:
+        """Its evaluation at `step`, or the last one before."""
+        reached = [s for s in self.evaluations if s <= step]
+        return self.means[max(reached, default=min(self.evaluations))]
+
+    def noise(self) -> float:
+        """The variance of the mean over seeds of its last evaluation; nan for one seed."""
+        returns = self.evaluations[max(self.evaluations)]
+        return float(np.var(returns, ddof=1) / len(returns)) if len(returns) > 1 else float("nan")
+
+
+class Observation(NamedTuple):
+    """What a trial registers with the surrogate."""
+
+    settings: dict[str, Any]
+    value: float
+    variance: float  # of the value
+
+
+def observe(trials: Sequence[Trial]) -> list[Observation]:
+    """What each trial tells. A completed one its mean over seeds; a pruned one what it would have
+    reached, with more noise; one that diverged the worst of the completed; a running one a lie,
+    their mean, so that it is not asked for again; a failed one nothing. [] before one completed."""
+    completed = [trial for trial in trials if trial.state == "completed"]
+    if not completed:
+        return []
+    finals = np.array([trial.final for trial in completed])
+    noises = np.array([trial.noise() for trial in completed])
+    one_seed = bool(np.isnan(noises).all())
+    usual = ONE_SEED * float(finals.var()) if one_seed else float(np.nanmean(noises))
+    result = []
+    for trial in trials:
+        value, variance = float(finals.mean()), usual
+        if trial.state == "completed":
+            value = trial.final
+            if not one_seed:  # the variance of a few seeds is mostly chance itself
+                variance = (usual + trial.noise()) / 2
+        elif trial.state == "pruned":
+            step = max(trial.evaluations)
+            gains = np.array([other.final - other.at(step) for other in completed])
+            value = min(float(np.median(finals)), trial.final + float(np.median(gains)))
+            variance = 2 * usual + float(gains.var())
+        elif trial.state == "diverged":
+            value = float(finals.min())
+        if trial.state != "failed":
+            result.append(Observation(trial.settings, value, variance))
+    return result
+
+
+class Improvement(acquisition.ExpectedImprovement):
+    """Augmented expected improvement (Huang et al. 2006): over the best posterior mean of what was
+    tried, because the best value that was observed is a lucky seed's, and less where another trial
+    would tell little beside its noise, a standard deviation. The process must be fitted before."""
+
+    def __init__(self, noise: float):
+        super().__init__(xi=0)
+        self.noise = noise
+
+    def base_acq(self, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+        return super().base_acq(mean, std) * (1 - self.noise / np.hypot(std, self.noise))
+
+    def suggest(self, gp: Any, target_space: Any, n_random: int = 10_000, n_smart: int = 10,
+                fit_gp: bool = True, random_state: Any = None) -> np.ndarray:
+        self.y_max = gp.predict(target_space.params).max()
+        return acquisition.AcquisitionFunction.suggest(
+            self, gp, target_space, n_random, n_smart, False, random_state)
+
+
+# The matrices are small: threads would only take the workers' cores (4 times the processor time)
+one_thread = threadpool_limits.wrap(limits=1)
+
+
+class Surrogate:
+    """The Gaussian process over what the trials told; ValueError if that is nothing."""
+
+    def __init__(self, space: Space, trials: Sequence[Trial], seed: int):
+        self.space = space
+        points: dict[bytes, list[Observation]] = {}
+        for observation in observe(trials):
+            x = space.encode(observation.settings)
+            points.setdefault(x.tobytes(), []).append(observation)
+        if not points:
+            raise ValueError("no trial has completed")
+        # a setting that was tried again is one point, the surer for it
+        vectors = [space.encode(same[0].settings) for same in points.values()]
+        values = np.array([np.mean([o.value for o in same]) for same in points.values()])
+        variances = np.array([np.mean([o.variance for o in same]) / len(same)
+                              for same in points.values()])
+        spread = float(values.var()) or 1.0
+        alpha = variances / spread + 1e-6
+        self.optimizer = BayesianOptimization(
+            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)},
+            Improvement(float(np.median(alpha) * spread) ** 0.5), random_state=seed, verbose=0)
+        kernel = Matern(np.full(space.size, 0.5), LENGTH_SCALES, nu=2.5)
+        self.optimizer.set_gp_params(kernel=wrap_kernel(kernel, space.snap), alpha=alpha)
+        for x, value in zip(vectors, values, strict=True):
+            self.optimizer.register(x, value)
+        self.predict(vectors[:1], fit=True)
+
+    @one_thread
+    def predict(self, points: Sequence[np.ndarray], fit: bool = False
+                ) -> tuple[np.ndarray, np.ndarray]:
+        """Encoded (n, size) -> posterior means and standard deviations, (n,) each."""
+        named = [dict(zip(self.optimizer.space.keys, x, strict=True)) for x in points]
+        mean, std = self.optimizer.predict(  # type: ignore[misc]
+            named, return_std=True, fit_gp=fit)
+        return np.asarray(mean), np.asarray(std)
+
+    def means(self, trials: Sequence[Trial]) -> list[float]:
+        """The posterior mean of each."""
+        encoded = [self.space.encode(trial.settings) for trial in trials]
+        return [float(mean) for mean in self.predict(encoded)[0]]
+
+    @one_thread
+    def suggest(self) -> dict[str, Any]:
+        x = self.optimizer.suggest()
+        return self.space.decode(np.array([x[key] for key in self.optimizer.space.keys]))
+
+    def importance(self) -> dict[str, float]:
+        """How much the posterior mean changes when a parameter's values are shuffled among 512
+        points of the space, as shares of 1."""
+        points = self.space.snap(qmc.Sobol(self.space.size, rng=0).random_base2(9))
+        means, order = self.predict(list(points))[0], np.random.default_rng(0).permutation(512)
+        changes, start = {}, 0
+        for parameter in self.space.parameters:
+            shuffled, axes = points.copy(), slice(start, start + parameter.size)
+            shuffled[:, axes] = points[order, axes]
+            changed = self.predict(list(shuffled))[0] - means
+            changes[parameter.name] = float(np.square(changed).mean())
+            start += parameter.size
+        return {name: change / (sum(changes.values()) or 1) for name, change in changes.items()}
+
+
+def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any]:
+    """The settings of trial number len(trials). The first, two for each parameter, are a Sobol
+    sequence, and so is what is asked before two have completed."""
+    number = len(trials)
+    completed = sum(trial.state == "completed" for trial in trials)
+    if number < 2 * len(space.parameters) or completed < 2:
+        sequence = qmc.Sobol(space.size, rng=study_seed)
+        return space.decode(sequence.random_base2(number.bit_length())[number])
+    seed = int(np.random.SeedSequence([study_seed, number]).generate_state(1)[0])
+    return Surrogate(space, trials, seed).suggest()
+
+
+def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+    """The completed trials with their posterior means, best first; one of each setting."""
+    completed = list({space.encode(trial.settings).tobytes(): trial for trial in trials
+                      if trial.state == "completed"}.values())
+    if not completed:
+        return []
+    ended = [trial for trial in trials if trial.state in ENDED]
+    means = Surrogate(space, ended, 0).means(completed)
+    return sorted(zip(completed, means, strict=True), key=lambda pair: -pair[1])
+
+
+def prune(trial: Trial, trials: Sequence[Trial], n_startup_trials: int = 5, n_warmup_steps: int = 0,
+          interval_steps: int = 1, n_min_trials: int = 1) -> bool:
+    """Whether to stop `trial` at its last evaluation: Vizier's median rule (Golovin et al. 2017,
+    section 3.2.1). Its best evaluation so far lies strictly below the median of the completed
+    trials' running averages at that step. The names are those of Optuna's MedianPruner."""
+    steps = sorted(trial.evaluations)
+    step, before = steps[-1], steps[-2] if len(steps) > 1 else -1
+    due = n_warmup_steps + (step - n_warmup_steps) // interval_steps * interval_steps
+    completed = [other for other in trials if other.state == "completed"]
+    if step < n_warmup_steps or before >= due or len(completed) < n_startup_trials:
+        return False
+    reached = [[mean for s, mean in other.means.items() if s <= step] for other in completed]
+    averages = [np.mean(means) for means in reached if means]
+    if len(averages) < max(1, n_min_trials):
+        return False
+    return max(trial.means.values()) < float(np.median(averages))
+
+
+class Journal:
+    """trials.jsonl, the only truth of a study: what was asked, every evaluation, every end.
+
+    A line is on the disk before its consequences. The file is locked as long as it is open, so
+    that a study has one tuner. UserError if it is another's, or broken before its last line.
+    """
+
+    def __init__(self, path: Path):
+        self.file = path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.close()
+            raise UserError(f"another tuner works on {path.parent}; wait for its end, or give "
+                            "another --name") from error
+        self.file.seek(0)
+        content = self.file.read()
+        self.torn: int | None = content.rfind(b"\n") + 1  # a kill tears the last line at most
+        lines = content[:self.torn].splitlines()
+        try:
+            self.header, *self.events = [json.loads(line) for line in lines] or [{}]
+        except ValueError as error:
+            self.file.close()
+            raise UserError(f"{path} is broken: {error}") from error
+
+    def append(self, event: dict[str, Any]) -> None:
+        if self.torn is not None:
+            self.file.truncate(self.torn)
+            self.torn = None
+        self.file.write(json.dumps(event).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def trials(self) -> list[Trial]:
+        """As of its opening."""
+        trials: list[Trial] = []
+        for event in self.events:
+            if "settings" in event:
+                trials.append(Trial(event["trial"], event["settings"]))
+            elif "step" in event:
+                trials[event["trial"]].evaluations[event["step"]] = event["returns"]
+            else:
+                trials[event["trial"]].state = event["state"]
+                trials[event["trial"]].reason = event["reason"]
+        return trials
+
+    def close(self) -> None:
+        self.file.close()
