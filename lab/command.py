@@ -69,8 +69,31 @@ class Vectorised(Options):
     autotune: bool = False  # measure these four that are not given, use and remember the fastest
 
 
+@dataclass(frozen=True)
+class Tune(Options):
+    """Of hypertune.py. Flags of the agent's settings hold for every trial."""
+
+    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # of each trial, its own
+    steps: int = 2_500  # environment steps of one seed
+    log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
+    # What to try
+    space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
+        "qf_lr=log:3e-4:1e-2", "batch_size=logint:32:128")
+    trials: int = 8  # to try
+    workers: int | None = None  # processes, one trial each; none: one for each physical core
+    study_seed: int = 0  # another one: another study of the same space
+    # Trials that fall behind the median of the completed are pruned
+    prune: bool = True
+    n_startup_trials: int = 5  # that complete before any is pruned
+    n_warmup_steps: int | None = None  # of each trial, which are spared; none: a third of them
+    # At the end the best three and the defaults are trained afresh
+    confirm_seeds: int = 8  # none of them is a trial's
+
+
 NUM_ENVS = 32  # of a seed, unless said
-SCRIPTS: dict[type[Options], str] = {Simple: "learn_simple.py", Vectorised: "learn_vectorised.py"}
+SCRIPTS: dict[type[Options], str] = {
+    Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
+OWN = ("name", "log", "seeds", "workers")  # of a study, whatever run it takes its settings from
 
 
 def run(argv: Sequence[str], kind: type[Options] = Simple,
@@ -108,14 +131,15 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
     before = _read_settings(source) if source else {"options": {}, "config": {}}
     if resume and len(words) > 2:
         raise UserError("--resume takes every setting from the run; give no other flag")
-    dropped = ("config", "resume") if resume else ("config", "resume", "processes")
+    dropped = ["config", "resume", *(() if resume else ("processes",)),
+               *(OWN if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     place = next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
                   and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
     path = kept.get("agent", kind.agent) if place is None else argv[place]
     module = agent_file.load(path)
     names = {field.name for field in dataclasses.fields(kind)}
-    begun_by = Vectorised if "num_envs" in kept else Simple
+    begun_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
     if resume and kind is not begun_by:
         raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
@@ -184,7 +208,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def check(options: Options) -> None:
     """UserError on nonsense that needs no environment to see."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
-                 "num_envs", "workers", "groups"):
+                 "num_envs", "workers", "groups", "trials", "n_startup_trials", "confirm_seeds"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -241,7 +265,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
 
     folder = options.resume
     if folder:
-        _check_source(folder, Path(options.agent))
+        check_source(folder, Path(options.agent))
     elif options.log:
         folder = _create_folder(saved, config, jobs[0])
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
@@ -343,7 +367,7 @@ def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:
         {"name": job.name, "options": settings, "config": config})
 
 
-def _check_source(folder: Path, agent: Path) -> None:
+def check_source(folder: Path, agent: Path) -> None:
     """A run goes on with the code that began it."""
     copy = folder / agent.name
     if not copy.is_file() or copy.read_bytes() != agent.read_bytes():

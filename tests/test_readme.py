@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lab import command
+from lab import command, study
 
 README = Path("README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines()
-            if line.startswith("python learn_") and "--help" not in line]
+            if re.match(r"python (learn_\w+|hypertune)\.py", line) and "--help" not in line]
 
 
 def test_the_loop_that_is_quoted_is_the_loop_that_runs():
@@ -29,6 +29,8 @@ def test_every_command_can_be_read(argv, tmp_path):
     script, *argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
     (kind,) = (kind for kind, name in command.SCRIPTS.items() if name == script)
     options, config = command.parse(argv, kind)
+    if kind is command.Tune:
+        assert study.check(options, config)
     if kind is command.Vectorised:
         options = command._settle(options, config)
     assert command.make_jobs(options, {}, 2, None)

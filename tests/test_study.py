@@ -1,0 +1,420 @@
+"""A study with a made-up trainer: what becomes of each trial, of a kill, of bad input."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lab import command, confirm, recorder, report, study, sweep, tuning
+from lab.tuning import Journal
+
+SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
+         "--workers", "1", "--eval-episodes", "1", "--confirm-seeds", "3", "--name", "mine"]
+SPACE = ["--space", "actor_lr=log:1e-5:1e-1", "gamma=0.9:0.99"]
+
+
+def value(job, seed, step):
+    """The return of this setting: best at a learning rate of 1e-3."""
+    noise = math.sin(1000 * seed + step)
+    return -50 * (math.log10(job.config["actor_lr"]) + 3) ** 2 + step / 10 + noise
+
+
+class FakeProcesses:
+    """Stands in for sweep.Processes: a trial's fate is a generator of what its process tells."""
+
+    fates = {}  # number of the trial: a function of its job
+    given = []  # the jobs, in order
+    told = 0  # messages, of all trials
+    killed_at = None  # message at which SIGKILL comes
+
+    def __init__(self):
+        self.running, self.ended = {}, set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def start(self, key):
+        self.running[key] = None
+
+    def give(self, key, job):
+        type(self).given.append(job)
+        held_out = job.seeds[0] >= confirm.HELD_OUT
+        fate = train if held_out else self.fates.get(key, train)
+        self.running[key] = fate(job)
+
+    def end(self, key):
+        self.ended.add(key)
+
+    def receive(self, timeout=None):
+        for key, messages in list(self.running.items()):
+            cls = type(self)
+            cls.told += 1
+            if cls.told == cls.killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            message = None
+            if key in self.ended:
+                message = sweep.Failure("its process ended with code -15", "killed")
+            else:
+                message = next(messages, None)
+            if not isinstance(message, dict):
+                del self.running[key]
+                self.ended.discard(key)
+            yield key, message
+
+
+def train(job, last=100):
+    """Ten evaluations; what is confirmed is read from the metrics."""
+    folders = [job.group / f"seed_{seed}" for seed in job.seeds]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    yield {"step": 0}
+    for step in range(10, last + 1, 10):
+        rows = {seed: {"return/eval": value(job, seed, step)} for seed in job.seeds}
+        for folder, row in zip(folders, rows.values(), strict=True):
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+        yield {"step": step, "rows": rows, "perf/steps_per_s": 1.0, "perf/updates_per_s": 1.0}
+
+
+def diverges(job):
+    yield from train(job, 30)
+    yield {"failed_seed": job.seeds[0], "step": 40, "reason": "loss/qf is not finite"}
+    yield {"step": 50, "rows": {}}
+
+
+def refused_settings(job):
+    yield from train(job, 10)
+    yield sweep.Failure("MemoryError: too large", "settings")
+
+
+def crashes(job):
+    yield from train(job, 20)
+    yield sweep.Failure("its process ended with code -9", "killed")
+
+
+def behind(job):
+    """Every evaluation far below all others'."""
+    for message in train(job):
+        for row in message.get("rows", {}).values():
+            row["return/eval"] -= 10_000
+        yield message
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setattr(sweep, "Processes", FakeProcesses)
+    monkeypatch.setattr(FakeProcesses, "fates", {})
+    monkeypatch.setattr(FakeProcesses, "given", [])
+    monkeypatch.setattr(FakeProcesses, "told", 0)
+
+
+def tune(folder, *flags):
+    return command.run([*SMALL, "--runs", str(folder), *SPACE, *flags], command.Tune, study.tune)
+
+
+def trials(folder):
+    journal = Journal(folder / "studies/mine/trials.jsonl")
+    with contextlib.closing(journal):
+        return journal.trials()
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+# What becomes of a trial
+
+
+def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, capsys):
+    FakeProcesses.fates = {1: diverges, 2: crashes, 4: refused_settings, 8: behind}
+    assert tune(tmp_path, "--trials", "9") == 0
+    done = trials(tmp_path)
+    assert [trial.state for trial in done] == [
+        "completed", "diverged", "failed", "completed", "diverged", *["completed"] * 3, "pruned"]
+    assert done[1].reason == f"seed {done[1].number * 2}: loss/qf is not finite"
+    assert done[4].reason == "MemoryError: too large"
+    assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 4]
+    assert max(done[8].evaluations) == 40, "the first evaluation after a third of the steps"
+    jobs = [job for job in FakeProcesses.given if job.seeds[0] < confirm.HELD_OUT]
+    assert [job.seeds[0] // 2 for job in jobs] == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
+    worst = min(trial.final for trial in done if trial.state == "completed")
+    registered = {o.settings["actor_lr"]: o.value for o in tuning.observe(done)}
+    assert registered[done[1].settings["actor_lr"]] == worst
+    assert registered[done[4].settings["actor_lr"]] == worst
+    assert done[2].settings["actor_lr"] not in registered
+    assert registered[done[8].settings["actor_lr"]] < -9_000
+    out, err = capsys.readouterr()
+    assert err == "FAILED trial 2: its process ended with code -9\n"
+    assert "trial 2: its process ended with code -9; it is tried again" in out
+    assert "9/9 trials: 5 completed, 1 pruned, 2 diverged, 1 failed, 0 running; best " in out
+
+
+def test_a_trial_that_is_killed_once_goes_on_and_counts(tmp_path):
+    fates = iter([crashes, train])
+    FakeProcesses.fates = {1: lambda job: next(fates)(job)}
+    assert tune(tmp_path, "--trials", "3") == 0
+    assert [trial.state for trial in trials(tmp_path)] == ["completed"] * 3
+    assert len(trials(tmp_path)[1].evaluations) == 10
+
+
+@pytest.mark.parametrize("flag, steps", [
+    ("--prune", 40), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
+    ("--n-startup-trials=2", 100)])
+def test_where_pruning_begins_and_that_it_can_be_left_out(tmp_path, flag, steps):
+    FakeProcesses.fates = {1: behind}
+    flags = ["--trials", "2", "--n-startup-trials", "1", *flag.split("=")]
+    assert tune(tmp_path, *flags) == 0
+    behind_all = trials(tmp_path)[1]
+    assert behind_all.state == ("completed" if steps == 100 else "pruned")
+    assert max(behind_all.evaluations) == steps
+
+
+def test_no_completed_trial_is_a_failure(tmp_path, capsys):
+    FakeProcesses.fates = dict.fromkeys(range(3), crashes)
+    assert tune(tmp_path, "--trials", "3") == 1
+    assert capsys.readouterr().err.endswith("FAILED no trial completed\n")
+    assert not (tmp_path / "studies/mine/best.json").exists()
+
+
+# Its end
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
+        patch.setattr(sweep, "Processes", FakeProcesses)
+        patch.setattr(FakeProcesses, "given", [])
+        assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
+        jobs = list(FakeProcesses.given)
+    return folder, jobs
+
+
+def test_the_best_and_the_defaults_are_confirmed_on_seeds_that_no_trial_saw(finished):
+    folder, jobs = finished
+    tuned = {seed for job in jobs[:5] for seed in job.seeds}
+    confirmed = jobs[5:]
+    assert tuned == set(range(10)) and len(confirmed) == 4
+    for job in confirmed:
+        assert job.seeds == (1_000_000, 1_000_001, 1_000_002) and job.config["tau"] == 0.01
+    assert confirmed[0].config["actor_lr"] == 3e-4, "the defaults"
+    done = {json.dumps(trial.settings) for trial in trials(folder)}
+    tried = [json.dumps({k: job.config[k] for k in ("actor_lr", "gamma")}) for job in confirmed]
+    assert set(tried[1:]) < done and len(set(tried)) == 4
+
+
+def test_what_a_study_leaves(finished):
+    folder = finished[0] / "studies/mine"
+    best = json.loads((folder / "best.json").read_text())
+    options, config = command.parse(["--config", str(folder / "best.json")])
+    assert isinstance(options, command.Simple) and not options.log and options.seeds == 1
+    assert options.steps == 100 and config == best["config"] and config["tau"] == 0.01
+    means = {name: sum(report.final_returns(
+        recorder.group_folder(folder / "confirmed" / name, "Pendulum-v1", "sac"),
+        best["study"]["seeds"], 100).values()) / 3
+        for name in (path.name for path in (folder / "confirmed").iterdir())}
+    name = max(means, key=means.get)
+    assert best["study"]["is"] == (name if name == "defaults" else f"trial {int(name)}")
+    assert sum(best["study"]["confirmed"]) / 3 == pytest.approx(means[name])
+    assert (folder / "study.png").read_bytes()[:4] == b"\x89PNG"
+    for path in ("config.json", "versions.json", "sac.py"):
+        assert (folder / path).exists()
+
+
+def test_tensorboard_has_a_row_and_a_curve_for_each_trial(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    runs = sorted((finished[0] / "studies/mine/tensorboard").iterdir())
+    assert [run.name for run in runs] == [f"trial_{number:03}" for number in range(5)]
+    for run, trial in zip(runs, trials(finished[0]), strict=True):
+        events = EventAccumulator(str(run)).Reload()
+        assert [e.step for e in events.Scalars("return/eval")] == list(range(10, 101, 10))
+        assert events.Scalars("hparam/return_eval")[0].value == pytest.approx(trial.final, rel=1e-5)
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        info = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+        assert info.hparams["actor_lr"].number_value == trial.settings["actor_lr"]
+        assert set(info.hparams) == {"actor_lr", "gamma", "state"}
+
+
+def test_a_finished_study_trains_nothing_again(finished):
+    folder, _ = finished
+    before = trials(folder)
+    assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
+    assert not FakeProcesses.given
+    assert command.run(["--resume", str(folder / "studies/mine")], command.Tune, study.tune) == 0
+    assert not FakeProcesses.given and trials(folder) == before
+
+
+# Kills and other tuners
+
+
+def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
+    """The fifth trial is the surrogate's; killed while the second runs, and just before the fifth
+    ends: the same trials come of it, and none that had ended is given again."""
+    assert tune(tmp_path / "whole", "--trials", "5") == 0
+    whole = trials(tmp_path / "whole")
+    for number, moment in enumerate((17, 58)):
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeProcesses, "killed_at", moment)
+            patch.setattr(FakeProcesses, "told", 0)
+            child = multiprocessing.get_context("fork").Process(
+                target=tune, args=(folder, "--trials", "5"))
+            child.start()
+            child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        with (folder / "studies/mine/trials.jsonl").open("ab") as file:
+            file.write(b'{"trial": 0, "st')
+        ended = [t.number for t in trials(folder) if t.state != "running"]
+        assert len(ended) == moment // 12
+        FakeProcesses.given.clear()
+        assert tune(folder, "--trials", "5") == 0
+        assert trials(folder) == whole
+        again = [job.seeds[0] // 2 for job in FakeProcesses.given
+                 if job.seeds[0] < confirm.HELD_OUT]
+        assert again == list(range(len(ended), 5))
+
+
+def test_what_was_evaluated_but_not_journaled_before_a_kill_is_read_from_the_files(tmp_path):
+    """The trial's last checkpoint was its end: its process has nothing to tell any more."""
+    def silent(job):
+        for _ in train(job):
+            pass
+        yield {"step": 100}
+
+    FakeProcesses.fates = {1: silent}
+    assert tune(tmp_path, "--trials", "3") == 0
+    assert [trial.state for trial in trials(tmp_path)] == ["completed"] * 3
+    assert len(trials(tmp_path)[1].evaluations) == 10
+
+
+@pytest.mark.parametrize("torn", [1, 2])
+def test_a_kill_between_two_lines_of_the_journal_loses_nothing(tmp_path, torn):
+    """Before the line that says that the last trial has completed, or its last evaluation."""
+    assert tune(tmp_path, "--trials", "2") == 0
+    path, before = tmp_path / "studies/mine/trials.jsonl", trials(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-torn]))
+    assert trials(tmp_path)[1].state == "running"
+    FakeProcesses.fates = {1: lambda job: iter([{"step": 100}])}  # it has nothing left to tell
+    assert tune(tmp_path, "--trials", "2") == 0 and trials(tmp_path) == before
+
+
+def test_a_second_tuner_on_a_study_is_refused(tmp_path, capsys):
+    assert tune(tmp_path, "--trials", "1") == 0
+    with contextlib.closing(Journal(tmp_path / "studies/mine/trials.jsonl")):
+        before = contents(tmp_path)
+        assert tune(tmp_path, "--trials", "2") == 2
+    assert "another tuner works on" in capsys.readouterr().err and contents(tmp_path) == before
+
+
+def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path, capsys):
+    def interrupted(job):
+        yield from train(job, 30)
+        raise KeyboardInterrupt
+
+    FakeProcesses.fates = {1: interrupted}
+    assert tune(tmp_path, "--trials", "2") == 128 + signal.SIGINT
+    assert [trial.state for trial in trials(tmp_path)] == ["completed", "running"]
+    FakeProcesses.fates = {}
+    assert tune(tmp_path, "--trials", "2") == 0
+    assert not capsys.readouterr().err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--space actr_lr=0:1", r"--space actr_lr=0:1: agents/sac.py has no setting 'actr_lr'; did you"
+                            r" mean actor_lr"),
+    ("--space batch_size=8.5:64", r"batch_size is int, and 8.5 is not"),
+    ("--space", r"--space is empty"),
+    ("--space gamma=0.99:0.9", r"LOW must lie below HIGH, not 0.99 and 0.9"),
+    ("--space actor_lr=log:0:1e-2", r"a log scale needs LOW above 0, not 0"),
+    ("--space gamma=0.9:1.5", r"sac.py on Pendulum-v1: gamma must lie in \[0, 1\], not 1.5"),
+    ("--steps 100 --eval-every 200", r"--steps 100 is less than one evaluation: --eval-every is"),
+    ("--gamma 0.9 --space actor_lr=log:1e-5:1e-2", r"mine is a study with another space: "
+     r"actor_lr=log:1e-5:1e-1 gamma=0.9:0.99, not actor_lr=log:1e-5:1e-2; give another --name"),
+    ("--tau 0.5", r"mine is a study with another config: tau=0.005, not tau=0.5; give another"),
+    ("--steps 200", r"mine is a study with another steps: 100, not 200; give another --name"),
+    ("--trials 0", r"--trials must be at least 1, not 0"),
+    ("--workers 0", r"--workers must be at least 1, not 0"),
+    ("--confirm-seeds 0", r"--confirm-seeds must be at least 1, not 0"),
+    ("--n-warmup-steps -1", r"--n-warmup-steps must be 0 or more, not -1"),
+    ("--trials 500_001", r"--trials 500001 of --seeds 2 would train on held-out seeds"),
+    ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study is of one environment, not Pendulum"),
+    ("--no-log", r"--no-log"),
+])
+def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, flags, words):
+    assert tune(tmp_path, "--trials", "1") == 0
+    capsys.readouterr()
+    before = contents(tmp_path)
+    argv = [*SMALL, "--runs", str(tmp_path), "--trials", "1"]
+    argv += [] if "--space" in flags else SPACE
+    assert command.run([*argv, *flags.split()], command.Tune, study.tune) == 2
+    out, err = capsys.readouterr()
+    assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
+    assert not out and contents(tmp_path) == before
+
+
+def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    source = Path("agents/sac.py").read_text()
+    path.write_text(source)
+    assert tune(tmp_path, str(path), "--trials", "1") == 0
+    path.write_text(source + "\n# another\n")
+    assert tune(tmp_path, str(path), "--trials", "2") == 2
+    assert "is not what" in capsys.readouterr().err
+    assert command.run(["--resume", str(tmp_path / "studies/mine")]) == 2
+    assert "is a run of hypertune.py" in capsys.readouterr().err
+
+
+def test_a_study_takes_a_runs_settings_but_not_its_name_and_seeds(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"options": {"name": "run", "seeds": 8, "steps": 70, "log": False},
+                                "config": {"tau": 0.5}}))
+    options, config = command.parse(["--config", str(path)], command.Tune)
+    assert (options.name, options.seeds, options.steps, options.log) == (None, 2, 70, True)
+    assert config["tau"] == 0.5
+
+
+# With processes
+
+
+def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd):
+    monkeypatch.undo()
+    begun, give, receive = [], sweep.Processes.give, sweep.Processes.receive
+
+    def note(self, key, job):
+        begun.append(job)
+        give(self, key, job)
+
+    def kill_once(self, timeout=None):
+        for key, message in receive(self, timeout):
+            yield key, message
+            if len(begun) == 1 and isinstance(message, dict) and message.get("step", 0) >= 50:
+                os.kill(self.running[key][0].pid, signal.SIGKILL)
+                time.sleep(0.1)
+                begun.append(None)
+
+    monkeypatch.setattr(sweep.Processes, "give", note)
+    monkeypatch.setattr(sweep.Processes, "receive", kill_once)
+    flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--steps", "200",
+             "--eval-every", "50"]
+    assert tune(tmp_path, *flags) == 0
+    (trial,) = trials(tmp_path)
+    assert trial.state == "completed" and sorted(trial.evaluations) == [50, 100, 150, 200]
+    assert "trial 0: its process ended with code -9; it is tried again" in capfd.readouterr().out
+    folder = tmp_path / "studies/mine"
+    assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))
+    assert (folder / "study.png").exists() and (folder / "best.json").exists()
