@@ -1,0 +1,272 @@
+"""The tuner beside random search, plain bayes_opt and Optuna's samplers, on noisy objectives.
+
+    python bench/tuning.py --peers .bench-venv/bin/python       objectives, and the time of an ask
+    python bench/tuning.py --pruning                            what pruning saves on Pendulum-v1
+
+Each repeat is 40 evaluations of 3 seeds. A seed's return is the objective plus noise that is like
+RL's: normal with a fifth of the objective's spread over the space, and one seed in twenty collapses
+by the whole spread. Reported is the simple regret, free of noise, of the point that a method
+recommends in the end: the lab's has the highest posterior mean, the others' the highest value that
+they saw. Everybody is told the scale of a parameter who can use it; plain bayes_opt knows none.
+The objectives are to be maximised.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+EVALUATIONS, SEEDS = 40, 3
+METHODS = ("lab", "random search", "plain bayes_opt", "Optuna TPE", "Optuna GP")
+A = np.array([[10, 3, 17, 3.5, 1.7, 8], [0.05, 10, 17, 0.1, 8, 14], [3, 3.5, 1.7, 10, 17, 8],
+              [17, 8, 0.05, 10, 0.1, 14]])
+P = 1e-4 * np.array([[1312, 1696, 5569, 124, 8283, 5886], [2329, 4135, 8307, 3736, 1004, 9991],
+                     [2348, 1451, 3522, 2883, 3047, 6650], [4047, 8828, 8732, 5743, 1091, 381]])
+
+
+def branin(x0: float, x1: float) -> float:
+    bend = x1 - 5.1 / (4 * math.pi**2) * x0**2 + 5 / math.pi * x0 - 6
+    return -(bend**2 + 10 * (1 - 1 / (8 * math.pi)) * math.cos(x0) + 10)
+
+
+def hartmann(**x: float) -> float:
+    z = np.array([x[f"x{i}"] for i in range(6)])
+    return float(np.array([1, 1.2, 3, 3.2]) @ np.exp(-(A * (z - P) ** 2).sum(1)))
+
+
+def valley(lr: float, batch_size: int) -> float:
+    """A learning rate: slow below its best, which grows with the batch, and a cliff above."""
+    distance = math.log10(lr / (3e-4 * (batch_size / 128) ** 0.5))
+    return 100 * math.exp(-(distance / (0.4 if distance > 0 else 1.0)) ** 2)
+
+
+# name: the objective, its maximum, its standard deviation over the space, the space as --space
+OBJECTIVES = {
+    "Branin": (branin, -0.397887, 51.3, ("x0=-5:10", "x1=0:15")),
+    "Hartmann-6": (hartmann, 3.32237, 0.383, tuple(f"x{i}=0:1" for i in range(6))),
+    "learning-rate valley": (valley, 100.0, 37.0, ("lr=log:1e-6:1e-1", "batch_size=logint:16:512")),
+}
+
+
+def sample(name: str, settings: dict, rng: np.random.Generator) -> list[float]:
+    """The return of each seed."""
+    objective, _, spread, _ = OBJECTIVES[name]
+    noise = 0.2 * rng.normal(size=SEEDS) - (rng.random(SEEDS) < 0.05)
+    return (objective(**settings) + spread * noise).tolist()
+
+
+def bounds(name: str) -> dict[str, tuple[str, float, float]]:
+    """parameter -> kind, low, high."""
+    parts = [text.replace("=", ":").split(":") for text in OBJECTIVES[name][3]]
+    return {p[0]: (p[1] if len(p) == 4 else "", *map(float, p[-2:])) for p in parts}
+
+
+def read_space(name: str):
+    from dataclasses import make_dataclass
+
+    from lab import space
+
+    fields = [(key, int if "int" in kind else float) for key, (kind, *_) in bounds(name).items()]
+    return space.read(OBJECTIVES[name][3], make_dataclass("Config", fields), name)
+
+
+def run_lab(name: str, seed: int, rng: np.random.Generator) -> dict:
+    from lab import tuning
+
+    searched, trials = read_space(name), []
+    for number in range(EVALUATIONS):
+        settings = tuning.ask(searched, trials, seed)
+        trials.append(tuning.Trial(number, settings, "completed",
+                                   {1: sample(name, settings, rng)}))
+    return tuning.ranked(searched, trials)[0][0].settings
+
+
+def run_random(name: str, seed: int, rng: np.random.Generator) -> dict:
+    searched, draws = read_space(name), np.random.default_rng([seed, 1])
+    tried = [searched.decode(draws.random(searched.size)) for _ in range(EVALUATIONS)]
+    return max(tried, key=lambda settings: statistics.mean(sample(name, settings, rng)))
+
+
+def run_bayes_opt(name: str, seed: int, rng: np.random.Generator) -> dict:
+    from bayes_opt import BayesianOptimization
+
+    def rounded(values: dict) -> dict:
+        return {key: round(values[key]) if "int" in kind else values[key]
+                for key, (kind, *_) in bounds(name).items()}
+
+    optimizer = BayesianOptimization(
+        lambda **values: statistics.mean(sample(name, rounded(values), rng)),
+        {key: ends for key, (_, *ends) in bounds(name).items()}, random_state=seed, verbose=0,
+        allow_duplicate_points=True)
+    optimizer.maximize(init_points=5, n_iter=EVALUATIONS - 5)
+    return rounded(optimizer.max["params"])
+
+
+def run_optuna(name: str, seed: int, rng: np.random.Generator, gp: bool) -> dict:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.GPSampler if gp else optuna.samplers.TPESampler
+    study = optuna.create_study(direction="maximize", sampler=sampler(seed=seed))
+
+    def objective(trial) -> float:
+        settings = {}
+        for key, (kind, low, high) in bounds(name).items():
+            if "int" in kind:
+                settings[key] = trial.suggest_int(key, int(low), int(high), log="log" in kind)
+            else:
+                settings[key] = trial.suggest_float(key, low, high, log=kind == "log")
+        return statistics.mean(sample(name, settings, rng))
+
+    study.optimize(objective, n_trials=EVALUATIONS)
+    return study.best_params
+
+
+def measure(method: str, name: str, repeat: int) -> float:
+    """The regret of one repeat; a repeat has the same noise for every method."""
+    run = {"lab": run_lab, "random search": run_random, "plain bayes_opt": run_bayes_opt,
+           "Optuna TPE": lambda *a: run_optuna(*a, gp=False),
+           "Optuna GP": lambda *a: run_optuna(*a, gp=True)}[method]
+    settings = run(name, repeat, np.random.default_rng([repeat, 0]))
+    objective, maximum, *_ = OBJECTIVES[name]
+    return maximum - objective(**settings)
+
+
+def time_of_an_ask(trials: int = 100) -> list[float]:
+    """Seconds, with that many recorded trials in six dimensions; five times."""
+    from lab import tuning
+
+    rng, searched = np.random.default_rng(0), read_space("Hartmann-6")
+    recorded, seconds = [], []
+    for number in range(trials):
+        settings = searched.decode(rng.random(searched.size))
+        recorded.append(tuning.Trial(number, settings, "completed",
+                                     {1: sample("Hartmann-6", settings, rng)}))
+    for seed in range(5):
+        begun = time.perf_counter()
+        tuning.ask(searched, recorded, seed)
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def markdown(result: dict) -> str:
+    lines = [f"Simple regret after {EVALUATIONS} evaluations of {SEEDS} seeds, median and "
+             f"quartiles of {result['repeats']} repeats", "",
+             "| | " + " | ".join(OBJECTIVES) + " |",
+             "|---" * (1 + len(OBJECTIVES)) + "|"]
+    for method in METHODS:
+        cells = []
+        for name in OBJECTIVES:
+            values = result["regret"].get(f"{method}, {name}")
+            low, middle, high = np.percentile(values, [25, 50, 75]) if values else [math.nan] * 3
+            cells.append(f"{middle:.3g} ({low:.3g} to {high:.3g})" if values else "")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += ["", "One ask at 100 recorded trials in six dimensions: "
+              f"{statistics.median(result['ask_s']):.2f} s"] if result["ask_s"] else []
+    return "\n".join(lines) + "\n"
+
+
+def compare(options: argparse.Namespace) -> None:
+    from bench.speed import versions
+    from lab.recorder import processor
+
+    regret: dict[str, list[float]] = {}
+    for name in options.objectives:
+        for method in METHODS:
+            python = options.peers if method.startswith("Optuna") else sys.executable
+            if not python:
+                continue
+            command = [python, __file__, "--measure", method, name, str(options.repeats)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                raise SystemExit(f"{method} on {name} failed:\n{done.stderr[-2000:]}")
+            regret[f"{method}, {name}"] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}, {method}: median regret "
+                  f"{statistics.median(regret[f'{method}, {name}']):.3g}", flush=True)
+    result = {
+        "command": "python bench/tuning.py", "repeats": options.repeats, "regret": regret,
+        "ask_s": time_of_an_ask(), "processor": processor(), "python": platform.python_version(),
+        "versions": versions(sys.executable, ["bayesian-optimization", "scikit-learn", "scipy"]),
+        "peer_versions": versions(options.peers, ["optuna", "torch"]) if options.peers else {},
+    }
+    write(options.out, result, markdown(result))
+
+
+def write(out: Path, result: dict, table: str) -> None:
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table)
+    print(f"{table}\nwritten: {out}")
+
+
+# Pruning
+
+STUDY = ("agents/sac.py --env Pendulum-v1 --steps 5_000 --trials 24 --seeds 2 --space "
+         "actor_lr=log:1e-5:1e-2 qf_lr=log:1e-5:1e-2 gamma=0.8:0.999 batch_size=logint:32:512 "
+         "tau=log:1e-3:1e-1")
+
+
+def study(seed: int, flag: str, extra: list[str]) -> dict:
+    """One study -> the environment steps of its trials, and the confirmed returns of its best."""
+    name = f"bench{flag}-{seed}"
+    subprocess.run([sys.executable, "hypertune.py", *STUDY.split(), "--study-seed", str(seed), flag,
+                    "--name", name, *extra], cwd=ROOT, check=True)
+    from lab.tuning import Journal
+
+    folder = ROOT / "runs/studies" / name
+    journal = Journal(folder / "trials.jsonl")
+    trials, seeds = journal.trials(), journal.header["seeds"]
+    journal.close()
+    best = json.loads((folder / "best.json").read_text())["study"]
+    return {"seed": seed, "pruning": flag == "--prune", "best": best["is"],
+            "steps": sum(max(t.evaluations, default=0) * seeds for t in trials),
+            "pruned": sum(t.state == "pruned" for t in trials), "trials": len(trials),
+            "confirmed": best["confirmed"]}
+
+
+def pruning(options: argparse.Namespace, extra: list[str]) -> None:
+    rows = [study(seed, flag, extra) for seed in range(options.repeats)
+            for flag in ("--prune", "--no-prune")]
+    lines = ["| study | trials | pruned | environment steps | confirmed return of the best, n |",
+             "|---|---|---|---|---|"]
+    for row in rows:
+        name = f"{row['seed']}, {'with' if row['pruning'] else 'without'} pruning"
+        lines.append(f"| {name} | {row['trials']} | {row['pruned']} | {row['steps']} | "
+                     f"{statistics.mean(row['confirmed']):.1f}, {len(row['confirmed'])} |")
+    spent = {flag: sum(row["steps"] for row in rows if row["pruning"] == flag)
+             for flag in (True, False)}
+    lines += ["", f"Pruning saved {1 - spent[True] / spent[False]:.0%} of the environment steps."]
+    write(options.out, {"command": f"hypertune.py {STUDY}", "rows": rows}, "\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peers", help="Python of the environment with Optuna")
+    parser.add_argument("--repeats", type=int, help="10; with --pruning 3")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--pruning", action="store_true", help="further flags go to hypertune.py")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options, extra = parser.parse_known_args()
+    options.repeats = options.repeats or (3 if options.pruning else 10)
+    name = "pruning" if options.pruning else "tuning"
+    options.out = options.out or ROOT / f"bench/results/{name}.json"
+    if options.measure:
+        method, name, repeats = options.measure
+        print(json.dumps([measure(method, name, repeat) for repeat in range(int(repeats))]))
+    elif options.pruning:
+        pruning(options, extra)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
