@@ -18,10 +18,10 @@ check: $(VENV)/installed
 	$(BIN)/python -m mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The peers live in an environment of their own: they are never needed to train.
 .bench-venv/installed: bench/requirements.txt bench/constraints.txt

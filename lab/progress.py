@@ -110,6 +110,12 @@ class StudyProgress:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
+    def reach(self, number: int, step: int) -> None:
+        """A trial's first step is where its checkpoint left it: not this program's work."""
+        if number not in self.steps:
+            self.before += step / self.options.steps
+        self.steps[number] = step
+
     def _work(self) -> float:
         """Trials' worth of steps behind us; a pruned trial has none left."""
         return sum(self.steps.get(trial.number, 0) / self.options.steps

@@ -184,7 +184,8 @@ class Study:
             self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
             pool.end(trial.number)
         else:
-            progress.steps[trial.number] = message.get("step", 0)
+            if "step" in message:
+                progress.reach(trial.number, message["step"])
             returns = [row["return/eval"] for row in message.get("rows", {}).values()
                        if "return/eval" in row]
             if returns:

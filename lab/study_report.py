@@ -17,25 +17,30 @@ MARKS = {"completed": ("o", "tab:blue"), "pruned": ("v", "tab:orange"),
          "diverged": ("x", "tab:red"), "failed": ("x", "tab:gray")}
 
 
-def table(space: Space, rows: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
+def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
           seeds: int) -> Table:
-    """rows: name, config, posterior mean of its trial if any, confirmed returns; the defaults are
-    the first."""
-    result = Table(title="evaluation return: tuned, the surrogate's mean, from the trials' own "
-                   f"seeds; confirmed, the mean over {seeds} held-out seeds", title_justify="left")
-    result.add_column("", no_wrap=True)
-    for heading in (*(parameter.name for parameter in space.parameters), "tuned", "n",
-                    "confirmed", "95% t interval", "P(> defaults)"):
-        result.add_column(heading, justify="right")
-    defaults = rows[0][3]
-    for name, config, tuned, confirmed in rows:
-        mean, lower, upper = stats.t_interval(confirmed)
-        better = "" if tuned is None or not confirmed or not defaults else (
-            f"{stats.probability_of_improvement(confirmed, defaults):.2f}")
-        result.add_row(
-            name, *(f"{config[parameter.name]}" for parameter in space.parameters),
-            "" if tuned is None else f"{tuned:.1f}", str(len(confirmed)), f"{mean:.1f}",
-            "needs 2 seeds" if math.isnan(lower) else f"{lower:.1f} to {upper:.1f}", better)
+    """columns: name, config, posterior mean of its trial if any, confirmed returns; the defaults
+    are the first."""
+    result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds",
+                   title_justify="left")
+    result.add_column("")
+    for name, *_ in columns:
+        result.add_column(name, justify="right")
+    for parameter in space.parameters:
+        result.add_row(parameter.name, *(str(config[parameter.name]) for _, config, *_ in columns))
+    result.add_section()
+    result.add_row("tuned (posterior mean)",
+                   *("" if tuned is None else f"{tuned:.1f}" for *_, tuned, _ in columns))
+    confirmed = [returns for *_, returns in columns]
+    intervals = [stats.t_interval(returns) for returns in confirmed]
+    result.add_row("confirmed, mean", *(f"{mean:.1f}" for mean, *_ in intervals))
+    result.add_row("95% t interval", *(
+        "needs 2 seeds" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+        for _, low, high in intervals))
+    result.add_row("n", *(str(len(returns)) for returns in confirmed))
+    result.add_row("P(above the defaults)", "", *(
+        f"{stats.probability_of_improvement(returns, confirmed[0]):.2f}"
+        if returns and confirmed[0] else "" for returns in confirmed[1:]))
     return result
 
 

@@ -1,6 +1,7 @@
 """A study with a made-up trainer: what becomes of each trial, of a kill, of bad input."""
 
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -11,8 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from lab import command, confirm, recorder, report, study, sweep, tuning
+from lab import (
+    agent_file,
+    command,
+    confirm,
+    recorder,
+    report,
+    space,
+    study,
+    study_report,
+    sweep,
+    tuning,
+)
 from lab.tuning import Journal
 
 SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
@@ -229,6 +242,26 @@ def test_what_a_study_leaves(finished):
     assert (folder / "study.png").read_bytes()[:4] == b"\x89PNG"
     for path in ("config.json", "versions.json", "sac.py"):
         assert (folder / path).exists()
+
+
+def test_the_table_by_hand():
+    """In 80 columns, with more parameters than would fit beside each other."""
+    names = ("actor_lr", "qf_lr", "tau", "alpha", "gamma", "batch_size")
+    searched = space.read([*(f"{name}=0:0.9" for name in names[:5]), "batch_size=int:2:64"],
+                          agent_file.load("agents/sac.py").Config, "sac")
+    config = dict.fromkeys(names[:5], 0.123456) | {"batch_size": 32}
+    columns = [("defaults", config, None, [1.0, 2.0, 3.0]), ("trial 7", config, 4.25, [2.0, 3.0]),
+               ("trial 8", config, 3.0, [5.0])]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(study_report.table(searched, columns, 3))
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (
+        line.strip("│┃").split("│") for line in console.export_text().splitlines()
+        if line.startswith("│"))}
+    assert rows["qf_lr"] == ["0.123456"] * 3 and rows["batch_size"] == ["32"] * 3
+    assert rows["tuned (posterior mean)"] == ["", "4.2", "3.0"]
+    assert rows["confirmed, mean"] == ["2.0", "2.5", "5.0"] and rows["n"] == ["3", "2", "1"]
+    assert rows["95% t interval"] == ["-0.5 to 4.5", "-3.9 to 8.9", "needs 2 seeds"]
+    assert rows["P(above the defaults)"] == ["", "0.67", "1.00"]  # 4 of 6 pairs, ties by half
 
 
 def test_tensorboard_has_a_row_and_a_curve_for_each_trial(finished):
