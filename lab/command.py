@@ -74,7 +74,7 @@ class Tune(Options):
     """Of hypertune.py. Flags of the agent's settings hold for every trial."""
 
     seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # of each trial, its own
-    steps: int = 2_500  # environment steps of one seed
+    steps: int = 2_000  # environment steps of one seed
     log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
     # What to try
     space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
@@ -139,6 +139,8 @@ def parse(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, d
                *(OWN if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     place = find_agent(argv)
+    if source:
+        _refuse_its_code(source, kept if place is None else {**kept, "agent": ""})
     path = kept.get("agent", kind.agent) if place is None else argv[place]
     module = agent_file.load(path)
     names = {field.name for field in dataclasses.fields(kind)}
@@ -220,6 +222,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path} is no run's config.json: {reason}") from error
+
+
+def _refuse_its_code(source: Path, options: dict[str, Any]) -> None:
+    """A run's folder may be a stranger's: code that lies in it runs only if the user names it."""
+    names = [env_id.rpartition(":")[0] for env_id in options.get("env", ())]
+    modules = [Path(entry or ".", *name.split(".")) for name in names if name for entry in sys.path]
+    folder = source.parent.resolve()
+    agent = options.get("agent", "")
+    for path in [*([Path(agent)] if agent else []), *modules]:
+        if path.resolve().is_relative_to(folder):
+            raise UserError(f"{source} names code that lies beside it, {path}: to run what came "
+                            "with it, copy it elsewhere and name it yourself")
 
 
 def check(options: Options) -> None:
@@ -390,6 +404,11 @@ def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:
 def check_source(folder: Path, agent: Path) -> None:
     """A run goes on with the code that began it."""
     copy = folder / agent.name
-    if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
-        raise UserError(f"{agent} is not what {folder} began with; put {copy} back in its place, "
-                        "or begin a new run")
+    if not copy.is_file():
+        raise UserError(f"{folder} holds no {agent.name}, the agent that it began with")
+    if copy.read_bytes() != agent.read_bytes():
+        lines = (path.read_text(errors="replace").splitlines() for path in (copy, agent))
+        pairs = enumerate(itertools.zip_longest(*lines), start=1)
+        line = next((number for number, (old, new) in pairs if old != new), "its last")
+        raise UserError(f"{agent} is not what {folder} began with, from line {line} on; put {copy} "
+                        "back in its place, or begin a new run")

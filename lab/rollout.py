@@ -131,8 +131,9 @@ class Log:
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
-        self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
-                          for seed in self.job.seeds]
+        if step < self.job.steps:  # or else what is there is whole
+            self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
+                              for seed in self.job.seeds]
         if state is None:
             return 0, self.training.reset(envs.TRAINING, 0)
         agent.load_state_dict(state["agent"])

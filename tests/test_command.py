@@ -251,7 +251,9 @@ def test_a_config_brings_a_runs_settings_and_flags_win(finished):
 
 def test_a_config_brings_its_agent(tmp_path):
     path = write(tmp_path, SAC.replace("gamma: float = 0.99", "discount: float = 0.7"))
-    saved = write(tmp_path, json.dumps({"options": {"agent": path}, "config": {}}), "config.json")
+    (tmp_path / "run").mkdir()
+    saved = write(tmp_path, json.dumps({"options": {"agent": path}, "config": {}}),
+                  "run/config.json")
     options, config = command.parse(["--config", saved])
     assert options.agent == path and config["discount"] == 0.7
 
@@ -350,7 +352,32 @@ def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch
     write(tmp_path, SAC + "\n# another\n")
     run = next((tmp_path / "runs").iterdir())
     line = refused(capsys, tmp_path, ["--resume", str(run)])
-    assert f"{path} is not what {run} began with; put {run}/mine.py back" in line
+    lines = len(SAC.splitlines())
+    assert f"{path} is not what {run} began with, from line {lines + 1} on" in line
+    assert f"put {run}/mine.py back" in line
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--config"])
+@pytest.mark.parametrize("options", [
+    {"agent": "{run}/sac.py"}, {"agent": "agents/../{run}/sac.py"},
+    {"env": ["stranger.evil:Evil-v0"]}, {"env": ["Pendulum-v1", "stranger:Evil-v0"]}])
+def test_code_that_came_with_a_run_does_not_run(tmp_path, monkeypatch, capsys, flag, options):
+    """A run's folder may be a stranger's."""
+    run = tmp_path / "stranger"
+    run.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("sac.py", "evil.py", "__init__.py"):
+        (run / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    where = os.path.relpath(run)
+    filled = {k: v.format(run=where) if isinstance(v, str) else v for k, v in options.items()}
+    settings = {"agent": "agents/sac.py", "env": ["Pendulum-v1"], "steps": 10} | filled
+    (run / "config.json").write_text(json.dumps(
+        {"name": "x", "options": settings, "config": {}}))
+    source = run if flag == "--resume" else run / "config.json"
+    assert command.run([flag, str(source)]) == 2
+    line = capsys.readouterr().err
+    assert "names code that lies beside it" in line and line.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
