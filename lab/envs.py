@@ -26,6 +26,7 @@ from lab.gym_envs import (
     make_one,
     obey,
     seed_of,
+    seeded,
     spec_of,
 )
 
@@ -251,9 +252,10 @@ class HostEnvs(VectorEnvs):
         self.rows[:], self.sums[:] = saved["rows"], saved["sums"]
         lost = (again != before).any(1) | ~known
         if lost.any():
-            self.origins[:] = 0
-            self.origins[:, 0], self.origins[:, 1] = SEEDED, [
-                seed_of(seed, stream, n) for seed, n in self.row_places()]
+            places = self.row_places()
+            for row in np.flatnonzero(lost):
+                seed, n = places[row]
+                self.origins[row] = seeded(seed_of(seed, stream, n))
             self._again(BEGIN_AGAIN, lost, 0)
         self.ages[:] = np.where(lost, 0, ages)
         self.history.clear()

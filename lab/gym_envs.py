@@ -214,13 +214,18 @@ def origin(env: gymnasium.Env, seed: int | None) -> list[int]:
     """7 words of 64 bits that say what the reset which follows draws from: a seed, or the random
     numbers after those of the episode before, if they come from numpy's PCG64."""
     if seed is not None:
-        return [SEEDED, seed, 0, 0, 0, 0, 0]
+        return seeded(seed)
     state: Any = env.unwrapped.np_random.bit_generator.state
     if state["bit_generator"] != "PCG64":
         return [UNKNOWN] * 7
     position, increment = state["state"]["state"], state["state"]["inc"]
     return [CONTINUED, *divmod(position, WORD), *divmod(increment, WORD), state["has_uint32"],
             state["uinteger"]]
+
+
+def seeded(seed: int) -> list[int]:
+    """The origin of an episode that begins from that seed."""
+    return [SEEDED, seed, 0, 0, 0, 0, 0]
 
 
 def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:

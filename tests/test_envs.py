@@ -584,6 +584,28 @@ def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
     assert torch.equal(obs, other.reset(9)) and not torch.equal(obs, other.reset())
 
 
+@on("sync", "groups")
+def test_an_episode_that_begins_anew_leaves_the_others_as_they_were(make):
+    """They go on, and can be put back once more."""
+    stacks = [make("Pendulum-v1", [3, 4], 2) for _ in range(3)]
+    for stack in stacks:
+        stack.reset()
+    actions = torch.linspace(-2, 2, 4).view(2, 2, 1)
+    for _ in range(250):
+        stacks[0].step(actions)
+    state = stacks[0].state_dict()
+    lost = stacks[0].order[1]  # the row of seed 3's environment 1
+    state["origins"][lost] = 0
+    for stack, (begun, number) in zip(stacks[1:], ((state, 1), (None, 0)), strict=True):
+        obs, anew = stack.load_state_dict(begun or stacks[1].state_dict(), 9)
+        assert anew == number
+    for _ in range(3):
+        transitions = [stack.step(actions).next_obs for stack in stacks]
+        assert torch.equal(transitions[1], transitions[2])
+        same = (transitions[0] == transitions[1]).all(-1)
+        assert same.tolist() == [[True, False], [True, True]]
+
+
 def test_an_envpool_begins_anew_and_says_so():
     pytest.importorskip("envpool")
     pools = [envs.make("Pendulum-v1", [0, 1], 2, "envpool") for _ in range(2)]
