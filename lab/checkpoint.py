@@ -37,14 +37,15 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
         deadline = time.monotonic() + LOCK_SECONDS
-        while not _locked(file):
+        while not locked(file):
             if time.monotonic() > deadline:
                 raise UserError(f"another process trains in {folder}: wait until it has ended")
             time.sleep(0.1)
         yield
 
 
-def _locked(file: IO[bytes]) -> bool:
+def locked(file: IO[bytes]) -> bool:
+    """Whether it is now this process's, until it closes the file or ends."""
     try:
         import fcntl
 

@@ -289,16 +289,14 @@ def train(options: Options, config: dict[str, Any]) -> int:
         saved = options = _settle(options, config)
     jobs = make_jobs(options, config, processes, options.resume)
     for job in {job.env_id: job for job in jobs}.values():
-        backend = "sync" if job.backend == "workers" else job.backend
-        with contextlib.closing(envs.make(job.env_id, [0], 1, backend, job.device)) as one:
-            spec = one.spec
-        agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+        rehearse(job)
 
     folder = options.resume
     if folder:
         check_source(folder, Path(options.agent))
     elif options.log:
-        folder = _create_folder(saved, config, jobs[0])
+        folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
+                                            describe(saved, config, jobs[0].name))
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
     if folder:
         print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
@@ -314,6 +312,16 @@ def train(options: Options, config: dict[str, Any]) -> int:
         outcome.lose(jobs[place], jobs[place].seeds, reason)
     outcome.show(folder)
     return 1 if outcome.lost else 0
+
+
+def rehearse(job: Job) -> envs.EnvSpec:
+    """The agent's first steps on made-up observations -> its environment's spec. UserError if
+    either cannot work; nothing is written."""
+    backend = "sync" if job.backend == "workers" else job.backend
+    with contextlib.closing(envs.make(job.env_id, [0], 1, backend, job.device)) as one:
+        spec = one.spec
+    agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    return spec
 
 
 def measure(options: Vectorised, config: dict[str, Any]) -> int:
@@ -393,12 +401,11 @@ class Outcome:
             print(f"FAILED {reason}", file=sys.stderr)
 
 
-def _create_folder(options: Options, config: dict[str, Any], job: Job) -> Path:
+def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a config.json holds."""
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in dataclasses.asdict(options).items()}
-    return recorder.create_run_folder(
-        options.runs, job.name, Path(options.agent),
-        {"name": job.name, "options": settings, "config": config})
+    return {"name": name, "options": settings, "config": config}
 
 
 def check_source(folder: Path, agent: Path) -> None:

@@ -134,6 +134,13 @@ def _quieten_its_threads() -> None:
     threading.excepthook = quieter
 
 
+def add_hparams(board: Any, settings: dict[str, Any], final: float) -> None:
+    """The row of these settings against the final evaluation return."""
+    flat = {name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()}
+    board.add_hparams(flat, {"hparam/return_eval": final}, run_name=".")
+
+
 class SeedRecorder:
     """The rows of one seed. What an interrupted run wrote after the step `start` is dropped."""
 
@@ -165,9 +172,7 @@ class SeedRecorder:
         """Add the HParams row, settings against the final evaluation return."""
         try:
             if final is not None:
-                flat = {k: v if isinstance(v, bool | int | float | str) else str(v)
-                        for k, v in settings.items()}
-                self.board.add_hparams(flat, {"hparam/return_eval": final}, run_name=".")
+                add_hparams(self.board, settings, final)
             self.board.close()
             self.file.close()
         except OSError as error:

@@ -17,9 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from lab import agent_file, command, confirm, envs, recorder, report, space, sweep, tuning
+from lab import agent_file, command, confirm, recorder, report, space, sweep, tuning
 from lab.accelerate import physical_cores
 from lab.gym_envs import UserError
 from lab.progress import StudyProgress
@@ -69,9 +67,7 @@ def check(options: command.Tune, config: dict[str, Any]) -> tuple[space.Space, J
     if options.trials * options.seeds > confirm.HELD_OUT:
         raise UserError(f"--trials {options.trials} of --seeds {options.seeds} would train on "
                         f"held-out seeds, which start at {confirm.HELD_OUT}")
-    with contextlib.closing(envs.make(job.env_id, [0], 1, job.backend, job.device)) as one:
-        spec = one.spec
-    agent_file.check_contract(job.agent_path, config, spec, 1, job.device)
+    spec = command.rehearse(job)
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent itself knows what it takes
             agent_file.build(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
@@ -83,9 +79,7 @@ def open_study(options: command.Tune, config: dict[str, Any], searched: space.Sp
                ) -> tuple[Path, tuning.Journal]:
     """-> its folder and its journal, new or to be gone on with. UserError if it is another's, or
     began with other settings."""
-    settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in dataclasses.asdict(options).items()}
-    described = {"name": job.name, "options": settings, "config": config}
+    described = command.describe(options, config, job.name)
     agent, root = Path(options.agent), options.runs / "studies"
     if not options.name and not options.resume:
         folder = recorder.new_folder(root, job.name)
@@ -95,7 +89,8 @@ def open_study(options: command.Tune, config: dict[str, Any], searched: space.Sp
         folder.mkdir(parents=True, exist_ok=True)
         journal = tuning.Journal(folder / "trials.jsonl")
     try:
-        fixed = {key: value for key, value in settings.items() if key not in FREE}
+        fixed = {key: value for key, value in described["options"].items()
+                 if key not in FREE}
         header = json.loads(json.dumps({"space": searched.texts(), "config": config} | fixed))
         if journal.header:
             _compare(folder, journal.header, header)
@@ -246,10 +241,8 @@ class Study:
         """The HParams row and the curve in TensorBoard of a trial that ended with a value."""
         if trial.state not in ("completed", "pruned"):
             return
-        with SummaryWriter(str(self.folder / "tensorboard" / f"trial_{trial.number:03}")) as board:
+        folder = self.folder / "tensorboard" / f"trial_{trial.number:03}"
+        with recorder.tensorboard(folder) as board:
             for step, mean in sorted(trial.means.items()):
                 board.add_scalar("return/eval", mean, step)
-            shown = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                     for name, value in trial.settings.items()}
-            board.add_hparams(shown | {"state": trial.state}, {"hparam/return_eval": trial.final},
-                              run_name=".")
+            recorder.add_hparams(board, trial.settings | {"state": trial.state}, trial.final)

@@ -5,7 +5,6 @@ bayesian-optimization's Gaussian process with a Matern 5/2 kernel and one length
 noise of its own for each point, on the encoded space of lab/space.py.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from scipy.stats import qmc
 from sklearn.gaussian_process.kernels import Matern
 from threadpoolctl import threadpool_limits
 
+from lab.checkpoint import locked
 from lab.gym_envs import UserError
 from lab.space import Space
 
@@ -231,12 +231,10 @@ class Journal:
 
     def __init__(self, path: Path):
         self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not locked(self.file):
             self.file.close()
             raise UserError(f"another tuner works on {path.parent}; wait for its end, or give "
-                            "another --name") from error
+                            "another --name")
         self.file.seek(0)
         content = self.file.read()
         self.torn: int | None = content.rfind(b"\n") + 1  # a kill tears the last line at most

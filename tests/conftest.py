@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -46,3 +47,13 @@ def make_agent(module, seeds=(0, 1), num_envs=1, total_steps=1000, accelerate=No
     return module.Agent(spec or make_spec(), small_config(module, **settings), list(seeds),
                         num_envs=num_envs, total_steps=total_steps,
                         accelerate=accelerate or (lambda fn: fn))
+
+
+def runs(pid):
+    """Whether there is such a process, and it is more than a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")

@@ -597,7 +597,7 @@ def test_an_episode_that_begins_anew_leaves_the_others_as_they_were(make):
     lost = stacks[0].order[1]  # the row of seed 3's environment 1
     state["origins"][lost] = 0
     for stack, (begun, number) in zip(stacks[1:], ((state, 1), (None, 0)), strict=True):
-        obs, anew = stack.load_state_dict(begun or stacks[1].state_dict(), 9)
+        _, anew = stack.load_state_dict(begun or stacks[1].state_dict(), 9)
         assert anew == number
     for _ in range(3):
         transitions = [stack.step(actions).next_obs for stack in stacks]

@@ -22,7 +22,7 @@ from lab.gym_envs import UserError
 from lab.recorder import read_metrics
 from lab.rollout import Job, train
 from lab.workers import WorkerError
-from tests.conftest import small_config
+from tests.conftest import runs, small_config
 from tests.probe_envs import EXITS, KILLED, RAISES, SLEEPS
 
 DIARY, FAULTY = "tests.probe_envs:lab-tests/Diary-v0", "tests.probe_envs:lab-tests/Faulty-v0"
@@ -53,16 +53,6 @@ def act(*actions):
 
 def pids_of(stack):
     return [process.pid for process in stack.processes]
-
-
-def runs(pid):
-    """Whether there is such a process, and it is more than a zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def await_end(pids, seconds=20):

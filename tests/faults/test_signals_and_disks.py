@@ -10,6 +10,7 @@ import pytest
 
 from lab import checkpoint
 from lab.recorder import read_metrics
+from tests.conftest import runs
 
 SMALL = ["--batch-size", "8", "--learning-starts", "20", "--qf-width", "8", "--actor-width", "8",
          "--eval-episodes", "1"]
@@ -41,11 +42,6 @@ def children_of(process):
     out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
                          text=True).stdout
     return [int(word) for word in out.split()]
-
-
-def runs(pid):
-    out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return out.stdout.strip()[:1] not in ("", "Z")
 
 
 def test_killed_between_write_and_rename_the_checkpoint_before_is_there(tmp_path):
