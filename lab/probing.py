@@ -148,6 +148,14 @@ def flat_state(state: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: state}
 
 
+def seed_slices(trained: tuple[Any, Metrics], place: int, stack: int) -> Metrics:
+    """What belongs to the seed at `place`: of each stacked tensor of an agent's state, and of its
+    metrics and actions."""
+    agent, seen = trained
+    return {name: x[place] for name, x in (flat_state(agent.state_dict()) | seen).items()
+            if isinstance(x, torch.Tensor) and x.shape[:1] == (stack,)}
+
+
 def same(a: Any, b: Any) -> bool:
     """To the bit on a CPU; a GPU may add in another order."""
     if not isinstance(a, torch.Tensor):

@@ -93,7 +93,7 @@ class Reference(test_crossq.Reference):
         self.step(self.alpha_optimizer, alpha_loss)
 
 
-@pytest.mark.parametrize("seed, pessimism", [(0, 0.0), (1, 0.3), (0, 1.0)])
+@pytest.mark.parametrize("seed, pessimism", [(0, 0.0), (1, 0.3), (0, 0.5), (0, 1.0)])
 def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism):
     agent = make_agent(bro, batch_size=8, pessimism=pessimism, weight_decay=0.1, alpha=0.3)
     assert agent.config.replay_ratio == 2
