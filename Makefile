@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: learn test test-all check bench throughput clean
+.PHONY: learn test test-all check results bench throughput clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Goes on where it stopped; all of it takes days.
+results: $(VENV)/installed
+	$(BIN)/python bench/learning.py
 
 # The peers live in an environment of their own: they are never needed to train.
 .bench-venv/installed: bench/requirements.txt bench/constraints.txt

@@ -1,11 +1,11 @@
 """Learning results: run the experiments below and keep what they reached in bench/results/.
 
-    python bench/learning.py                       all of them, one after another
-    python bench/learning.py sac-pendulum          one
+    python bench/learning.py                       those without a result, one after another
+    python bench/learning.py sac-pendulum          one, whether it has a result or not
     python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   a finished one
 
-Each leaves its config, versions, picture and returns.csv (every evaluation of every seed), and
-learning.md and bf16.md are made anew from all of them.
+A run that was interrupted goes on. Each leaves its config, versions and picture, and every
+evaluation of every seed in scores.csv, from which learning.md and bf16.md are made.
 """
 
 import argparse
@@ -22,9 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from lab import command, recorder, report, stats  # noqa: E402
 
-RESULTS = ROOT / "bench/results"
-CHEETAH, HOPPER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
-    "HalfCheetah-v4", "Hopper-v4"))
+RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
+SCORES = RESULTS / "scores.csv"
+Scores = dict[str, dict[tuple[int, int], float]]  # experiment -> (seed, step) -> evaluation return
+CHEETAH, HOPPER, WALKER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
+    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"))
+MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others
 # have published at the same number of steps
@@ -37,9 +40,17 @@ EXPERIMENTS = {
     "crossq-halfcheetah-bf16": (NARROW.format(CHEETAH) + " --precision bf16", "8112 (wider)"),
     "crossq-hopper": (NARROW.format(HOPPER), "2764 (wider)"),
     "crossq-hopper-bf16": (NARROW.format(HOPPER) + " --precision bf16", "2764 (wider)"),
+    "sac-walker2d": (f"agents/sac.py {WALKER} --precision bf16", "690"),
+    "crossq-walker2d": (NARROW.format(WALKER) + " --precision bf16", "3914 (wider)"),
+    "ppo-halfcheetah": (MILLION.format("HalfCheetah-v4"), "3517; 1443 (CleanRL)"),
+    "ppo-hopper": (MILLION.format("Hopper-v4"), "3392; 2383 (CleanRL)"),
+    "ppo-walker2d": (MILLION.format("Walker2d-v4"), "1621; 2288 (CleanRL)"),
     "bro-halfcheetah": (
         f"agents/bro.py {CHEETAH} --qf-width 128 --compile --precision bf16",
         "6516 (BRO-Fast, wider)"),
+    "bro-walker": (
+        "agents/bro.py --env BipedalWalker-v3 --seeds 5 --steps 200_000 --qf-width 128 --compile "
+        "--precision bf16", "300 counts as solved; 198 (SAC at 500 000)"),
     "crossq-hardcore": (
         "agents/crossq.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 256 "
         "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
@@ -69,10 +80,16 @@ PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 
 
 def train(name: str) -> Path:
-    """-> the run's folder."""
-    subprocess.run([sys.executable, command.SCRIPTS[kind(name)], *EXPERIMENTS[name][0].split(),
-                    "--log", "--name", name], cwd=ROOT, check=True)
-    return max(ROOT.glob(f"runs/{name}-*"), key=lambda folder: folder.stat().st_mtime)
+    """A new run, or the last one if it did not end -> its folder."""
+    def runs() -> list[Path]:
+        return sorted(path.parent for path in ROOT.glob(f"runs/{name}-*/config.json")
+                      if json.loads(path.read_text())["name"] == name)
+
+    arguments = EXPERIMENTS[name][0].split() + ["--log", "--name", name]
+    if runs() and not (runs()[-1] / PICTURE).exists():
+        arguments = ["--resume", str(runs()[-1])]
+    subprocess.run([sys.executable, command.SCRIPTS[kind(name)], *arguments], cwd=ROOT, check=True)
+    return runs()[-1]
 
 
 def kind(name: str) -> type[command.Options]:
@@ -92,35 +109,36 @@ def keep(name: str, run: Path) -> None:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "versions.json", "learning_curves.png"):
+    for file in ("config.json", "versions.json", PICTURE):
         shutil.copyfile(run / file, folder / file)
     group = recorder.group_folder(run, options["env"][0], Path(options["agent"]).stem)
     curves = report.read_curves(group, range(options["seeds"]), "return/eval")
-    with (folder / "returns.csv").open("w", newline="") as file:
+    scores = read() | {name: {(seed, step): round(value, 3) for seed, curve in curves.items()
+                              for step, value in curve}}
+    with SCORES.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["seed", "step", "return_eval"])
-        writer.writerows([seed, step, round(value, 3)]
-                         for seed, curve in curves.items() for step, value in curve)
+        writer.writerow(["experiment", "seed", "step", "return_eval"])
+        writer.writerows([name, seed, step, value] for name in sorted(scores)
+                         for (seed, step), value in scores[name].items())
 
 
-def read(name: str) -> dict[tuple[int, int], float]:
-    """(seed, step) -> evaluation return; {} if the experiment has no result yet."""
-    path = RESULTS / name / "returns.csv"
-    if not path.exists():
-        return {}
-    with path.open() as file:
-        return {(int(row["seed"]), int(row["step"])): float(row["return_eval"])
-                for row in csv.DictReader(file)}
+def read() -> Scores:
+    scores: Scores = {}
+    with SCORES.open() as file:
+        for row in csv.DictReader(file):
+            scores.setdefault(row["experiment"], {})[int(row["seed"]), int(row["step"])] = float(
+                row["return_eval"])
+    return scores
 
 
-def write_pairs() -> None:
+def pairs(scores: Scores) -> str:
     """bf16 minus fp32, seed by seed: at the end, and as the mean over all evaluations."""
     lines = ["| run | seeds | steps | fp32, end | bf16 - fp32, end | each seed "
              "| bf16 - fp32, mean over the run |", "|---|---|---|---|---|---|---|"]
     for name in PAIRS:
-        fp32, bf16 = read(name), read(name + "-bf16")
-        if not fp32 or not bf16:
+        if name not in scores or name + "-bf16" not in scores:
             continue
+        fp32, bf16 = scores[name], scores[name + "-bf16"]
         both = fp32.keys() & bf16.keys()
         seeds, end = sorted({seed for seed, _ in both}), max(step for _, step in both)
         ends = [bf16[seed, end] - fp32[seed, end] for seed in seeds]
@@ -131,24 +149,32 @@ def write_pairs() -> None:
         lines.append(f"| {name} | {len(seeds)} | {end} "
                      f"| {statistics.fmean(fp32[seed, end] for seed in seeds):.0f} | {cells[0]} "
                      f"| {' '.join(f'{x:.0f}' for x in ends)} | {cells[1]} |")
-    (RESULTS / "bf16.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def write_table() -> None:
+def table(scores: Scores) -> str:
+    """What each experiment reached at its end."""
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
              "| seeds | mean | 95% t interval | IQM | each seed | published |",
              "|---|---|---|---|---|---|---|"]
     for name, (arguments, published) in EXPERIMENTS.items():
-        returns = read(name)
-        if not returns:
+        if name not in scores:
             continue
+        returns = scores[name]
         end = max(step for _, step in returns)  # a seed that failed has no row there
         final = {seed: value for (seed, step), value in returns.items() if step == end}
         mean, low, high = stats.t_interval(list(final.values()))
         lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
                      f"| {' '.join(f'{value:.0f}' for value in final.values())} | {published} |")
-    (RESULTS / "learning.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables() -> None:
+    scores = read()
+    for name, text in (("learning.md", table(scores)), ("bf16.md", pairs(scores))):
+        (RESULTS / name).write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":
@@ -160,9 +186,7 @@ if __name__ == "__main__":
         parser.error(f"no experiment {unknown!r}; there are {', '.join(EXPERIMENTS)}")
     if options.run and len(options.names) != 1:
         parser.error("--run needs the name of its one experiment")
-    for name in options.names or EXPERIMENTS:
+    done = read()
+    for name in options.names or [name for name in EXPERIMENTS if name not in done]:
         keep(name, options.run or train(name))
-    write_table()
-    write_pairs()
-    for table in ("learning.md", "bf16.md"):
-        print((RESULTS / table).read_text())
+        write_tables()

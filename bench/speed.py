@@ -30,6 +30,12 @@ ENV = "HalfCheetah-v5"
 WARM_UP = {"sac": 300, "ppo": 4096, "crossq": 130, "droq": 115}
 MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096},
             "crossq": {1: 90, 4: 30}, "droq": {1: 50, 4: 25}}
+TITLES = {"sac": "SAC", "crossq": "CrossQ, critics 1024 wide", "droq": "DroQ, 20 updates a step",
+          "cem-2": "CEM, critics 256 wide, 2 action dimensions: a decision",
+          "cem-6": "CEM, critics 256 wide, 6 action dimensions: a decision", "ppo": "PPO"}
+MODES = {"fp32-eager": "fp32, eager", "bf16-eager": "bf16, eager",
+         "fp32-compiled": "fp32, compiled", "bf16-compiled": "bf16, compiled"}
+PEERS = {"sb3": ("Stable-Baselines3", "fp32-eager"), "sbx": ("SBX (jax)", "fp32-compiled")}
 EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "qf_lr": 3e-4}}
 
 
@@ -161,8 +167,43 @@ def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
         *((algorithm, "lab", n, mode) for n in stacks.get(algorithm, "14") for mode in modes)]]
 
 
+def summary(result: dict) -> str:
+    """The README's tables, from the result file alone: a table an algorithm, a column a mode."""
+    lines = []
+    for algorithm, title in TITLES.items():
+        rows: dict[str, dict[str, list[float]]] = {}  # side -> mode -> speeds
+        for (name, side, seeds, mode), values in (
+                (row["case"], row["steps_per_s"]) for row in result["rows"]):
+            if name == algorithm:
+                label, mode = PEERS.get(side, (f"lab, {seeds} seed{'s' * (seeds != '1')}", mode))
+                rows.setdefault(label, {})[mode] = values
+        peers = [rows[label][mode] for label, mode in PEERS.values() if label in rows]
+        lines += ["", "| " + " | ".join([title, *MODES.values()]) + " |", "|---" * 5 + "|"]
+        for label, modes in rows.items():
+            ratios = {} if label in dict(PEERS.values()) else {
+                mode: ", ".join(f"{median_ratio(values, peer):.2f}" for peer in peers)
+                for mode, values in modes.items()}
+            cells = [shown(modes[mode], algorithm) if mode in modes else "" for mode in MODES]
+            cells = [f"{cell} ({ratios[mode]})" if ratios.get(mode) else cell
+                     for mode, cell in zip(MODES, cells, strict=True)]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def median_ratio(values: list[float], others: list[float]) -> float:
+    return statistics.median(map(operator.truediv, values, others))
+
+
+def shown(values: list[float], algorithm: str) -> str:
+    """Their median: steps/s, or the milliseconds of one of CEM's decisions."""
+    middle = statistics.median(values)
+    if algorithm.startswith("cem"):
+        return f"{1000 / middle:.2g} ms"
+    return f"{middle:.0f}" if middle >= 50 else f"{middle:.1f}"
+
+
 def markdown(result: dict) -> str:
-    """The table of the README, from the result file alone."""
+    """Every case with its spread, from the result file alone."""
     lines = ["| algorithm | side | seeds | mode | steps/s (CEM: decisions/s), median (min to max) "
              "| x SB3 | x SBX |",
              "|---|---|---|---|---|---|---|"]
@@ -170,8 +211,7 @@ def markdown(result: dict) -> str:
     for case, values in speeds.items():
         algorithm, side, seeds, mode = case
         peers = [speeds.get((algorithm, peer, "1", "fp32")) for peer in ("sb3", "sbx")]
-        ratios = [f"{statistics.median(map(operator.truediv, values, peer)):.2f}" if peer else ""
-                  for peer in peers]
+        ratios = [f"{median_ratio(values, peer):.2f}" if peer else "" for peer in peers]
         digits = 0 if min(values) >= 50 else 1
         low, middle, high = (f"{x:.{digits}f}" for x in (
             min(values), statistics.median(values), max(values)))
@@ -239,8 +279,9 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown(result)
+    table = summary(result)
     options.out.with_suffix(".md").write_text(table)
+    options.out.with_name("speed-spread.md").write_text(markdown(result))
     print(f"{table}\n8 seeds of SAC with 100 000 steps: {memory:.0f} MiB\nwritten: {options.out}")
 
 

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import json
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import learning, readme, speed, throughput
 from lab import command, study
 
 README = Path("README.md").read_text()
@@ -47,6 +49,36 @@ def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
 def test_every_path_that_is_named_exists():
     for path in re.findall(r"\b(?:agents|lab|bench|tests)/[\w/.-]*\w", README):
         assert Path(path).exists(), path
+
+
+def result(name):
+    return json.loads((learning.RESULTS / f"{name}.json").read_text())
+
+
+TABLES = {
+    "learning.md": lambda: learning.table(learning.read()),
+    "bf16.md": lambda: learning.pairs(learning.read()),
+    "speed.md": lambda: speed.summary(result("speed")),
+    "speed-spread.md": lambda: speed.markdown(result("speed")),
+    "throughput.md": lambda: throughput.markdown(result("throughput")),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_follows_from_its_result_file(name):
+    assert (learning.RESULTS / name).read_text() == TABLES[name]()
+
+
+def test_the_tables_are_the_committed_ones():
+    assert readme.filled(README) == README
+    marked = re.findall(r"<!-- bench/results/(\S+) -->", README)
+    assert sorted(marked) == sorted(TABLES.keys() - {"speed-spread.md"})
+
+
+def test_every_result_has_its_settings_and_its_picture():
+    for name in learning.read():
+        for file in ("config.json", "versions.json", learning.PICTURE):
+            assert (learning.RESULTS / name / file).exists(), f"{name}/{file}"
 
 
 @pytest.mark.skipif(shutil.which("diff") is None, reason="no diff")
