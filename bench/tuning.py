@@ -6,9 +6,9 @@
 Each repeat is 40 evaluations of 3 seeds. A seed's return is the objective plus noise that is like
 RL's: normal with a fifth of the objective's spread over the space, and one seed in twenty collapses
 by the whole spread. Reported is the simple regret, free of noise, of the point that a method
-recommends in the end: the lab's has the highest posterior mean, the others' the highest value that
-they saw. Everybody is told the scale of a parameter who can use it; plain bayes_opt knows none.
-The objectives are to be maximised.
+recommends in the end: the lab's has the highest posterior mean of the whole space, the others' the
+highest value that they saw. Everybody is told the scale of a parameter who can use it; plain
+bayes_opt knows none. The objectives are to be maximised.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def run_lab(name: str, seed: int, rng: np.random.Generator) -> dict:
         settings = tuning.ask(searched, trials, seed)
         trials.append(tuning.Trial(number, settings, "completed",
                                    {1: sample(name, settings, rng)}))
-    return tuning.ranked(searched, trials)[0][0].settings
+    return tuning.recommend(searched, trials, 1)[0].settings
 
 
 def run_random(name: str, seed: int, rng: np.random.Generator) -> dict:

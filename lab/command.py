@@ -86,7 +86,7 @@ class Tune(Options):
     prune: bool = True
     n_startup_trials: int = 5  # that complete before any is pruned
     n_warmup_steps: int | None = None  # of each trial, which are spared; none: a third of them
-    # At the end the best three and the defaults are trained afresh
+    # At the end the best three settings and the defaults are trained afresh
     confirm_seeds: int = 8  # none of them is a trial's
 
 

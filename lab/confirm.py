@@ -1,4 +1,4 @@
-"""The end of a study: its best trials and the defaults on seeds that no trial has seen."""
+"""The end of a study: its best settings and the defaults on seeds that no trial has seen."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rich.console import Console
 from lab import recorder, report, stats, study_report, sweep
 from lab.progress import SweepProgress
 from lab.rollout import Job
-from lab.tuning import Trial
+from lab.tuning import Candidate
 
 if TYPE_CHECKING:
     from lab.study import Study
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 HELD_OUT = 1_000_000  # the first held-out seed; those of the trials lie below
 
 
-def train(study: "Study", best: Sequence[Trial]) -> list[str]:
+def train(study: "Study", best: Sequence[Candidate]) -> list[str]:
     """Train the best and the defaults on seeds that no trial has seen -> what failed."""
     seeds = held_out(study)
     jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
             for run, config in entries(study, best).items()
             for share in sweep.split_seeds(seeds, 1 + len(best), study.workers)]
     jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # confirmed before
-    numbers = ", ".join(str(trial.number) for trial in best)
-    print(f"the defaults and trials {numbers}, afresh on {len(seeds)} held-out seeds:", flush=True)
+    names = ", ".join(candidate.name for candidate in best)
+    print(f"the defaults, {names}, afresh on {len(seeds)} held-out seeds:", flush=True)
     with SweepProgress(jobs) as progress:
         failures = sweep.run(jobs, study.workers, progress.update) if jobs else {}
     lost = [f"{Path(jobs[place].run or '').name}: {why}" for place, why in failures.items()]
@@ -39,11 +39,11 @@ def held_out(study: "Study") -> range:
     return range(HELD_OUT, HELD_OUT + study.options.confirm_seeds)
 
 
-def entries(study: "Study", best: Sequence[Trial]) -> dict[Path, dict[str, Any]]:
+def entries(study: "Study", best: Sequence[Candidate]) -> dict[Path, dict[str, Any]]:
     """The folder of each confirmation, and the agent's config: the defaults, then the best."""
     folder, config = study.folder / "confirmed", study.defaults.config
     return {folder / "defaults": config} | {
-        folder / f"{trial.number:03}": config | trial.settings for trial in best}
+        folder / name.replace(" ", "_"): config | settings for name, settings, _ in best}
 
 
 def finals(job: Job) -> dict[int, float]:
@@ -51,15 +51,15 @@ def finals(job: Job) -> dict[int, float]:
     return report.final_returns(job.group, job.seeds, job.steps) if job.group else {}
 
 
-def show(study: "Study", best: Sequence[tuple[Trial, float]]) -> None:
+def show(study: "Study", best: Sequence[Candidate]) -> None:
     """The table, best.json and the picture."""
     options, seeds = study.options, tuple(held_out(study))
     jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
-            for run in entries(study, [trial for trial, _ in best])]
+            for run in entries(study, best)]
     confirmed = [list(finals(job).values()) for job in jobs]
     rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
-        (f"trial {trial.number}", study.defaults.config | trial.settings, mean, returns)
-        for (trial, mean), returns in zip(best, confirmed[1:], strict=True)]
+        (name, study.defaults.config | settings, mean, returns)
+        for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
     Console().print(study_report.table(study.space, rows, len(seeds)))
     named = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
     kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",

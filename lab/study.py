@@ -4,7 +4,7 @@
         trials.jsonl                the truth, see tuning.Journal
         config.json  versions.json  <agent>.py  best.json  study.png
         trials/<n>/                 what a run leaves, its checkpoints until it ended
-        confirmed/<n> or defaults/  what a run leaves
+        confirmed/<its name>/       what a run leaves
         tensorboard/trial_<n>/      TensorBoard: the HParams row and the curve of a trial
 """
 
@@ -24,7 +24,7 @@ from lab.progress import StudyProgress
 from lab.rollout import Job
 from lab.tuning import Trial
 
-TOP = 3  # trials that are confirmed
+TOP = 3  # settings that are confirmed
 # What may differ when a study goes on
 FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
         "config", "resume", "log", "space")
@@ -41,10 +41,10 @@ def tune(options: command.Tune, config: dict[str, Any]) -> int:
         study.run()
         lost = [f"trial {trial.number}: {trial.reason}" for trial in study.trials
                 if trial.state == "failed"]
-        best = tuning.ranked(searched, study.trials)
+        best = tuning.recommend(searched, study.trials, TOP)
         if best:
-            failures = confirm.train(study, [trial for trial, _ in best[:TOP]])
-            confirm.show(study, best[:TOP])
+            failures = confirm.train(study, best)
+            confirm.show(study, best)
         else:
             failures = ["no trial completed"]
     for reason in lost + failures:

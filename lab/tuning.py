@@ -104,9 +104,11 @@ class Improvement(acquisition.ExpectedImprovement):
 
     def __init__(self, noise: float):
         super().__init__(xi=0)
-        self.noise = noise
+        self.noise, self.greedy = noise, False  # greedy: the posterior mean itself
 
     def base_acq(self, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+        if self.greedy:
+            return mean
         return super().base_acq(mean, std) * (1 - self.noise / np.hypot(std, self.noise))
 
     def suggest(self, gp: Any, target_space: Any, n_random: int = 10_000, n_smart: int = 10,
@@ -138,9 +140,10 @@ class Surrogate:
                               for same in points.values()])
         spread = float(values.var()) or 1.0
         alpha = variances / spread + 1e-6
+        self.acquisition = Improvement(float(np.median(alpha) * spread) ** 0.5)
         self.optimizer = BayesianOptimization(
-            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)},
-            Improvement(float(np.median(alpha) * spread) ** 0.5), random_state=seed, verbose=0)
+            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)}, self.acquisition,
+            random_state=seed, verbose=0)
         kernel = Matern(np.full(space.size, 0.5), LENGTH_SCALES, nu=2.5)
         self.optimizer.set_gp_params(kernel=wrap_kernel(kernel, space.snap), alpha=alpha)
         for x, value in zip(vectors, values, strict=True):
@@ -162,7 +165,9 @@ class Surrogate:
         return [float(mean) for mean in self.predict(encoded)[0]]
 
     @one_thread
-    def suggest(self) -> dict[str, Any]:
+    def suggest(self, greedy: bool = False) -> dict[str, Any]:
+        """What to try next; greedy: the settings of the highest posterior mean, tried or not."""
+        self.acquisition.greedy = greedy
         x = self.optimizer.suggest()
         return self.space.decode(np.array([x[key] for key in self.optimizer.space.keys]))
 
@@ -202,6 +207,29 @@ def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
     ended = [trial for trial in trials if trial.state in ENDED]
     means = Surrogate(space, ended, 0).means(completed)
     return sorted(zip(completed, means, strict=True), key=lambda pair: -pair[1])
+
+
+class Candidate(NamedTuple):
+    """What a study recommends."""
+
+    name: str
+    settings: dict[str, Any]
+    mean: float  # of the posterior
+
+
+def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candidate]:
+    """The settings of the highest posterior means, best first: trials that completed and the
+    surrogate's optimum, which has seldom been tried to the letter. [] before one completed."""
+    found = {space.encode(trial.settings).tobytes(): Candidate(
+        f"trial {trial.number}", trial.settings, mean) for trial, mean in ranked(space, trials)}
+    if not found:
+        return []
+    surrogate = Surrogate(space, [trial for trial in trials if trial.state in ENDED], 0)
+    optimum = surrogate.suggest(greedy=True)
+    encoded = space.encode(optimum)
+    mean = float(surrogate.predict([encoded])[0][0])
+    found.setdefault(encoded.tobytes(), Candidate(f"optimum of {len(trials)}", optimum, mean))
+    return sorted(found.values(), key=lambda candidate: -candidate.mean)[:count]
 
 
 def prune(trial: Trial, trials: Sequence[Trial], n_startup_trials: int = 5, n_warmup_steps: int = 0,

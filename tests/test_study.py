@@ -223,7 +223,7 @@ def test_the_best_and_the_defaults_are_confirmed_on_seeds_that_no_trial_saw(fini
     assert confirmed[0].config["actor_lr"] == 3e-4, "the defaults"
     done = {json.dumps(trial.settings) for trial in trials(folder)}
     tried = [json.dumps({k: job.config[k] for k in ("actor_lr", "gamma")}) for job in confirmed]
-    assert set(tried[1:]) < done and len(set(tried)) == 4
+    assert len(set(tried)) == 4 and len(set(tried[1:]) - done) <= 1, "but for the optimum, trials"
 
 
 def test_what_a_study_leaves(finished):
@@ -237,7 +237,7 @@ def test_what_a_study_leaves(finished):
         best["study"]["seeds"], 100).values()) / 3
         for name in (path.name for path in (folder / "confirmed").iterdir())}
     name = max(means, key=means.get)
-    assert best["study"]["is"] == (name if name == "defaults" else f"trial {int(name)}")
+    assert best["study"]["is"] == name.replace("_", " ")
     assert sum(best["study"]["confirmed"]) / 3 == pytest.approx(means[name])
     assert (folder / "study.png").read_bytes()[:4] == b"\x89PNG"
     for path in ("config.json", "versions.json", "sac.py"):

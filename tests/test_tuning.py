@@ -184,6 +184,24 @@ def test_a_lucky_trial_is_not_the_best():
     assert best.number == 8 and mean == pytest.approx(10, abs=2)
 
 
+def test_what_is_recommended_may_lie_between_the_trials():
+    searched = read("lr=0:1")
+    trials = [make(i, {1: [y - 0.01, y + 0.01]}, settings={"lr": x}) for i, (x, y) in enumerate(
+        (x, -(x - 0.5) ** 2) for x in (0.0, 0.2, 0.4, 0.6, 0.9, 1.0))]
+    best, second = tuning.recommend(searched, trials, 2)
+    assert best.name == "optimum of 6" and best.settings["lr"] == pytest.approx(0.5, abs=0.05)
+    assert second.name in ("trial 2", "trial 3") and best.mean > second.mean
+    assert tuning.recommend(searched, trials, 2) == [best, second], "a study that goes on agrees"
+    assert tuning.ask(searched, trials, 0) != best.settings
+
+
+def test_an_optimum_that_was_tried_is_a_trial():
+    searched = read("size=cat:1,2")
+    trials = [make(i, {1: [i, i + 1.0]}, settings={"size": 1 + i}) for i in range(2)]
+    assert [c.name for c in tuning.recommend(searched, trials, 3)] == ["trial 1", "trial 0"]
+    assert tuning.recommend(searched, [], 3) == []
+
+
 def test_a_setting_that_was_tried_again_is_one_point_and_surer(capsys):
     searched = read("size=cat:1,2")
     trials = [make(i, {1: [y, y + 4]}, settings={"size": 1 + i % 2})
