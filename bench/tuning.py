@@ -209,8 +209,8 @@ def write(out: Path, result: dict, table: str) -> None:
 
 # Pruning
 
-STUDY = ("agents/sac.py --env Pendulum-v1 --steps 5_000 --trials 24 --seeds 2 --space "
-         "actor_lr=log:1e-5:1e-2 qf_lr=log:1e-5:1e-2 gamma=0.8:0.999 batch_size=logint:32:512 "
+STUDY = ("agents/sac.py --env Pendulum-v1 --steps 4_000 --trials 20 --seeds 2 --space "
+         "actor_lr=log:1e-5:1e-2 qf_lr=log:1e-5:1e-2 gamma=0.8:0.999 batch_size=logint:32:256 "
          "tau=log:1e-3:1e-1")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.stats import lognorm
 
 from lab import space, tuning
 from lab.gym_envs import UserError
@@ -182,6 +184,28 @@ def test_a_lucky_trial_is_not_the_best():
     assert max(trials, key=lambda trial: trial.final).number == 9
     best, mean = tuning.ranked(searched, trials)[0]
     assert best.number == 8 and mean == pytest.approx(10, abs=2)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_length_scales_are_the_most_probable(size):
+    """Against scipy's density, with a likelihood that is known."""
+    wanted = np.linspace(-1, 1, size)
+
+    def likelihood(theta, eval_gradient):
+        assert eval_gradient
+        return 5 * np.sum((theta - wanted) ** 2), 10 * (theta - wanted)
+
+    bounds = np.tile(np.log([0.05, 20]), (size, 1))
+    theta, loss = tuning.most_probable(likelihood, np.zeros(size), bounds)
+    prior = lognorm(s=3**0.5, scale=np.exp(2**0.5) * size**0.5)
+
+    def slow(theta):
+        return likelihood(theta, True)[0] - prior.logpdf(np.exp(theta)).sum()
+
+    found = minimize(slow, np.zeros(size), method="Nelder-Mead",
+                     options={"maxiter": 10_000, "maxfev": 10_000, "xatol": 1e-7, "fatol": 1e-12})
+    assert theta == pytest.approx(found.x, abs=1e-4)
+    assert loss == pytest.approx(slow(theta) - size * math.log(6 * math.pi) / 2, abs=1e-6)
 
 
 def test_what_is_recommended_may_lie_between_the_trials():
