@@ -236,7 +236,7 @@ def test_seeds_that_tuned_the_settings_are_told(tmp_path):
 
 def test_what_no_study_tuned_on_these_seeds_is_not_told(tmp_path):
     write_study(tmp_path / "studies/s")
-    write_study(tmp_path / "studies/defaults", best={"gamma": 0.99}, is_="defaults")
+    defaults = write_study(tmp_path / "studies/defaults", best={"gamma": 0.99}, is_="defaults")
     (tmp_path / "studies/broken").mkdir()
     (tmp_path / "studies/broken/best.json").write_text("{")
     tuned = {"gamma": 0.9}
@@ -248,6 +248,9 @@ def test_what_no_study_tuned_on_these_seeds_is_not_told(tmp_path):
             "another version": ({V5: seeds(*range(5))}, "sac", tuned)}.items():
         returns, agent, config = run
         assert warnings(write_run(tmp_path / name, returns, agent, settings=config)) == [], name
+    given = write_run(tmp_path / "given", {V4: seeds(*range(5))}, settings={"gamma": 0.99},
+                      config=str(defaults / "best.json"))
+    assert warnings(given) == [], "nothing beat the defaults"
 
 
 def test_a_studys_own_trials_are_told_and_its_confirmation_is_not(tmp_path):
