@@ -1,12 +1,19 @@
-"""What a person sees of runs: the table at the end and the learning curves."""
+"""What a person sees of runs: the table at the end and the learning curves.
 
+    python -m lab.report runs/a runs/b --against a      any number of runs, compared: see `main`
+"""
+
+import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.table import Table
 
 from lab import recorder, stats
+from lab.gym_envs import UserError
 
 Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
 
@@ -73,3 +80,51 @@ def band(by_seed: Curves) -> list[tuple[int, float, float, float]]:
     ends = [curve[-1][0] for curve in by_seed.values() if curve]
     return [(step, *stats.t_interval(values)) for step, values in sorted(at_step.items())
             if len(values) == sum(end >= step for end in ends)]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Not with lab/command.py's parser: importing torch takes longer than a report."""
+    parser = _Parser("python -m lab.report", description=(
+        "Compare finished or unfinished runs: in the terminal, as Markdown and as one HTML page."))
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help=(
+        "a run's folder; folders of one NAME are pooled as one method"))
+    parser.add_argument("--against", metavar="NAME", help=(
+        "the method, or a folder of it, that the others are compared with"))
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER",
+                        help="where report.md, report.html and the pictures go (default: report)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """-> exit code: 0, or 2 for bad input, told in one line."""
+    from lab import report_contents, report_page, results  # which import this module
+
+    try:
+        options = parse(argv)
+        methods = results.load(options.runs)
+        baseline = results.find(methods, options.against) if options.against else None
+        names = [method.name for method in methods]
+        title = f"Report on {', '.join(names) if len(names) < 5 else f'{len(names)} methods'}"
+        options.out.mkdir(parents=True, exist_ok=True)
+        blocks = report_contents.blocks(methods, baseline, options.out)
+        markdown, page = options.out / "report.md", options.out / "report.html"
+        markdown.write_text(report_page.markdown(title, blocks))
+        page.write_text(report_page.page(title, blocks))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    report_page.show(title, blocks)
+    print(f"\nreport: {markdown}\n        {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,16 @@
-"""Statistics over seeds: the seed is the unit of replication, never the episode."""
+"""Statistics over seeds: the seed is the unit of replication, never the episode.
 
-from collections.abc import Sequence
+Across environments as in Agarwal et al. 2021, arXiv 2108.13264: `strata` holds, for each
+environment, the scores of its runs, an array (..., n) with an n of its own.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
+
+Strata = Sequence[np.ndarray]
+RESAMPLES = 2_000  # of a bootstrap
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -16,11 +23,50 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     return mean, mean - half, mean + half
 
 
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if len(values) else float("nan")
+
+
 def iqm(values: Sequence[float]) -> float:
     """The mean of the middle half (Agarwal et al. 2021, section 4.3)."""
-    return float(stats.trim_mean(np.asarray(values, float), 0.25)) if len(values) else float("nan")
+    return float(pooled_iqm([np.asarray(values, float)])) if len(values) else float("nan")
 
 
-def probability_of_improvement(x: Sequence[float], y: Sequence[float]) -> float:
-    """That a draw of x lies above one of y, ties by half (Agarwal et al. 2021, section 4.3)."""
-    return float(stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)))
+def pooled_iqm(strata: Strata) -> np.ndarray:
+    """-> (...), the mean of the middle half of all runs of all environments."""
+    return np.asarray(stats.trim_mean(np.concatenate(strata, axis=-1), 0.25, axis=-1))
+
+
+def performance_profile(strata: Strata, scores: np.ndarray) -> np.ndarray:
+    """-> (..., T): the share of runs above each of the scores (T,), averaged over environments
+    (section 4.2)."""
+    return np.mean([(x[..., None, :] > scores[:, None]).mean(-1) for x in strata], axis=0)
+
+
+def probability_of_improvement(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
+                               ) -> np.ndarray:
+    """-> (...): that a draw of x (..., n) lies above one of y (..., m), ties by half (section
+    4.3)."""
+    a, b = np.asarray(x, float)[..., :, None], np.asarray(y, float)[..., None, :]
+    return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
+
+
+def mean_improvement(pairs: Strata) -> np.ndarray:
+    """-> (...): the probability of improvement, averaged over environments; of each, x and y."""
+    return np.mean([probability_of_improvement(x, y)
+                    for x, y in zip(pairs[::2], pairs[1::2], strict=True)], axis=0)
+
+
+def stratified_bootstrap(strata: Strata, statistic: Callable[[Strata], np.ndarray],
+                         confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """-> lower and upper bound of the percentile interval of statistic(strata): the runs of each
+    environment are drawn anew with replacement (section 4.1). The same strata, the same interval;
+    nan bounds where an environment has a single run, whose spread nobody knows."""
+    rng = np.random.default_rng(0)
+    drawn = [x[rng.integers(len(x), size=(RESAMPLES, len(x)))] for x in strata]
+    values = statistic(drawn)
+    tails = (1 - confidence) / 2, (1 + confidence) / 2
+    lower, upper = np.quantile(values, tails, axis=0)
+    if min(map(len, strata)) < 2:
+        return np.full_like(lower, np.nan), np.full_like(upper, np.nan)
+    return lower, upper

@@ -1,43 +1,20 @@
-"""Statistics over seeds, the table and the learning curves."""
+"""The table and the learning curves of a run, and the report on many."""
 
+import base64
+import html.parser
 import io
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import scipy.stats
 from PIL import Image
 from rich.console import Console
 
 from lab import report, stats
 from lab.recorder import SeedRecorder
-
-SAMPLES = [[3.0, 4.5], [1.0, 2.0, 3.0], [-5.0, 0.1, 7.0, 7.5, 20.0, -3.0, 0.0]]
-
-
-@pytest.mark.parametrize("values", SAMPLES)
-@pytest.mark.parametrize("confidence", [0.95, 0.5])
-def test_the_interval_is_students(values, confidence):
-    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(confidence)
-    mean, lower, upper = stats.t_interval(values, confidence)
-    assert (mean, lower, upper) == pytest.approx((sum(values) / len(values), *expected))
-
-
-def test_the_interval_of_1_2_3_by_hand():
-    """Standard error 1 / sqrt(3); the table's t for two degrees of freedom is 4.303."""
-    assert stats.t_interval([1, 2, 3]) == pytest.approx((2, 2 - 2.484, 2 + 2.484), abs=1e-3)
-
-
-def test_a_single_value_has_a_mean_and_no_interval():
-    assert stats.t_interval([4.0]) == pytest.approx((4.0, np.nan, np.nan), nan_ok=True)
-    assert np.isnan(stats.t_interval([])).all() and np.isnan(stats.iqm([]))
-
-
-@pytest.mark.parametrize("values, expected", [
-    ([7.0], 7.0), ([1.0, 3.0], 2.0), ([100.0, 1.0, -100.0, 2.0], 1.5),
-    ([0.0, 1.0, 2.0, 3.0, 1000.0], 2.0),
-    ([-90.0, -80.0, 1.0, 2.0, 3.0, 4.0, 500.0, 600.0], 2.5)])
-def test_iqm_is_the_mean_of_the_middle_half(values, expected):
-    assert stats.iqm(values) == pytest.approx(expected)
+from tests.test_results import write_run
 
 
 def test_curves_and_final_returns_are_read_from_the_rows(tmp_path):
@@ -128,3 +105,130 @@ def test_a_seed_that_ends_early_shortens_the_band(tmp_path):
 
 def test_curves_without_a_common_step_are_drawn(tmp_path):
     draw(tmp_path / "1.png", {"A-v0": {0: curve(0, (10, 30)), 1: curve(1, (20, 40))}})
+
+
+# Of many runs: python -m lab.report
+
+
+def make_report(tmp_path, *arguments):
+    return report.main([*map(str, arguments), "--out", str(tmp_path / "out")])
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Returns by hand. HalfCheetah-v4 has published points at 100 000 steps, v5 none."""
+    cheetah = {n: [1000.0 + n, 2000.0 + n, 3000.0 + 10 * n * n] for n in range(5)}
+    hopper = {n: [100.0, 200.0, 300.0 + n] for n in range(5)}
+    a = write_run(tmp_path / "a", {"HalfCheetah-v4": cheetah, "Hopper-v5": hopper})
+    b = write_run(tmp_path / "b", {"HalfCheetah-v4": hopper, "Walker2d-v5": hopper}, "crossq")
+    for run in (a, b):
+        for path in run.glob("*/*/*/metrics.jsonl"):
+            path.write_text(path.read_text().replace('"step": 30', '"step": 100000'))
+    return a, b
+
+
+def test_the_report_says_what_the_runs_reached(two_runs, tmp_path, capsys):
+    assert make_report(tmp_path, *two_runs, "--against", "b") == 0
+    markdown = (tmp_path / "out/report.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in markdown.splitlines() if line.startswith("| ")]
+    mean, lower, upper = stats.t_interval([3000, 3010, 3040, 3090, 3160])
+    assert rows[2] == ["HalfCheetah-v4", "a", "5", "100,000", "120 s", f"{mean:,.0f}",
+                       f"{lower:,.0f} to {upper:,.0f}", "3,040"]
+    assert ["HalfCheetah-v4", "a",
+            "0: 3,000; 1: 3,010; 2: 3,040; 3: 3,090; 4: 3,160"] in rows
+    assert ["a", "HalfCheetah-v4", "5 and 5", "1.00", "1.00 to 1.00"] in rows
+    assert ["HalfCheetah-v4", "a", "5", "100,000 (5/5)", "- (0/5)", "- (0/5)", "- (0/5)"] in rows
+    beside = [row for row in rows if "[1]" in row and len(row) == 9]
+    assert [row[:5] + row[5:7] for row in beside] == [
+        ["HalfCheetah-v4", "a", "100,000", "6,156", "[1]", "100,000", "3,060"],
+        ["HalfCheetah-v4", "b", "100,000", "8,112", "[1]", "100,000", "302.0"]]
+    assert "(return - random) / (reference - random)" in markdown
+    assert "Left out: Hopper-v5 (not in b); Walker2d-v5 (not in a)." in markdown
+    assert "Without a reference: Walker2d-v5." in markdown and "Warning" not in markdown
+    for picture in re.findall(r"\]\((.*?)\)", markdown):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert image.format == "PNG"
+    shown = capsys.readouterr().out
+    assert f"{lower:,.0f} to {upper:,.0f}" in shown and str(tmp_path / "out/report.html") in shown
+
+
+class Page(html.parser.HTMLParser):
+    """What a page asks for, and what it says."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes
+                       if name in ("src", "href", "srcset", "data", "poster")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file(two_runs, tmp_path):
+    assert make_report(tmp_path, *two_runs, "--against", two_runs[1]) == 0
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(page.links) == len(pictures) == 5, "three environments, all of them, against b"
+    head = "data:image/png;base64,"
+    assert all(link.startswith(head) for link in page.links)
+    assert sorted(base64.b64decode(link[len(head):]) for link in page.links) == sorted(
+        path.read_bytes() for path in pictures)
+    assert not page.tags & {"link", "script", "iframe", "object"}
+    assert "url(" not in text and "@import" not in text and "://" not in text
+
+
+def test_names_are_text_in_every_form(tmp_path, capsys):
+    run = write_run(tmp_path / "a", {"Hopper-v5": {n: [1.0, 2.0, 3.0] for n in range(2)}})
+    name = "[red]<b>|&"
+    assert make_report(tmp_path, f"{name}={run}") == 0
+    assert name in capsys.readouterr().out
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert name in page.text and "b" not in page.tags
+    assert r"| [red]<b>\|& |" in (tmp_path / "out/report.md").read_text()
+
+
+def test_an_unfinished_run_of_one_seed_is_reported(tmp_path, capsys):
+    run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}, "Ant-v4": {0: []}}, steps=1000)
+    assert make_report(tmp_path, run) == 0
+    shown = capsys.readouterr().out
+    assert "warning: a in Hopper-v4 is unfinished: 15 of 1,000 steps, shown at 10" in shown
+    assert "warning: a in Ant-v4 is unfinished: 0 of 1,000 steps, and no evaluation yet" in shown
+    assert "10 of 1,000" in shown and "needs 2 seeds" in shown
+    assert "Ant-v4 (no evaluations at equal steps yet)" in shown
+
+
+def test_bad_input_is_told_in_a_line(tmp_path, capsys):
+    run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}})
+    broken = write_run(tmp_path / "broken", {"Hopper-v4": {0: [1.0]}})
+    (broken / "Hopper-v4/sac/seed_0/metrics.jsonl").write_text("nothing\n")
+    settings = write_run(tmp_path / "settings", {"Hopper-v4": {0: [1.0]}})
+    (settings / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for arguments, reason in {
+            (tmp_path / "none",): f"no such run folder: {tmp_path / 'none'}",
+            (tmp_path / "empty",): "holds no metrics",
+            (run, "--against", "c"): "'c' is none of the runs: a",
+            (run, run): "two runs are called 'a'",
+            (broken,): "metrics.jsonl, line 1, is no row of metrics",
+            (settings,): "config.json is no run's config.json",
+            (): "the following arguments are required",
+            (run, "--inn"): "unrecognized arguments: --inn",
+            (run, "--out", run / "sac.py"): "cannot write to"}.items():
+        assert report.main(list(map(str, arguments))) == 2, arguments
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("error: ") and err.count("\n") == 1, err
+        assert reason in err
+
+
+def test_it_is_a_command(tmp_path):
+    run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}})
+    argv = [sys.executable, "-m", "lab.report", run, "--out", tmp_path / "out"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Report on a\n"), done.stderr

@@ -1,0 +1,374 @@
+"""Reading run folders, what a reader is warned of, and the comparison across environments."""
+
+import json
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import scipy.stats
+
+from lab import comparison, published, report_warnings, results
+from lab.gym_envs import UserError
+
+V4, V5 = "HalfCheetah-v4", "HalfCheetah-v5"
+
+
+def write_run(folder, returns, agent="sac", steps=30, settings=(), **options):
+    """returns: environment -> seed -> the evaluation returns at 10, 20, ... steps, one a minute.
+    A row without an evaluation lies 5 steps behind each."""
+    for environment, by_seed in returns.items():
+        for seed, values in by_seed.items():
+            place = folder / environment.replace("/", "_") / agent / f"seed_{seed}"
+            place.mkdir(parents=True)
+            rows = []
+            for n, value in enumerate(values, start=1):
+                rows += [{"step": 10 * n, "return/eval": value, "wall_time": 1e9 + 60 * n},
+                         {"step": 10 * n + 5, "wall_time": 1e9 + 60 * n + 30}]
+            if values and 10 * len(values) >= steps:
+                rows.pop()  # the run ended
+            (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{agent}.py").write_text("# the agent")
+    (folder / "config.json").write_text(json.dumps({
+        "name": folder.name, "config": dict(settings),
+        "options": {"agent": f"agents/{agent}.py", "env": list(returns), "steps": steps,
+                    **options}}))
+    return folder
+
+
+def seeds(*finals, first=0):
+    """Each seed's evaluations rise to its final return at 30."""
+    return {first + n: [final - 2, final - 1, final] for n, final in enumerate(finals)}
+
+
+def warnings(*arguments):
+    return report_warnings.find(results.load(list(map(str, arguments))))
+
+
+# Reading
+
+
+def test_a_run_is_read_at_its_end(tmp_path):
+    run = write_run(tmp_path / "a-20260101-120000", {"torch/Pendulum-v1": seeds(5.0, 7.0)})
+    (method,) = results.load([str(run)])
+    assert method.name == "a"
+    (result,) = method.results.values()
+    assert (result.environment, result.agent, result.planned) == ("torch/Pendulum-v1", "sac", 30)
+    assert result.step == 30 and result.returns(30) == [5, 7]
+    assert result.seeds[0].curve == [(10, 3, 0), (20, 4, 60), (30, 5, 120)]
+    assert result.returns(25) == [4, 6] and result.returns(20) == [4, 6] and not result.returns(9)
+    assert result.returns(31) == [], "no seed got there"
+
+
+def test_many_environments_make_large_steps(tmp_path):
+    """2 000 896 steps of a run of 2 000 000 are its end; they count as 2 000 000."""
+    run = write_run(tmp_path / "a", {V4: seeds(1.0, 2.0)}, steps=29.8)
+    result = results.load([str(run)])[0].results[V4]
+    assert result.step == 30 and result.returns(29.8) == [1, 2]
+
+
+def test_a_copied_folder_needs_nothing_else(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(5.0, 7.0)}, runs="/nowhere", resume="/nowhere/a")
+    (run / "config.json").unlink()
+    (run / "sac.py").unlink()
+    (method,) = results.load([str(run)])
+    assert method.results[V4].step == 30 and method.results[V4].returns(30) == [5, 7]
+
+
+def test_a_torn_last_line_is_no_row(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(5.0)})
+    path = run / V4 / "sac/seed_0/metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 40, "retu')
+    assert results.load([str(run)])[0].results[V4].seeds[0].reached == 30
+
+
+@pytest.mark.parametrize("line", [
+    "{", "[]", "7", '{"step": 1}', '{"wall_time": 1}', '{"step": "x", "wall_time": 1}',
+    '{"step": 1, "wall_time": 1, "return/eval": NaN}',
+    '{"step": 1, "wall_time": 1, "return/eval": null}'])
+def test_an_unreadable_row_is_named(tmp_path, line):
+    run = write_run(tmp_path / "a", {V4: seeds(5.0)})
+    path = run / V4 / "sac/seed_0/metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 6, is no row of metrics"):
+        results.load([str(run)])
+
+
+def test_a_pause_is_not_wall_clock(tmp_path):
+    """Rows a minute apart; a gap of 9 minutes may be a long evaluation, one of 3 hours is not."""
+    run = write_run(tmp_path / "a", {V4: {0: [1.0] * 9}}, steps=1000)
+    path = run / V4 / "sac/seed_0/metrics.jsonl"
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "return/eval" in row]
+    for row in rows:
+        row["wall_time"] += 480 * (row["step"] >= 30) + 10_800 * (row["step"] >= 70)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed = results.load([str(run)])[0].results[V4].seeds[0]
+    assert seed.paused == 10_800
+    assert [e.seconds for e in seed.curve] == [0, 60, 600, 660, 720, 780, 840, 900, 960]
+    assert warnings(run)[-1] == (f"a in {V4} seems to have been stopped for 180 min, which its "
+                                 "wall-clock leaves out")
+
+
+# Names
+
+
+def test_names_are_given_or_the_folders(tmp_path):
+    a, b = (write_run(tmp_path / f"{name}-20260101-120000", {V4: seeds(1.0)}) for name in "ab")
+    again = write_run(tmp_path / "a-20260102-120000-2", {V4: seeds(1.0)})
+
+    def names(*arguments):
+        return [name for name, _ in results.named(list(map(str, arguments)))]
+
+    assert names(a, b) == ["a", "b"]
+    assert names(a, again) == ["a-20260101-120000", "a-20260102-120000-2"]
+    assert names(f"x={a}", f"x={again}", b) == ["x", "x", "b"]
+    assert names(a, f"a={again}") == ["a-20260101-120000", "a"]
+    with pytest.raises(UserError, match="two runs are called 'a-20260101-120000'"):
+        names(a, a)
+    methods = results.load([f"x={a}", str(b)])
+    for name, place in (("x", 0), (a.name, 0), (str(a), 0), ("b", 1)):
+        assert results.find(methods, name) is methods[place]
+    with pytest.raises(UserError, match="'c' is none of the runs: x, b"):
+        results.find(methods, "c")
+
+
+def test_one_name_pools_seeds_and_environments(tmp_path):
+    a = write_run(tmp_path / "a", {V4: seeds(1.0, 2.0)})
+    b = write_run(tmp_path / "b", {V4: seeds(3.0, first=2), V5: seeds(9.0)})
+    (method,) = results.load([f"x={a}", f"x={b}"])
+    assert method.results[V4].returns(30) == [1, 2, 3]
+    assert method.results[V5].returns(30) == [9], "v4 and v5 are never pooled"
+    with pytest.raises(UserError, match="seed 0 of HalfCheetah-v5 would be twice in 'x'"):
+        results.load([f"x={b}", f"x={write_run(tmp_path / 'c', {V5: seeds(1.0)})}"])
+
+
+# Warnings
+
+
+def test_five_finished_seeds_alone_need_no_warning(tmp_path):
+    assert warnings(write_run(tmp_path / "a", {V4: seeds(*range(5))})) == []
+
+
+def test_few_seeds_are_told(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(*range(4)), V5: seeds(*range(5))})
+    assert warnings(run) == [
+        f"fewer than 5 seeds, whose intervals say little: a in {V4} (4)"]
+
+
+def test_an_unfinished_run_is_shown_as_far_as_every_seed_got(tmp_path):
+    values = {n: [1.0, 2.0, 3.0][:2 + (n < 2)] for n in range(5)}
+    run = write_run(tmp_path / "a", {V4: values}, steps=100)
+    result = results.load([str(run)])[0].results[V4]
+    assert result.step == 20 and result.returns(20) == [2] * 5
+    assert warnings(run) == [f"a in {V4} is unfinished: 25 to 35 of 100 steps, shown at 20"]
+
+
+def test_a_run_without_an_evaluation_is_told(tmp_path):
+    run = write_run(tmp_path / "a", {V4: {n: [] for n in range(5)}}, steps=100)
+    assert results.load([str(run)])[0].results[V4].step == 0
+    assert warnings(run) == [f"a in {V4} is unfinished: 0 of 100 steps, and no evaluation yet"]
+
+
+def test_a_seed_that_did_not_get_to_the_end_is_left_out_and_told(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(*range(5)) | {7: [50.0]}})
+    assert results.load([str(run)])[0].results[V4].returns(30) == [0, 1, 2, 3, 4]
+    assert warnings(run) == [
+        f"a in {V4}: left out are seeds that did not get to 30 steps: 7 (at 15); if they "
+        "diverged, the others' mean is too good"]
+
+
+def test_final_returns_at_different_steps_are_told(tmp_path):
+    a = write_run(tmp_path / "a", {V4: seeds(*range(5))})
+    b = write_run(tmp_path / "b", {V4: {n: [0.0, 1.0] for n in range(5)}}, steps=20)
+    (line,) = warnings(a, b)
+    assert line.startswith(f"{V4}: final returns are at different steps (a at 30, b at 20)")
+    assert warnings(a) == warnings(b) == []
+
+
+def test_different_settings_under_one_name_are_told(tmp_path):
+    a = write_run(tmp_path / "a", {V4: seeds(*range(5))}, settings={"gamma": 0.99, "tau": 1})
+    b = write_run(tmp_path / "b", {V5: seeds(*range(5))}, settings={"gamma": 0.98, "tau": 1},
+                  precision="bf16")
+    assert warnings(a, b) == [], "two methods may differ"
+    assert warnings(f"x={a}", f"x={b}") == [
+        'x pools runs with different precision: null, "bf16"',
+        "x pools runs with different gamma: 0.99, 0.98"]
+    same = write_run(tmp_path / "c", {V5: seeds(*range(5))}, settings={"gamma": 0.99, "tau": 1})
+    assert warnings(f"x={a}", f"x={same}") == []
+    (same / "sac.py").write_text("# changed")
+    assert [line.split(":")[0] for line in warnings(f"x={a}", f"x={same}")] == [
+        "x pools runs with different source"]
+
+
+def test_clipped_rewards_are_declared(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(*range(5))}, clip_reward=[-5.0, 10.0])
+    (line,) = warnings(run)
+    assert line.startswith("a was trained on rewards clipped to [-5.0, 10.0]")
+
+
+def write_study(folder, environment=V4, agent="sac", trials=3, best=None, is_="trial 2"):
+    """Each trial has two seeds: 0 to 5 were tuned on."""
+    folder.mkdir(parents=True)
+    events = [{"agent": f"agents/{agent}.py", "env": [environment], "seeds": 2}]
+    events += [{"trial": n, "settings": {}} for n in range(trials)]
+    events += [{"trial": 0, "step": 10, "returns": [1.0, 2.0]}]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    (folder / "best.json").write_text(json.dumps(
+        {"config": best or {"gamma": 0.9}, "options": {}, "study": {"is": is_}}))
+    return folder
+
+
+def test_seeds_that_tuned_the_settings_are_told(tmp_path):
+    study = write_study(tmp_path / "studies/s")
+    tuned = write_run(tmp_path / "tuned", {V4: seeds(*range(8))}, settings={"gamma": 0.9})
+    (line,) = warnings(tuned)
+    assert line.startswith(f"tuned in {V4} is reported on seeds that the study s had tuned its "
+                           "settings on (0 to 5)") and str(study / "confirmed") in line
+    given = study / "best.json"  # with a flag that won over it
+    named = write_run(tmp_path / "elsewhere/named", {V4: seeds(*range(5))},
+                      settings={"gamma": 0.8}, config=str(given))
+    assert len(warnings(named)) == 1 and "(0 to 4)" in warnings(named)[0]
+    given.rename(tmp_path / "best.json")
+    assert warnings(named) == [
+        f"named has the settings of {given}, a study that is not to be found: "
+        "whether it was tuned on the seeds that are reported is not known"]
+
+
+def test_what_no_study_tuned_on_these_seeds_is_not_told(tmp_path):
+    write_study(tmp_path / "studies/s")
+    defaults = write_study(tmp_path / "studies/defaults", best={"gamma": 0.99}, is_="defaults")
+    (tmp_path / "studies/broken").mkdir()
+    (tmp_path / "studies/broken/best.json").write_text("{")
+    tuned = {"gamma": 0.9}
+    for name, run in {
+            "other seeds": ({V4: seeds(*range(5), first=6)}, "sac", tuned),
+            "other settings": ({V4: seeds(*range(5))}, "sac", {"gamma": 0.8}),
+            "the defaults": ({V4: seeds(*range(5))}, "sac", {"gamma": 0.99}),
+            "another agent": ({V4: seeds(*range(5))}, "crossq", tuned),
+            "another version": ({V5: seeds(*range(5))}, "sac", tuned)}.items():
+        returns, agent, config = run
+        assert warnings(write_run(tmp_path / name, returns, agent, settings=config)) == [], name
+    given = write_run(tmp_path / "given", {V4: seeds(*range(5))}, settings={"gamma": 0.99},
+                      config=str(defaults / "best.json"))
+    assert warnings(given) == [], "nothing beat the defaults"
+
+
+def test_a_studys_own_trials_are_told_and_its_confirmation_is_not(tmp_path):
+    study = write_study(tmp_path / "studies/s")
+    trial = write_run(study / "trials/001", {V4: seeds(1.0, 2.0, first=2)})
+    held_out = write_run(study / "confirmed/001", {V4: seeds(*range(5), first=1_000_000)})
+    for run in (trial, held_out):
+        (run / "config.json").unlink()  # they have none of their own
+    assert "tuned its settings on (2, 3)" in warnings(trial)[-1]
+    assert warnings(held_out) == []
+
+
+# Published
+
+
+def test_every_reference_is_published_or_gymnasiums():
+    rows = published.rows()
+    assert len(set(rows)) == len(rows)
+    references = [row for row in rows if row.algorithm == "reference"]
+    for row in references:
+        reference = published.reference(row.environment)
+        assert reference.random < reference.good == row.mean
+        if row.steps:
+            algorithm = row.source.split(" at ")[0].lower()
+            assert (row.environment, row.steps, row.mean) in {
+                point[1:4] for point in published.points(algorithm, row.environment)}
+        else:
+            assert row.source == "gymnasium's reward_threshold"
+            assert gymnasium.spec(row.environment).reward_threshold == row.mean
+    assert len(references) == len({row.environment for row in references}) == 13
+
+
+@pytest.mark.parametrize("algorithm, environment, steps, means", [
+    ("ppo", "HalfCheetah-v4", 100_000, [-41]), ("sac", "Walker2d-v4", 1_000_000, [4536]),
+    ("crossq", "Humanoid-v4", 300_000, [9039]), ("flashsac", "Humanoid-v4", 1_000_000, [12606]),
+    ("bro", "Hopper-v4", 300_000, [1138, 1250]), ("droq", "Ant-v4", 100_000, [1365]),
+    ("sac", "BipedalWalker-v3", 500_000, [198, 298]), ("sac", "Pendulum-v1", 20_000, [-157])])
+def test_published_points_are_as_published(algorithm, environment, steps, means):
+    assert [row.mean for row in published.points(algorithm, environment)
+            if row.steps == steps] == means
+
+
+def test_no_point_of_one_version_is_anothers():
+    assert published.points("sac", V4) and not published.points("sac", V5)
+    assert published.reference("Walker2d-v4") and not published.reference("Walker2d-v5")
+
+
+def test_scores_are_0_at_random_and_1_at_the_reference():
+    reference = published.reference("Hopper-v4")
+    assert reference[:2] == (19.4, 2787)
+    assert reference.normalise(np.array([19.4, 2787, 1403.2])) == pytest.approx([0, 1, 0.5])
+    assert reference.at(0.5) == pytest.approx(1403.2)
+
+
+# Comparison
+
+
+def load(tmp_path, **methods):
+    return results.load([f"{name}={write_run(tmp_path / name, returns)}"
+                         for name, returns in methods.items()])
+
+
+def test_environments_are_compared_at_the_last_step_that_all_reached(tmp_path):
+    two = {n: [0.0, 1.0] for n in range(2)}
+    methods = load(tmp_path, a={V4: seeds(5.0), "Ant-v4": seeds(5.0)},
+                   b={V4: two, "Hopper-v5": seeds(1.0)})
+    left_out = []
+    assert comparison.shared(methods, left_out) == [(V4, 20)]
+    assert left_out == ["Ant-v4 (not in b)", "Hopper-v5 (not in a)"]
+
+
+def test_of_two_versions_of_an_environment_one_counts(tmp_path):
+    methods = load(tmp_path, a={V4: seeds(1.0), V5: seeds(2.0), "Ant-v4": seeds(1.0)})
+    left_out = []
+    assert comparison.shared(methods, left_out) == [("Ant-v4", 30), (V5, 30)]
+    assert left_out == [f"{V4} (as {V5} is another version)"]
+
+
+def test_aggregates_are_of_normalised_scores(tmp_path):
+    """With 19.4 and 2787, and 2.7 and 4536: scores 0 0.5 1, and 0.25 0.75; the middle half of the
+    five are 0.25 0.5 0.75."""
+    hopper, walker = (published.reference(e) for e in ("Hopper-v4", "Walker2d-v4"))
+    methods = load(tmp_path, a={
+        "Hopper-v4": seeds(*map(hopper.at, (0.0, 0.5, 1.0))),
+        "Walker2d-v4": seeds(*map(walker.at, (0.25, 0.75)))})
+    (found,) = comparison.aggregates(methods, comparison.shared(methods, []))
+    assert found.runs == 5 and found.iqm.value == pytest.approx(0.5)
+    assert 0 <= found.iqm.lower < 0.5 < found.iqm.upper <= 1
+    above = dict(zip(found.scores.round(6), found.profile, strict=True))
+    assert (above[0.4], above[0.6]) == pytest.approx(((2 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2))
+    assert (found.lower <= found.profile).all() and (found.profile <= found.upper).all()
+
+
+def test_improvement_needs_no_reference_and_is_over_the_baseline(tmp_path):
+    methods = load(tmp_path, base={"Walker2d-v5": seeds(1.0, 2.0), V4: seeds(1.0, 1.0)},
+                   new={"Walker2d-v5": seeds(1.0, 3.0), V4: seeds(0.0, 0.0)},
+                   other={"Ant-v4": seeds(1.0)})
+    (found,) = comparison.improvements(methods, methods[0])
+    walker = scipy.stats.mannwhitneyu([1, 3], [1, 2]).statistic / 4  # 0.625
+    assert found.method == "new" and found.runs == (4, 4)
+    assert found.probability.value == pytest.approx((walker + 0) / 2)
+    assert found.probability.lower <= found.probability.value <= found.probability.upper
+
+
+def test_steps_to_a_threshold_by_hand(tmp_path):
+    """First there at 10, 30, never: the median is 30. At a height that one seed reached, the
+    median seed never did."""
+    (method,) = load(tmp_path, a={V4: {0: [5.0, 1.0, 9.0], 1: [0.0, 4.9, 5.0], 2: [1.0, 1.0, 1.0]}})
+    assert comparison.steps_to(method.results[V4], 5) == (2, 30)
+    assert comparison.steps_to(method.results[V4], 6) == (1, math.inf)
+    assert comparison.steps_to(method.results[V4], 0) == (3, 10)
+
+
+def test_points_of_the_same_algorithm_and_version_are_beside(tmp_path, monkeypatch):
+    rows = tuple(published.Row(*row, "them") for row in (
+        ("sac", V4, 20, 100.0), ("sac", V4, 26, 150.0), ("sac", V4, 30, 200.0),
+        ("sac", V4, 40, 300.0), ("sac", V5, 30, 400.0), ("ppo", V4, 30, 500.0)))
+    monkeypatch.setattr(published, "rows", lambda: rows)
+    (method,) = load(tmp_path, a={V4: seeds(5.0, 7.0)})
+    found = comparison.beside_published(method.results[V4])
+    assert found == [(rows[0], 20, [4, 6]), (rows[2], 30, [5, 7])], "26 is too far from 20"
