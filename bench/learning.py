@@ -5,7 +5,7 @@
     python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   a finished one
 
 A run that was interrupted goes on. Each leaves its config, versions and picture, and every
-evaluation of every seed in scores.csv, from which learning.md and bf16.md are made.
+evaluation of every seed in scores.csv, from which learning.md, bf16.md and curves.png are made.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import command, recorder, report, stats  # noqa: E402
+from lab import command, published, recorder, report, stats  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
@@ -157,7 +158,7 @@ def table(scores: Scores) -> str:
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
              "| seeds | mean | 95% t interval | IQM | each seed | published |",
              "|---|---|---|---|---|---|---|"]
-    for name, (arguments, published) in EXPERIMENTS.items():
+    for name, (arguments, others) in EXPERIMENTS.items():
         if name not in scores:
             continue
         returns = scores[name]
@@ -166,8 +167,54 @@ def table(scores: Scores) -> str:
         mean, low, high = stats.t_interval(list(final.values()))
         lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
-                     f"| {' '.join(f'{value:.0f}' for value in final.values())} | {published} |")
+                     f"| {' '.join(f'{value:.0f}' for value in final.values())} | {others} |")
     return "\n".join(lines) + "\n"
+
+
+def draw(scores: Scores, path: Path) -> None:
+    """A panel for each environment and length: seeds thin, their mean and its 95% t interval,
+    published means as crosses. Of a pair in fp32 and in bf16 only the latter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, bool], list[tuple[str, str]]] = {}  # -> experiment, agent
+    for name in sorted(scores.keys() & EXPERIMENTS.keys()):
+        if name + "-bf16" not in scores:
+            options = json.loads((RESULTS / name / "config.json").read_text())["options"]
+            panels.setdefault((options["env"][0], options["steps"] > 300_000), []).append(
+                (name, Path(options["agent"]).stem))
+    figure, axes = pyplot.subplots(-(-len(panels) // 3), 3, squeeze=False, layout="constrained",
+                                   figsize=(15, 4 * -(-len(panels) // 3)))
+    for axis, ((env_id, _), experiments) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for place, (name, agent) in enumerate(experiments):
+            draw_curve(axis, f"C{place}", scores[name], name.removesuffix("-bf16"),
+                       published.points(agent, env_id))
+        axis.set(title=env_id, xlabel="steps of one seed", ylabel="evaluation return")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.grid(alpha=0.3)
+        axis.plot([], [], "X", color="white", markeredgecolor="black", label="published")
+        axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.remove()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], name: str,
+               points: list[published.Row]) -> None:
+    curves: report.Curves = {}
+    for (seed, step), value in returns.items():
+        curves.setdefault(seed, []).append((step, value))
+    for curve in curves.values():
+        axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.4)
+    steps, means, lower, upper = zip(*report.band(curves), strict=True)
+    axis.plot(steps, means, color=color, linewidth=2.2, label=f"{name} (n = {len(curves)})")
+    axis.fill_between(steps, lower, upper, color=color, alpha=0.15, linewidth=0)
+    reached = [point for point in points if point.steps <= 1.05 * max(steps)]
+    axis.plot([p.steps for p in reached], [p.mean for p in reached], "X", color=color,
+              markeredgecolor="black", markersize=9, zorder=5)
 
 
 def write_tables() -> None:
@@ -175,6 +222,7 @@ def write_tables() -> None:
     for name, text in (("learning.md", table(scores)), ("bf16.md", pairs(scores))):
         (RESULTS / name).write_text(text)
         print(text)
+    draw(scores, RESULTS / "curves.png")
 
 
 if __name__ == "__main__":
