@@ -95,7 +95,7 @@ def across_environments(path: Path, aggregates: Sequence[Aggregate], colors: dic
 
 def improvements(path: Path, found: Sequence[Improvement], baseline: str, colors: dict[str, str]
                  ) -> None:
-    figure, axis = pyplot.subplots(figsize=(6.5, 1.4 + 0.4 * len(found)), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(10, 1.4 + 0.4 * len(found)), layout="constrained")
     for place, each in enumerate(found):
         _interval(axis, place, each.probability, colors[each.method])
     axis.axvline(0.5, color="black", linewidth=1, linestyle="--")

@@ -110,7 +110,7 @@ th, td { text-align: right; vertical-align: top; padding: .35rem .75rem; }
 th { border-bottom: 2px solid #8792a2; white-space: nowrap; vertical-align: bottom; }
 td { border-bottom: 1px solid #e6e9ee; }
 .word { text-align: left; }
-th:first-child, td:first-child { padding-left: 0; }
+th:first-child, td:first-child { padding-left: 0; white-space: nowrap; }
 figure { margin: 1.2rem 0 2rem; }
 img { max-width: 100%; height: auto; }
 .warnings { background: #fff6df; border-left: 4px solid #d99a00; margin: 0 0 1rem;
