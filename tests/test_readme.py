@@ -9,8 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
-from bench import learning, readme, speed, throughput
+from bench import learning, readme, speed, throughput, tuning
 from lab import command, study
 
 README = Path("README.md").read_text()
@@ -61,6 +62,7 @@ TABLES = {
     "speed.md": lambda: speed.summary(result("speed")),
     "speed-spread.md": lambda: speed.markdown(result("speed")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
+    "tuning.md": lambda: tuning.markdown(result("tuning")),
 }
 
 
@@ -73,6 +75,58 @@ def test_the_tables_are_the_committed_ones():
     assert readme.filled(README) == README
     marked = re.findall(r"<!-- bench/results/(\S+) -->", README)
     assert sorted(marked) == sorted(TABLES.keys() - {"speed-spread.md"})
+
+
+def ratio(name, one, other):
+    """Of two cases of a result file."""
+    speeds = {tuple(row["case"]): row["steps_per_s"] for row in result(name)["rows"]}
+    return speed.median_ratio(speeds[one], speeds[other])
+
+
+def ours(algorithm, seeds, mode, peer):
+    return ratio("speed", (algorithm, "lab", seeds, mode), (algorithm, peer, "1", "fp32"))
+
+
+def standard_error(name):
+    returns = learning.read()[name]
+    end = max(step for _, step in returns)
+    return stats.sem([value for (_, step), value in returns.items() if step == end])
+
+
+# What the README says in words, and the figures in it.
+PROSE = {
+    "PPO {:.1f} and SAC {:.1f} times as many seed-steps a second on one core (8 seeds; SAC in "
+    "bf16, {:.1f} in fp32)": lambda: [
+        ours("ppo", "8", "fp32-compiled", "sb3"), ours("sac", "8", "bf16-compiled", "sb3"),
+        ours("sac", "8", "fp32-compiled", "sb3")],
+    "PPO {:.1f}, SAC {:.1f}, CrossQ {:.1f}, DroQ {:.1f} times as many (all but PPO in bf16); in "
+    "fp32 {:.2f}, {:.2f} and {:.2f}": lambda: [
+        ours("ppo", "8", "fp32-compiled", "sbx"), ours("sac", "8", "bf16-compiled", "sbx"),
+        *(ours(name, "4", "bf16-compiled", "sbx") for name in ("crossq", "droq")),
+        ours("sac", "8", "fp32-compiled", "sbx"),
+        *(ours(name, "4", "fp32-compiled", "sbx") for name in ("crossq", "droq"))],
+    "one seed of SAC or DroQ in fp32 is faster there ({:.2f}, {:.2f})": lambda: [
+        ours(name, "1", "fp32-compiled", "sbx") for name in ("sac", "droq")],
+    "stops training for {:.2%} of the five minutes": lambda: [
+        result("checkpoints")["share_of_five_minutes"]],
+    "Workers step HalfCheetah {:.0f} times as fast as gymnasium's AsyncVectorEnv, at {:.0%} of "
+    "twice a bare loop": lambda: [
+        ratio("throughput", ("HalfCheetah", "lab workers"), ("HalfCheetah", "gymnasium async")),
+        ratio("throughput", ("HalfCheetah", "lab workers"),
+              ("HalfCheetah", "bare loop, one core")) / 2],
+    "32 environments of one seed train {:.1f} times as fast as SB3's, 4 seeds of 8 environments "
+    "each {:.1f} times": lambda: [
+        ratio("throughput", ("training", side), ("training", "sb3 SubprocVecEnv"))
+        for side in ("lab, 1 seed x 32", "lab, 4 seeds x 8")],
+    "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
+    "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
+        standard_error("crossq-halfcheetah-bf16"), standard_error("crossq-hopper-bf16")],
+}
+
+
+@pytest.mark.parametrize("sentence", PROSE)
+def test_a_figure_in_words_is_the_result_files(sentence):
+    assert sentence.format(*PROSE[sentence]()) in " ".join(README.split())
 
 
 def test_every_result_has_its_settings_and_its_picture():
