@@ -180,7 +180,7 @@ def read_flags(argv: Sequence[str], place: int | None, options: Any, config: Any
                                                ("config", type(config), config)], frozen=True)
     if place is not None:  # the file first: after `--env A B` it would be a third environment
         argv = [argv[place], *argv[:place], *argv[place + 1:]]
-    flags = _parse_flags(both, argv, description)
+    flags = parse_flags(both, argv, description)
     return flags.options, dataclasses.asdict(flags.config)
 
 
@@ -191,7 +191,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         raise TypeError(f"{name}: {error}") from error
 
 
-def _parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
+def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     """tyro's parser; the box in which it puts an error becomes one line."""
     box = io.StringIO()
     try:

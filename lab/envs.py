@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -299,10 +300,10 @@ def summary(sums: Sequence[float]) -> Finished:
 class SyncEnvs(HostEnvs):
     """The plain loop over gymnasium environments, in this process."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, make: Callable[[str], gymnasium.Env] = make_one):
         super().__init__(layout, probe(layout.env_id))
         self.slice = Slice(layout.env_id, self.places, self.actions, self.rows, self.returns,
-                           self.origins)
+                           self.origins, make=make)
 
     def command(self, command: bytes) -> None:
         obey(self.slice, command)

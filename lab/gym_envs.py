@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
@@ -38,14 +38,14 @@ class EnvSpec:
     max_episode_steps: int | None
 
 
-def make_one(env_id: str) -> gymnasium.Env:
+def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
     """One gymnasium environment, or a UserError that names similar ids."""
     try:
         hear_mujoco()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
             warnings.filterwarnings("ignore", message=".*latest versioned environment")
-            env = gymnasium.make(env_id, disable_env_checker=True)
+            env = gymnasium.make(env_id, disable_env_checker=True, **settings)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         ids = list(gymnasium.registry)
         by_lower = {name.lower(): name for name in ids}
@@ -124,10 +124,11 @@ class Slice:
     """
 
     def __init__(self, env_id: str, places: Sequence[tuple[int, int]], actions: np.ndarray,
-                 rows: np.ndarray, returns: np.ndarray, origins: np.ndarray):
+                 rows: np.ndarray, returns: np.ndarray, origins: np.ndarray,
+                 *, make: Callable[[str], gymnasium.Env] = make_one):
         self.places, self.actions, self.rows, self.returns = places, actions, rows, returns
         self.origins = origins
-        self.envs = [make_one(env_id) for _ in places]
+        self.envs = [make(env_id) for _ in places]
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
         self.running = [[0.0, 0] for _ in places]  # return and length so far

@@ -17,6 +17,7 @@ from lab.gym_envs import UserError
 from lab.recorder import SeedRecorder, group_folder
 
 Emit = Callable[[dict[str, Any]], None]
+Look = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N): returns so far; who has not ended
 CHECKPOINT_SECONDS = 300
 ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
 
@@ -84,18 +85,21 @@ def train(job: Job, emit: Emit) -> None:
         log.close()
 
 
-def evaluate(agent: Any, evaluation: envs.VectorEnvs, *stream: int) -> list[float]:
+def evaluate(agent: Any, evaluation: envs.VectorEnvs, *stream: int, look: Look = lambda *_: None
+             ) -> list[float]:
     """Mean return of each seed over one deterministic episode in each of its environments.
-    UserError if an episode does not end."""
+    UserError if an episode does not end. `look` is called before the first step and after each."""
     obs = evaluation.reset(envs.EVALUATION, *stream)
     returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
     running = torch.ones_like(returns, dtype=torch.bool)
     limit = evaluation.spec.max_episode_steps or ENDLESS
+    look(returns, running)
     for _ in range(limit):
         t = evaluation.step(agent.act(obs, explore=False))
         obs = t.obs
         returns += torch.where(running, t.rewards, 0)
         running &= (t.terminations + t.truncations) == 0
+        look(returns, running)
         if not running.any():  # the host waits for the device
             return returns.mean(1).tolist()
     raise UserError(f"{evaluation.spec.id}: an evaluation episode does not end in {limit} steps; "

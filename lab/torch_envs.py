@@ -25,6 +25,7 @@ class TorchEnv:
     action_high: Sequence[float]
     max_episode_steps: int
     randoms: int  # uniform numbers that a new episode needs
+    twin: str | None = None  # gymnasium's environment that draws the same state
 
     def initial(self, uniform: Tensor) -> Tensor:
         """(S, N, randoms) in [0, 1) -> the state (S, N, D) in which an episode begins."""
@@ -42,6 +43,7 @@ class TorchEnv:
 class Pendulum(TorchEnv):
     """gymnasium's Pendulum-v1. State: angle from upright, angular velocity."""
 
+    twin = "Pendulum-v1"
     obs_dim, action_low, action_high, max_episode_steps, randoms = 3, [-2.0], [2.0], 200, 2
 
     def initial(self, uniform: Tensor) -> Tensor:
@@ -67,6 +69,7 @@ class Pendulum(TorchEnv):
 class MountainCar(TorchEnv):
     """gymnasium's MountainCarContinuous-v0. State: position, velocity."""
 
+    twin = "MountainCarContinuous-v0"
     obs_dim, action_low, action_high, max_episode_steps, randoms = 2, [-1.0], [1.0], 999, 1
 
     def initial(self, uniform: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ class CartPole(TorchEnv):
     """gymnasium's CartPole-v1 with a force of any size up to its two. State: cart's position and
     velocity, pole's angle and angular velocity."""
 
+    twin = "CartPole-v1"
     obs_dim, action_low, action_high, max_episode_steps, randoms = 4, [-1.0], [1.0], 500, 4
 
     def initial(self, uniform: Tensor) -> Tensor:

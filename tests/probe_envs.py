@@ -79,7 +79,34 @@ class Unbounded(Diary):
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Painted(Diary):
+    """Its colour is its start, the step and the episode's length."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((10, 20, 3), self.colour(), np.uint8)
+
+    def colour(self):
+        return int(255 * self.start), 40 * self.steps, 40 * self.length
+
+
+class Crashing(Painted):
+    """As a GL that does not work may."""
+
+    def render(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Ragged(Painted):
+    def render(self):
+        return [1, 2]
+
+
 for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
-             Unbounded):
+             Unbounded, Painted, Crashing, Ragged):
     if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

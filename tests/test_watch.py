@@ -1,0 +1,439 @@
+"""Films of trained agents: the returns, the pictures, and what is refused."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab import agent_file, camera, checkpoint, command, envs, film, recorder, rollout, watch
+from lab.gym_envs import UserError, make_one, seed_of
+from lab.torch_envs import TorchEnvs
+from tests import probe_envs
+from tests.conftest import AGENTS, SMALL
+
+PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
+STEPS, EPISODES = 24, 2  # of training; of each evaluation
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What a film sets is forgotten after it."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))
+    monkeypatch.setattr(rollout.torch, "set_num_threads", lambda n: None)
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """Drawing in a process of its own takes seconds."""
+    monkeypatch.setattr(camera, "check", lambda env_id: None)
+
+
+def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,
+          stop=None):
+    """A run of stacks, trained in this process -> its folder."""
+    _, config = command.parse([str(agent)])
+    config |= {k: v for k, v in SMALL.items() if k in config}
+    options = command.Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
+                             eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
+    options = dataclasses.replace(options, **dict(flags))
+    run = recorder.create_run_folder(folder, "film", Path(agent),
+                                     command.describe(options, config, "film"))
+    for place, job in enumerate(command.make_jobs(options, config, processes, run)):
+        if place != stop:
+            rollout.train(job, lambda message: None)
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Seeds 0 to 3 in two stacks. Not to be written into."""
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def group(run, env_id=PAINTED):
+    return recorder.group_folder(run, env_id, "sac")
+
+
+def filmed(capsys, *argv):
+    """-> the returns that are printed, (episodes, seeds), and the rest of the lines."""
+    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 0
+    out, err = capsys.readouterr()
+    assert not err and "\x1b" not in out
+    rows = [line.split()[2:-1] for line in out.splitlines() if line.startswith("episode ")]
+    return np.array(rows, float), out
+
+
+def refused(capsys, *argv):
+    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def pictures(path):
+    """-> arrays (height, width, 3) and their milliseconds."""
+    with Image.open(path) as gif:
+        frames = []
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            frames.append((np.asarray(gif.convert("RGB"), int), gif.info["duration"]))
+    return frames
+
+
+def episodes(run, seeds, stack):
+    """The same ones, by gymnasium and the agent alone: the returns (episodes, seeds), and the
+    colours that the environments had, before the first step and after each."""
+    members = range(stack[0], stack[1] + 1)
+    folder = group(run) / f"stack_{stack[0]}_{stack[1]}"
+    config = json.loads((run / "config.json").read_text())["config"]
+    spec = envs.probe(PAINTED)
+    agent = agent_file.build("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
+    agent.load_state_dict(checkpoint.load_latest(folder)["agent"])
+    returns, colours = np.zeros((EPISODES, len(seeds))), {}
+    for n in range(EPISODES):
+        for i, seed in enumerate(seeds):
+            env = gymnasium.make(PAINTED)
+            obs, _ = env.reset(seed=seed_of(seed, (envs.EVALUATION, STEPS), n))
+            colours[n, seed], end = [env.unwrapped.colour()], False
+            while not end:
+                every = torch.as_tensor(obs).expand(len(members), 1, -1)
+                action = agent.act(every, explore=False)[seed - stack[0], 0].numpy()
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns[n, i] += reward
+                colours[n, seed].append(env.unwrapped.colour())
+                end = terminated or truncated
+    return returns, colours
+
+
+# What is seen
+
+
+def test_the_returns_are_a_plain_loops_and_the_runs_own_evaluations(run, capsys, no_rehearsal):
+    shown, out = filmed(capsys, run, "--seeds", 4, "--episodes", EPISODES)
+    assert out.startswith(f"sac on {PAINTED}, after {STEPS} steps\n")
+    one, two = (episodes(run, seeds, seeds)[0] for seeds in ((0, 1), (2, 3)))
+    assert shown == pytest.approx(np.concatenate([one, two], 1), abs=0.051)
+    for seed in range(4):
+        rows = recorder.read_metrics(group(run) / f"seed_{seed}" / "metrics.jsonl")
+        assert shown[:, seed].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.051)
+    means = re.search(r"^mean +(.*)", out, re.MULTILINE)[1].split()
+    assert np.array(means, float)[:4] == pytest.approx(shown.mean(0), abs=0.11)
+    assert float(means[4]) == pytest.approx(shown.mean(), abs=0.11)
+
+
+def test_a_film_has_every_second_step_of_every_seed_in_its_tile(run, capsys, no_rehearsal):
+    """50 steps a second: every second one is seen, and the last, which the tile holds, paler."""
+    filmed(capsys, run, "--seeds", 2, "--episodes", EPISODES, "--width", 60)
+    _, colours = episodes(run, (0, 1), (0, 1))
+    wanted = []
+    for n in range(EPISODES):
+        lengths = [len(colours[n, seed]) - 1 for seed in (0, 1)]
+        last = max(lengths)
+        for step in sorted({*range(0, last, 2), last}):
+            tiles = []
+            for seed, length in zip((0, 1), lengths, strict=True):
+                colour = np.array(colours[n, seed][min(step, length)], int)
+                tiles.append(colour if step < length else (colour + 255) // 2)
+            wanted.append((tiles, 740 if step == last else 40))
+    frames = pictures(group(run) / "watch.gif")
+    assert len(frames) == len(wanted)
+    for (frame, length), (tiles, seconds) in zip(frames, wanted, strict=True):
+        assert length == seconds
+        for i, tile in enumerate(tiles):
+            left = film.GAP + i * (60 + film.GAP)
+            scene = frame[-film.GAP - 30 : -film.GAP - 2, left : left + 60]
+            assert np.abs(scene - tile).max() < 12, "not this seed's colours"
+
+
+def test_a_tile_says_its_seed_and_its_return():
+    shown = []
+
+    wall = types.SimpleNamespace(
+        show=lambda picture, seconds: shown.append(np.asarray(picture, int)))
+    for seeds, value in (([0], 1.0), ([0], 1.0), ([3], 1.0), ([0], 2.0)):
+        look = film.Film(wall, seeds, 25, 100, None).episode(
+            lambda place, running: np.zeros((10, 10, 3), np.uint8))
+        look(torch.tensor([[value]]), torch.tensor([[True]]))
+    assert np.array_equal(shown[0], shown[1])
+    middle = shown[0].shape[1] // 2
+    for other, here in ((shown[2], np.s_[:, :middle]), (shown[3], np.s_[:, middle:])):
+        differs = shown[0] != other
+        assert differs[here].any() and differs.sum() == differs[here].sum()
+
+
+@pytest.mark.parametrize("number, rows, columns", [
+    (1, 1, 1), (3, 1, 3), (4, 1, 4), (5, 2, 3), (8, 2, 4), (9, 3, 3), (10, 3, 4)])
+def test_tiles_stand_in_reading_order(number, rows, columns):
+    whole = film.mosaic([Image.new("RGB", (10, 20), (i, 0, 0)) for i in range(number)])
+    width, height = 10 + film.GAP, 20 + film.GAP
+    assert whole.size == (columns * width + film.GAP, rows * height + film.GAP)
+    for i in range(number):
+        corner = film.GAP + i % columns * width, film.GAP + i // columns * height
+        assert whole.getpixel(corner) == (i, 0, 0)
+
+
+@pytest.mark.parametrize("fps", [5, 20, 30, 50, 67, 125])
+def test_a_gif_runs_in_real_time(tmp_path, fps):
+    """A browser shows a GIF of more than 50 pictures a second slowly."""
+    gif = film.Gif(tmp_path / "a.gif")
+    shown = film.Film(gif, [0], fps, 50, None)
+    draw = iter(range(10_000))
+    look = shown.episode(lambda *_: np.full((10, 10, 3), next(draw) % 250, np.uint8))
+    steps = 4 * fps
+    for step in range(steps + 1):
+        look(torch.zeros(1, 1), torch.tensor([[step < steps]]))
+    gif.close()
+    times = [length for _, length in pictures(tmp_path / "a.gif")]
+    assert min(times) >= 30 and sum(times) / 1000 == pytest.approx(shown.seconds, abs=0.01)
+    assert shown.seconds - film.PAUSE == pytest.approx(4, abs=2 * shown.length)
+
+
+@pytest.mark.parametrize("length, seen, cut", [
+    (20, 11, False), (50, 26, False), (51, 26, True), (999, 26, True)])
+def test_a_long_episode_is_cut_in_the_film(length, seen, cut):
+    shown = []
+    wall = types.SimpleNamespace(show=lambda picture, seconds: shown.append(seconds))
+    one = film.Film(wall, [0], 50, 50, 1.0)
+    look = one.episode(lambda *_: np.zeros((10, 10, 3), np.uint8))
+    for step in range(length + 1):
+        look(torch.zeros(1, 1), torch.tensor([[step < length]]))
+    assert len(shown) == seen and one.cut == cut
+    assert shown == pytest.approx([0.04] * (seen - 1) + [0.04 + film.PAUSE])
+
+
+@pytest.mark.parametrize("where, seeds, out", [
+    ("", (0, 1, 2), "{group}"), ("{env}", (0, 1, 2), "{group}"),
+    ("{env}/sac", (0, 1, 2), "{group}"), ("{env}/sac/seed_3", (3,), "{group}/seed_3")])
+def test_a_folder_means_what_lies_in_it(run, capsys, no_rehearsal, where, seeds, out):
+    path = run / where.format(env=group(run).parent.name)
+    _, words = filmed(capsys, path, "--episodes", 1)
+    assert words.splitlines()[1].split() == [
+        "return", *(word for seed in seeds for word in ("seed", str(seed))), "mean"]
+    assert (Path(out.format(group=group(run))) / "watch.gif").stat().st_size > 100
+
+
+def test_each_environment_has_its_film(tmp_path, capsys, no_rehearsal):
+    run = train(tmp_path, env=(PAINTED, "Pendulum-v1"), processes=1)
+    _, out = filmed(capsys, run, "--episodes", 1, "--max-seconds", 0.5)
+    assert "(--max-seconds 0.5 of each episode)" in out
+    assert out.count("sac on ") == 2
+    assert len(list(run.glob("*/sac/watch.gif"))) == 2
+    assert "--out is one film" in refused(capsys, run, "--out", tmp_path / "a.gif")
+
+
+def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_rehearsal):
+    settings = json.loads((run / "config.json").read_text())
+    settings["options"]["steps"] = 2 * STEPS
+    settings["config"]["buffer_size"] = STEPS  # or the replay has another shape
+    (run / "config.json").write_text(json.dumps(settings))
+    shutil.rmtree(group(run) / "stack_0_1")
+    _, out = filmed(capsys, run, "--episodes", 1)
+    assert f"after {STEPS} steps of {2 * STEPS}\n" in out
+    assert out.splitlines()[1].split() == ["return", "seed", "2", "seed", "3", "mean"]
+
+
+def test_a_seed_that_failed_is_named():
+    cast = watch.Cast([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
+                       watch.Part(None, range(1), [0], 9, [])])
+    assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_every_agent_is_filmed(tmp_path, capsys, no_rehearsal, path):
+    run = train(tmp_path, agent=path, processes=1)
+    returns, _ = filmed(capsys, run, "--seeds", 2)
+    rows = recorder.read_metrics(run / group(run).parent.name / path.stem / "seed_1/metrics.jsonl")
+    if path.stem != "cem":  # its search draws numbers for all of a seed's environments at once
+        assert returns[:EPISODES, 1].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1", "MountainCarContinuous-v0",
+                                  "ContinuousCartPole-v1"])
+def test_a_torch_environment_is_drawn_by_its_twin(name):
+    """From the same state, the last of an episode too."""
+    stage = watch.set_stage(f"torch/{name}", [0, 1], False)
+    plain = TorchEnvs(stage.layout)
+    stage.env.max_episode_steps = plain.env.max_episode_steps = 40
+    twin = make_one(stage.env.twin, render_mode="rgb_array")
+    twin.reset()
+    assert torch.equal(stage.reset(1), plain.reset(1))
+    ended = 0
+    for _ in range(45):
+        actions = torch.ones(2, 1, 1)
+        step, seen = stage.step(actions), plain.step(actions)
+        assert torch.equal(step.obs, seen.obs)
+        last = bool(step.terminations[1] + step.truncations[1])
+        if last or not ended:
+            state = seen.next_obs[1, 0].numpy()
+            if name == "Pendulum-v1":
+                state = np.array([math.atan2(state[1], state[0]), state[2]])
+            twin.unwrapped.state = state
+            drawn = stage.draw(1, not last).astype(int)
+            assert np.abs(drawn - twin.render()).mean() < 0.5
+        ended += last
+    assert ended
+    stage.close()
+
+
+def test_a_run_in_torch_is_filmed(tmp_path, capsys):
+    run = train(tmp_path, env=("torch/ContinuousCartPole-v1",), processes=1)
+    returns, _ = filmed(capsys, run, "--seeds", 2)
+    assert returns.shape == (3, 2) and (returns >= 1).all()
+    assert "torch/Quadrotor-v0 has no picture" in refused(
+        capsys, train(tmp_path, env=("torch/Quadrotor-v0",), processes=1))
+
+
+def test_an_mp4_has_the_same_pictures(run, capsys, no_rehearsal, monkeypatch, tmp_path):
+    frames = []
+
+    def write_frames(path, size, fps, **settings):
+        frames.append((size, fps))
+        Path(path).write_bytes(b"film")
+        while True:
+            frames.append((yield))
+
+    package = types.SimpleNamespace(write_frames=write_frames)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", package)
+    filmed(capsys, run, "--out", tmp_path / "a.mp4", "--episodes", 1)
+    filmed(capsys, run, "--out", tmp_path / "a.gif", "--episodes", 1)
+    (size, fps), *frames = frames
+    gif = pictures(tmp_path / "a.gif")
+    height, width, _ = gif[0][0].shape
+    assert size == (width, height) and not (width % 2 or height % 2) and fps == pytest.approx(25)
+    assert len(frames) / fps == pytest.approx(sum(length for _, length in gif) / 1000, abs=0.05)
+    first = np.frombuffer(frames[0], np.uint8).reshape(height, width, 3)
+    assert np.abs(first - gif[0][0]).mean() < 5
+
+
+def test_a_window_shows_whole_episodes_and_may_be_closed(run, capsys, no_rehearsal, monkeypatch):
+    import pygame
+
+    before = sorted(run.rglob("*"))
+    whole, _ = filmed(capsys, run, "--window", "--episodes", 2)
+    assert whole.shape == (2, 3) and not pygame.display.get_init()
+    monkeypatch.setattr(pygame.event, "get", lambda kind: [kind])
+    closed, _ = filmed(capsys, run, "--window", "--episodes", 2)
+    assert closed.size == 0 and sorted(run.rglob("*")) == before
+
+
+def test_mujoco_moves_in_a_film_as_elsewhere(tmp_path, capsys, monkeypatch):
+    """The camera follows, the floor is endless, and the returns are the evaluation's."""
+    monkeypatch.delenv("MUJOCO_GL")
+    try:
+        camera.check("Hopper-v5")
+    except UserError as error:
+        pytest.skip(str(error))
+    run = train(tmp_path, ("eval_episodes", 1), ("seeds", 1), env=("Hopper-v5",), processes=1)
+    folder = group(run, "Hopper-v5")
+    returns, _ = filmed(capsys, run, "--episodes", 1, "--max-seconds", 0.1)
+    rows = recorder.read_metrics(folder / "seed_0" / "metrics.jsonl")
+    assert returns.item() == pytest.approx(rows[-1]["return/eval"], abs=0.051)
+    frames = pictures(folder / "watch.gif")
+    assert 2 <= len(frames) <= 4 and frames[-1][0][40:].std() > 10
+    assert np.abs(frames[0][0] - frames[-1][0]).mean() > 0.1, "nothing moves"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("{run}/none", "no folder {run}/none"),
+    ("{tmp}", "{tmp} is no run's folder and lies in none: there is no config.json"),
+    ("{group}/all", "no folder"),
+    ("{group}/seed_9", "no folder"),
+    ("{group}/seed_8", "seed_8 has no checkpoint yet"),
+    ("{run} --seeds 5", "--seeds 5: {group} has checkpoints of 4"),
+    ("{group}/seed_1 --seeds 2", "--seeds 2: {group}/seed_1 has checkpoints of 1"),
+    ("{run} --seeds 0", "--seeds must be at least 1, not 0"),
+    ("{run} --episodes 0", "--episodes must be at least 1, not 0"),
+    ("{run} --width 9", "--width must be at least 50, not 9"),
+    ("{run} --max-seconds 0", "--max-seconds must be at least 0.1, not 0"),
+    ("{run} --episode x", "--episode"),
+    ("", "PATH"),
+    ("{run} --out {tmp}/a.avi", "a.avi: a film is a .gif or an .mp4"),
+    ("{run} --out {tmp}/none/a.gif", "cannot write {tmp}/none/a.gif: choose another place"),
+    ("{run} --out {tmp}/a.mp4", "an mp4 needs a package: pip install imageio-ffmpeg"),
+    ("{run} --agent {tmp}/none.py", "no agent file '{tmp}/none.py'"),
+    ("{run} --agent agents/ppo.py", "config.json does not fit agents/ppo.py"),
+])
+def test_bad_input_is_one_line(run, capsys, no_rehearsal, monkeypatch, argv, words):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    (group(run) / "seed_8").mkdir()
+    before = sorted(run.rglob("*"))
+    names = {"run": run, "tmp": run.parent, "group": group(run)}
+    assert words.format(**names) in refused(capsys, *argv.format(**names).split())
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_run_without_a_checkpoint_is_one_line(run, capsys):
+    for stack in group(run).glob("stack_*"):
+        for path in stack.glob("*.pt"):
+            path.unlink()
+    assert f"{run} has no checkpoint yet" in refused(capsys, run)
+
+
+def test_a_window_without_a_display_is_one_line(run, capsys, monkeypatch):
+    for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert "--window: there is no display here" in refused(capsys, run, "--window")
+
+
+def test_a_changed_agent_runs_only_if_it_is_named(trained, run, capsys, no_rehearsal, tmp_path):
+    copy = run / "sac.py"
+    copy.write_text(copy.read_text() + "\n# as it was then\n")
+    line = refused(capsys, run)
+    assert f"agents/sac.py is not what {run} began with" in line and f"--agent {copy}" in line
+    returns, _ = filmed(capsys, run, "--agent", copy)
+    assert np.array_equal(returns, filmed(capsys, trained, "--out", tmp_path / "a.gif")[0])
+
+
+def test_a_checkpoint_of_other_networks_is_one_line(run, capsys, no_rehearsal):
+    settings = json.loads((run / "config.json").read_text())
+    settings["config"]["qf_width"] = 8
+    (run / "config.json").write_text(json.dumps(settings))
+    assert "stack_0_1 does not fit agents/sac.py: RuntimeError" in refused(capsys, run)
+
+
+def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):
+    copy = run / "sac.py"
+    copy.write_text(f"open({str(run / 'ran')!r}, 'w')")
+    settings = json.loads((run / "config.json").read_text())
+    settings["options"]["agent"] = str(copy)
+    (run / "config.json").write_text(json.dumps(settings))
+    assert "names code that lies beside it" in refused(capsys, run)
+    assert not (run / "ran").exists()
+
+
+def test_what_draws_nothing_is_one_line(monkeypatch):
+    """Drawing is tried in a process of its own, which may end as it likes."""
+    for name, words in (("Diary", "has no picture"), ("Ragged", "draws no array .* but list")):
+        with pytest.raises(UserError, match=f"lab-tests/{name}-v0 {words}"):
+            camera.check(f"tests.probe_envs:lab-tests/{name}-v0")
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(UserError, match=r"cannot be drawn \(glfw: exit code -9\);.*EGL.*OSMesa"):
+        camera.check("tests.probe_envs:lab-tests/Crashing-v0")
+
+
+def test_a_gl_that_works_is_found(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    camera.check(PAINTED)
+    assert os.environ["MUJOCO_GL"] == camera.GL[0]
+    assert isinstance(camera.make(PAINTED).unwrapped, probe_envs.Painted)
