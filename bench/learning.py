@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import command, recorder, report, stats  # noqa: E402
+from lab import arguments, recorder, report, stats  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 CHEETAH, HOPPER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
@@ -70,20 +70,20 @@ PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 
 def train(name: str) -> Path:
     """-> the run's folder."""
-    subprocess.run([sys.executable, command.SCRIPTS[kind(name)], *EXPERIMENTS[name][0].split(),
+    subprocess.run([sys.executable, arguments.SCRIPTS[kind(name)], *EXPERIMENTS[name][0].split(),
                     "--log", "--name", name], cwd=ROOT, check=True)
     return max(ROOT.glob(f"runs/{name}-*"), key=lambda folder: folder.stat().st_mtime)
 
 
-def kind(name: str) -> type[command.Options]:
+def kind(name: str) -> type[arguments.Options]:
     """The options of the script that runs it."""
-    return command.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else command.Simple
+    return arguments.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else arguments.Simple
 
 
 def keep(name: str, run: Path) -> None:
     """Copy what a reader needs of a run into bench/results/<name>/."""
     settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
-                                  command.parse(EXPERIMENTS[name][0].split(), kind(name)))
+                                  arguments.parse(EXPERIMENTS[name][0].split(), kind(name)))
     options = settings["options"]
     same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
             "num_envs")
@@ -138,14 +138,14 @@ def write_table() -> None:
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
              "| seeds | mean | 95% t interval | IQM | each seed | published |",
              "|---|---|---|---|---|---|---|"]
-    for name, (arguments, published) in EXPERIMENTS.items():
+    for name, (flags, published) in EXPERIMENTS.items():
         returns = read(name)
         if not returns:
             continue
         end = max(step for _, step in returns)  # a seed that failed has no row there
         final = {seed: value for (seed, step), value in returns.items() if step == end}
         mean, low, high = stats.t_interval(list(final.values()))
-        lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
+        lines.append(f"| `{flags}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
                      f"| {' '.join(f'{value:.0f}' for value in final.values())} | {published} |")
     (RESULTS / "learning.md").write_text("\n".join(lines) + "\n")

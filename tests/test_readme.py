@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import command, study
+from lab import arguments, command, study, sweep
 
 README = Path("README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -27,13 +27,11 @@ def test_the_loop_that_is_quoted_is_the_loop_that_runs():
 def test_every_command_can_be_read(argv, tmp_path):
     mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
     script, *argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
-    (kind,) = (kind for kind, name in command.SCRIPTS.items() if name == script)
-    options, config = command.parse(argv, kind)
-    if kind is command.Tune:
+    (kind,) = (kind for kind, name in arguments.SCRIPTS.items() if name == script)
+    options, config = arguments.parse(argv, kind)
+    if kind is arguments.Tune:
         assert study.check(options, config)
-    if kind is command.Vectorised:
-        options = command._settle(options, config)
-    assert command.make_jobs(options, {}, 2, None)
+    assert sweep.make_jobs(arguments.settle(options), {}, 2, None)
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
@@ -41,7 +39,7 @@ def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     argv = "agents/ppo.py --env my_envs:torch/Push-v0 --num-envs 64 --steps 4096 --update-epochs 1"
-    assert command.run(argv.split(), command.Vectorised) == 0
+    assert command.run(argv.split(), arguments.Vectorised) == 0
 
 
 def test_every_path_that_is_named_exists():
