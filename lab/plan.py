@@ -11,7 +11,6 @@ the rows, --plan takes the fastest that leaves the numbers what they are: bf16 o
 
 import contextlib
 import dataclasses
-import heapq
 import importlib.util
 import itertools
 import json
@@ -32,12 +31,11 @@ from rich.table import Table
 from lab import arguments, calibrate, envs, sweep
 from lab.accelerate import can_compile, physical_cores, prepare_process
 from lab.arguments import Options, Simple, Vectorised
-from lab.calibrate import Cost
 from lab.gym_envs import UserError
 from lab.recorder import processor
-from lab.rollout import Job
 
 BUDGET = 48.0  # seconds, of the minute: imports, the last processes' end and the table take some
+LEAST = 4.0  # seconds that anything needs
 LAYOUT = ("processes", "compile", "precision", "cuda", "backend", "workers", "groups")
 
 
@@ -60,8 +58,8 @@ def settle(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Opt
     if key in known:
         print(f"planned before (forget it: rm {memory})")
     else:
-        best = fastest(measure(options, config, argv), options)
-        known[key] = {name: getattr(best.options, name) for name in _open(options, argv)}
+        best = measure(options, config, argv)
+        known[key] = {name: getattr(best, name) for name in _open(options, argv)}
         with contextlib.suppress(OSError):  # it is measured again next time
             memory.parent.mkdir(parents=True, exist_ok=True)
             whole = memory.with_name(f"plan.json.{os.getpid()}.tmp")
@@ -96,9 +94,8 @@ def _open(options: Options, argv: Sequence[str]) -> list[str]:
             and getattr(options, name) in (None, False, "fp32")]
 
 
-def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> list[Row]:
-    """Measure within a minute -> what was measured, which is printed with the commands of the best.
-    UserError if no candidate works."""
+def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
+    """Measure within a minute, print the table -> the best. UserError if no candidate works."""
     prepare_process()
     deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
     settled, free = arguments.settle(options), _open(options, argv)
@@ -106,9 +103,16 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> li
         sweep.rehearse(job)
     rehearsal = time.perf_counter() - begun
     rows, skipped = list[Row](), list[str]()
+    needs = {False: LEAST, True: LEAST}  # seconds, by whether it is compiled
     for candidate in candidates(settled, free, rows):
+        if candidate in [row.options for row in rows]:
+            continue
+        before = time.monotonic()
         try:
+            if before + needs[candidate.compile] > deadline:
+                raise TimeoutError
             rows.append(try_out(candidate, config, rehearsal, deadline))
+            needs[candidate.compile] = time.monotonic() - before
         except TimeoutError:
             skipped.append(describe(candidate))
             continue
@@ -116,8 +120,13 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> li
             rows.append(Row(candidate, failure=str(error)))
         what = rows[-1].failure or f"about {duration(rows[-1].seconds)}"
         print(f"{describe(candidate)}: {what}", flush=True)
-    show(rows, skipped, options, argv)
-    return rows
+    best, fast = fastest(rows, options), min(rows, key=lambda row: row.seconds)
+    show(rows, best, skipped, options)
+    if fast.seconds < best.seconds:
+        print("in bf16, which rounds the products of the update (README.md, Results), and which "
+              f"--plan leaves to you:\n  {command(fast.options, options, argv)}")
+    print(f"fastest in {options.precision}:\n  {command(best.options, options, argv)}")
+    return best.options
 
 
 def fastest(rows: Sequence[Row], options: Options) -> Row:
@@ -131,29 +140,37 @@ def fastest(rows: Sequence[Row], options: Options) -> Row:
 
 
 def candidates(options: Options, free: Sequence[str], rows: Sequence[Row]) -> Iterator[Options]:
-    """The likeliest first: one layout on each device, others on the faster device, compilation of
-    the fastest, bf16. `rows` fills while this is read; of what is not free, there is only what the
-    options say. UserError once nothing works."""
+    """The likeliest first: a layout on each device, then on the faster one backends, compilation,
+    bf16, other numbers of processes while they get faster. `rows` fills while this is read; of what
+    is not free, there is only what the options say. UserError once nothing works."""
     both = "cuda" in free and torch.cuda.is_available()
     chains = {cuda: [dataclasses.replace(options, cuda=cuda, **layout)
                      for layout in layouts(options, free, cuda)]
               for cuda in ([False, True] if both else [options.cuda])}
     for chain in chains.values():
         yield chain[0]
-    best = fastest(rows, options)
-    for candidate in chains[best.options.cuda][1:]:
-        yield candidate
-        if isinstance(options, Simple) and rows[-1].seconds > best.seconds:
-            break  # more and more processes, or fewer and fewer, and it gets slower
-        best = fastest(rows, options)
-    eager = fastest(rows, options).options
-    if "compile" in free and (eager.cuda or can_compile()):
-        yield dataclasses.replace(eager, compile=True)
+    if all(row.failure for row in rows):  # too large together, or no such environment
+        yield from itertools.chain(*chains.values())
+    others = chains[fastest(rows, options).options.cuda][1:]
+    if isinstance(options, Vectorised):
+        yield from others
+    eager = fastest(rows, options)
+    compiler = "compile" in free and (eager.options.cuda or can_compile())
+    if compiler:
+        yield dataclasses.replace(eager.options, compile=True)
     if "precision" in free:
-        plain = fastest(rows, options).options
-        for choice in [plain.compile, not plain.compile][: 2 if "compile" in free else 1]:
-            if plain.cuda or can_compile() or not choice:
-                yield dataclasses.replace(plain, compile=choice, precision="bf16")
+        best = fastest(rows, options).options
+        for choice in [best.compile, not best.compile][: 2 if compiler else 1]:
+            yield dataclasses.replace(best, compile=choice, precision="bf16")
+    if isinstance(options, Simple):
+        fewer = eager
+        for candidate in others:
+            yield candidate
+            if rows[-1].options != candidate or rows[-1].seconds > fewer.seconds:
+                break
+            fewer = rows[-1]
+        if compiler and fewer != eager:
+            yield dataclasses.replace(fewer.options, compile=True)
 
 
 def layouts(options: Options, free: Sequence[str], cuda: bool) -> list[dict[str, Any]]:
@@ -198,28 +215,11 @@ def try_out(candidate: Options, config: dict[str, Any], rehearsal: float, deadli
         candidate, seeds=max(len(job.seeds) for job in jobs),
         speed=sum(cost.speed(job) for job, cost in measured),
         start=imports + rehearsal + waiting + max(cost.build + cost.compile for cost in costs),
-        seconds=imports + rehearsal + makespan(jobs, processes, measured, waiting))
+        seconds=imports + rehearsal + calibrate.makespan(jobs, processes, measured, waiting))
 
 
-def makespan(jobs: Sequence[Job], processes: int, measured: Sequence[tuple[Job, Cost]],
-             waiting: float) -> float:
-    """Seconds in which the processes work through the jobs, each after `waiting` for its imports. A
-    job that was not measured costs what the one nearest to it does."""
-    free = [0.0] * processes
-    for job in jobs:
-        def distance(pair: tuple[Job, Cost], job: Job = job) -> tuple[bool, bool, int]:
-            other = pair[0]
-            return other != job, other.env_id != job.env_id, abs(len(other.seeds) - len(job.seeds))
-
-        _, cost = min(measured, key=distance)
-        heapq.heapreplace(free, free[0] + waiting + cost.total(job))
-    return max(free)
-
-
-def show(rows: Sequence[Row], skipped: Sequence[str], options: Options, argv: Sequence[str]
-         ) -> None:
-    """The table, from fast to slow, and the commands of the best rows."""
-    best = fastest(rows, options)
+def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Options) -> None:
+    """The table, from fast to slow, and what it leaves out."""
     several = ("environments", "workers", "groups") if isinstance(options, Vectorised) else ()
     table = Table(title=f"{Path(options.agent).stem} on {', '.join(options.env)}, seeds: "
                         f"{options.seeds}, steps of each: {options.steps:,}",
@@ -240,21 +240,14 @@ def show(rows: Sequence[Row], skipped: Sequence[str], options: Options, argv: Se
     if getattr(best.options, "processes", 1) < len(options.env):
         print("Environments without a process of their own count as much as those that have one.")
     if skipped:
-        print(f"not measured, the minute was over: {'; '.join(skipped)}. What was compiled is kept,"
-              " so that a second plan gets further.")
-    bf16 = min(rows, key=lambda row: row.seconds)
-    if bf16.seconds < best.seconds:
-        print("in bf16, which rounds the products of the update (README.md, Results), and which "
-              f"--plan leaves to you:\n  {command(bf16.options, options, argv)}")
-    print(f"fastest{' in fp32' * (options.precision == 'fp32')}:\n  "
-          f"{command(best.options, options, argv)}")
+        print(f"not measured, the minute was over: {'; '.join(skipped)} (flags that you give leave "
+              "more of it to the rest)")
 
 
 def describe(options: Options) -> str:
     """What a candidate chose, in words."""
     o: Any = options
-    several = "es" if getattr(o, "processes", 1) > 1 else ""
-    words = [f"{o.processes} process{several}" if isinstance(o, Simple) else o.backend]
+    words = [f"{o.processes} processes" if isinstance(o, Simple) else o.backend or "torch"]
     words += [f"{o.workers} workers"] if getattr(o, "workers", None) else []
     words += [f"{o.groups} groups"] if getattr(o, "groups", None) else []
     return ", ".join([*words, "compiled" if o.compile else "eager", o.precision,
@@ -287,7 +280,7 @@ def run(argv: Sequence[str]) -> int:
         field.name for field in dataclasses.fields(Simple)}
     options, config = arguments.parse(words, Vectorised if own & arguments.given(words) else Simple)
     if options.resume:
-        raise UserError("--resume: a run goes on as it began, there is nothing to plan")
+        raise UserError("--resume: a run goes on as it began")
     measure(options, config, words)
     return 0
 

@@ -65,18 +65,18 @@ def test_processes_work_through_the_jobs_in_waves():
     pair = make_job(seeds=(0, 1)), make_job(seeds=(2, 3))
     later = [make_job(seeds=(n,)) for n in (4, 5, 6)]
     measured = [(job, cost) for job in pair]
-    assert plan.makespan(pair[:1], 1, measured, 0.0) == 7
-    assert plan.makespan(pair, 2, measured, 3.0) == 10
-    assert plan.makespan([*pair, *later], 2, measured, 3.0) == 30, "three waves"
-    assert plan.makespan([*pair, *later], 5, measured, 3.0) == 10
+    assert calibrate.makespan(pair[:1], 1, measured, 0.0) == 7
+    assert calibrate.makespan(pair, 2, measured, 3.0) == 10
+    assert calibrate.makespan([*pair, *later], 2, measured, 3.0) == 30, "three waves"
+    assert calibrate.makespan([*pair, *later], 5, measured, 3.0) == 10
     # one process is busy until 23, the other does 10 + 10 + 10
     uneven = [(pair[1], cost), (pair[0], slow)]
-    assert plan.makespan([*pair, *later[:2]], 2, uneven, 3.0) == 30
+    assert calibrate.makespan([*pair, *later[:2]], 2, uneven, 3.0) == 30
     # of two environments each costs what was measured of it, and a third what the nearest does
     both = [(pair[0], cost), (make_job(env_id="B"), slow)]
     other = [make_job(env_id=name, seeds=(0, 1, 2)) for name in "AB"]
-    assert plan.makespan(other, 2, both, 0.0) == 20
-    assert plan.makespan([make_job(env_id="C")], 1, both, 0.0) == 7
+    assert calibrate.makespan(other, 2, both, 0.0) == 20
+    assert calibrate.makespan([make_job(env_id="C")], 1, both, 0.0) == 7
 
 
 class Clock:
@@ -196,11 +196,11 @@ def layout(job):
     return len(job.seeds), job.compile, job.precision, job.device
 
 
-def test_fewer_processes_then_compilation_then_bf16_are_tried(tried, capsys):
+def test_compilation_then_bf16_then_fewer_processes_are_tried(tried, capsys):
     assert plan.run(["--agent", "agents/sac.py", "--seeds", "4", "--steps", "20_000"]) == 0
     assert [layout(job) for job in tried] == [
-        (1, False, "fp32", "cpu"), (2, False, "fp32", "cpu"),  # which is slower: no third
-        (1, True, "fp32", "cpu"), (1, True, "bf16", "cpu"), (1, False, "bf16", "cpu")]
+        (1, False, "fp32", "cpu"), (1, True, "fp32", "cpu"), (1, True, "bf16", "cpu"),
+        (1, False, "bf16", "cpu"), (2, False, "fp32", "cpu")]  # which is slower: no third
     out = capsys.readouterr().out
     line = "\n  python learn_simple.py agents/sac.py --seeds 4 --steps 20_000 --processes 4 " \
            "--compile"
@@ -270,8 +270,8 @@ def test_what_the_minute_has_no_time_for_is_named(tried, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "run", plan_until(2, calibrate.run))
     assert plan.run(["--seeds", "4"]) == 0
     out = capsys.readouterr().out
-    assert "not measured, the minute was over: 4 processes, compiled, fp32, cpu; 4 processes" in out
-    assert "--processes 4\n" in out
+    assert "not measured, the minute was over: 4 processes, compiled, bf16, cpu; 4 processes" in out
+    assert "--processes 4 --compile\n" in out
 
 
 def plan_until(count, measure):
@@ -286,13 +286,43 @@ def plan_until(count, measure):
     return run_fake
 
 
-def test_a_minute_that_is_over_starts_no_process(monkeypatch):
-    monkeypatch.setattr(calibrate.sweep, "Processes", None)
-    with pytest.raises(TimeoutError):
-        calibrate.run([make_job()], deadline=calibrate.time.monotonic() + 1)
+def test_a_minute_that_is_over_starts_no_process(tried, monkeypatch):
+    monkeypatch.setattr(plan, "BUDGET", -1.0)
+    with pytest.raises(UserError, match="nothing was measured within the minute"):
+        plan.run([])
+    assert tried == []
+
+
+def test_a_candidate_that_does_not_fit_in_what_is_left_makes_room_for_one_that_does(
+        tried, monkeypatch):
+    """Each compiled one takes 30 s, each eager one 5."""
+    clock, fake = Clock(), calibrate.run
+    monkeypatch.setattr(plan, "time", SimpleNamespace(
+        monotonic=lambda: clock.now, perf_counter=lambda: clock.now))
+    monkeypatch.setattr(calibrate, "run", lambda jobs, deadline: clock.pass_(
+        30 if jobs[0].compile else 5, fake(jobs, deadline)))
+    plan.run(["--seeds", "4"])
+    assert [layout(job) for job in tried] == [
+        (1, False, "fp32", "cpu"), (1, True, "fp32", "cpu"), (1, False, "bf16", "cpu"),
+        (2, False, "fp32", "cpu")]
 
 
 # What fails
+
+
+def test_what_is_too_large_together_is_tried_with_fewer_processes(tried, monkeypatch, capsys):
+    fake = calibrate.run
+
+    def run_fake(jobs, deadline):
+        if len(jobs) > 1:
+            raise UserError("MemoryError: too large")
+        return fake(jobs, deadline)
+
+    monkeypatch.setattr(calibrate, "run", run_fake)
+    assert plan.run(["--seeds", "4", "--no-compile", "--precision", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("MemoryError: too large") == 2 and out.count("failed") == 6
+    assert out.splitlines()[-1].endswith("--processes 1")
 
 
 def run(argv):

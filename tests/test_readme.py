@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import arguments, command, study, sweep
+from lab import arguments, command, plan, study, sweep
 
 README = Path("README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -32,6 +32,13 @@ def test_every_command_can_be_read(argv, tmp_path):
     if kind is arguments.Tune:
         assert study.check(options, config)
     assert sweep.make_jobs(arguments.settle(options), {}, 2, None)
+
+
+def test_the_plan_that_is_quoted_can_be_made(monkeypatch):
+    planned = []
+    monkeypatch.setattr(plan, "measure", lambda options, *rest: planned.append(options))
+    (words,) = re.findall(r"^python -m lab.plan (.*)", README, re.MULTILINE)
+    assert plan.run(words.split()) == 0 and planned[0].seeds > 1
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
