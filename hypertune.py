@@ -10,6 +10,6 @@
 import sys
 
 if __name__ == "__main__":  # a trial's process imports this file as well, and needs no surrogate
-    from lab import command, study
+    from lab import arguments, command, study
 
-    sys.exit(command.run(sys.argv[1:], command.Tune, study.tune))
+    sys.exit(command.run(sys.argv[1:], arguments.Tune, study.tune))

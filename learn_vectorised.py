@@ -2,7 +2,7 @@
 
     python learn_vectorised.py                              PPO on a pole, 32 at once, no files
     python learn_vectorised.py --log --cuda
-    python learn_vectorised.py agents/ppo.py --env BipedalWalker-v3 --num-envs 32 --autotune --log
+    python learn_vectorised.py agents/ppo.py --env BipedalWalker-v3 --num-envs 32 --plan --log
     python learn_vectorised.py agents/sac.py --env HalfCheetah-v5 --num-envs 8 --seeds 4 \\
         --backend workers --workers 2 --replay-ratio 0.25 --log
 """
@@ -10,6 +10,6 @@
 import sys
 
 if __name__ == "__main__":  # a worker imports this file as well, and needs nothing of the rest
-    from lab import command
+    from lab import arguments, command
 
-    sys.exit(command.run(sys.argv[1:], command.Vectorised))
+    sys.exit(command.run(sys.argv[1:], arguments.Vectorised))

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import command, published, recorder, report, stats  # noqa: E402
+from lab import arguments, published, recorder, report, stats  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
@@ -86,22 +86,22 @@ def train(name: str) -> Path:
         return sorted(path.parent for path in ROOT.glob(f"runs/{name}-*/config.json")
                       if json.loads(path.read_text())["name"] == name)
 
-    arguments = EXPERIMENTS[name][0].split() + ["--log", "--name", name]
+    flags = EXPERIMENTS[name][0].split() + ["--log", "--name", name]
     if runs() and not (runs()[-1] / PICTURE).exists():
-        arguments = ["--resume", str(runs()[-1])]
-    subprocess.run([sys.executable, command.SCRIPTS[kind(name)], *arguments], cwd=ROOT, check=True)
+        flags = ["--resume", str(runs()[-1])]
+    subprocess.run([sys.executable, arguments.SCRIPTS[kind(name)], *flags], cwd=ROOT, check=True)
     return runs()[-1]
 
 
-def kind(name: str) -> type[command.Options]:
+def kind(name: str) -> type[arguments.Options]:
     """The options of the script that runs it."""
-    return command.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else command.Simple
+    return arguments.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else arguments.Simple
 
 
 def keep(name: str, run: Path) -> None:
     """Copy what a reader needs of a run into bench/results/<name>/."""
     settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
-                                  command.parse(EXPERIMENTS[name][0].split(), kind(name)))
+                                  arguments.parse(EXPERIMENTS[name][0].split(), kind(name)))
     options = settings["options"]
     same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
             "num_envs")
@@ -158,14 +158,14 @@ def table(scores: Scores) -> str:
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
              "| seeds | mean | 95% t interval | IQM | each seed | published |",
              "|---|---|---|---|---|---|---|"]
-    for name, (arguments, others) in EXPERIMENTS.items():
+    for name, (flags, others) in EXPERIMENTS.items():
         if name not in scores:
             continue
         returns = scores[name]
         end = max(step for _, step in returns)  # a seed that failed has no row there
         final = {seed: value for (seed, step), value in returns.items() if step == end}
         mean, low, high = stats.t_interval(list(final.values()))
-        lines.append(f"| `{arguments}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
+        lines.append(f"| `{flags}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
                      f"| {' '.join(f'{value:.0f}' for value in final.values())} | {others} |")
     return "\n".join(lines) + "\n"

@@ -32,8 +32,8 @@ ENVIRONMENTS = {"CartPole": CARTPOLE, "HalfCheetah": "HalfCheetah-v5",
                 "BipedalWalker": "BipedalWalker-v3", "Pendulum": "Pendulum-v1"}
 IN_TORCH = {"CartPole": "torch/ContinuousCartPole-v1", "Pendulum": "torch/Pendulum-v1"}
 STEPPING = ("bare loop, one core", "gymnasium sync, one core", "gymnasium sync", "gymnasium async",
-            "lab sync", "lab workers", "lab workers, autotuned", "lab envpool", "lab torch",
-            "lab torch, 1024", "lab torch, 1024, compiled")
+            "lab sync", "lab workers", "lab envpool", "lab torch", "lab torch, 1024",
+            "lab torch, 1024, compiled")
 TRAINING = ("sb3 SubprocVecEnv", "lab, 1 seed x 32", "lab, 4 seeds x 8",
             "lab, 4 seeds x 8, compiled")
 NUM_ENVS, SECONDS = 16, 2.0
@@ -97,16 +97,11 @@ def measure_gymnasium(side: str, env_id: str) -> float:
 def measure_lab(side: str, name: str) -> float:
     import torch
 
-    from lab import autotune, command, envs
+    from lab import envs
     from lab.accelerate import prepare_process
 
     prepare_process()
     env_id, num_envs, backend, settings = ENVIRONMENTS[name], NUM_ENVS, side.split()[1], {}
-    if side == "lab workers, autotuned":
-        flags = ["--env", env_id, "--num-envs", str(num_envs), "--backend", "workers"]
-        autotune.BUDGET = 25.0  # of its minute, as the number of environments is given
-        best = autotune.measure_all(*command.parse(flags, command.Vectorised))
-        settings = {"workers": best.workers, "groups": best.groups}
     if "torch" in side:
         env_id, num_envs = IN_TORCH[name], 1024 if "1024" in side else NUM_ENVS
         settings = {"compile": "compiled" in side}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import tyro
 
-from lab import accelerate, agent_file, command, envs, probe_envs, rollout
+from lab import accelerate, agent_file, arguments, command, envs, probe_envs, rollout
 from lab.gym_envs import EnvSpec, UserError
 from lab.probing import (
     ACTIONS,
@@ -266,7 +266,7 @@ class Options:
 
 def parse(argv: Sequence[str]) -> Subject:
     """Small, unless the agent refuses such settings. UserError on flags that it refuses."""
-    place = command.find_agent(argv)
+    place = arguments.find_agent(argv)
     path = Options.agent if place is None else argv[place]
     module = agent_file.load(path)
     try:
@@ -281,7 +281,7 @@ def parse(argv: Sequence[str]) -> Subject:
 
 
 def _subject(argv: Sequence[str], place: int | None, defaults: Any) -> Subject:
-    options, config = command.read_flags(argv, place, Options(), defaults, __doc__)
+    options, config = arguments.read_flags(argv, place, Options(), defaults, __doc__)
     device = "cuda" if options.cuda else "cpu"
     accelerate.check_device(device)
     subject = Subject(options.agent, config, device)

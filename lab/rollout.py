@@ -60,9 +60,7 @@ class Job:
 def train(job: Job, emit: Emit) -> None:
     """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
     accelerate = Accelerator(job.compile, job.precision, job.device)
-    training = envs.make(
-        job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
-        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
+    training = make_training(job)
     with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
         agent = agent_file.build(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                                  job.steps, job.device, accelerate)
@@ -83,6 +81,18 @@ def train(job: Job, emit: Emit) -> None:
                 log.save(step, agent)
                 break
         log.close()
+
+
+def make_training(job: Job) -> envs.VectorEnvs:
+    return envs.make(
+        job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
+        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
+
+
+def make_evaluation(job: Job) -> envs.VectorEnvs:
+    # workers are worth their start only where there are many steps
+    backend = "sync" if job.backend == "workers" else job.backend
+    return envs.make(job.env_id, job.seeds, job.eval_episodes, backend, job.device)
 
 
 def evaluate(agent: Any, evaluation: envs.VectorEnvs, *stream: int, look: Look = lambda *_: None
@@ -116,9 +126,7 @@ class Log:
 
     def __init__(self, job: Job, accelerate: Accelerator, training: envs.VectorEnvs, emit: Emit):
         self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
-        # workers are worth their start only where there are many steps
-        backend = "sync" if job.backend == "workers" else job.backend
-        self.evaluation = envs.make(job.env_id, job.seeds, job.eval_episodes, backend, job.device)
+        self.evaluation = make_evaluation(job)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.failed: set[int] = set()

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lab import agent_file, command, confirm, recorder, report, space, sweep, tuning
+from lab import agent_file, arguments, command, confirm, recorder, report, space, sweep, tuning
 from lab.accelerate import physical_cores
 from lab.gym_envs import UserError
 from lab.progress import StudyProgress
@@ -30,7 +30,7 @@ FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "
         "config", "resume", "log", "space")
 
 
-def tune(options: command.Tune, config: dict[str, Any]) -> int:
+def tune(options: arguments.Tune, config: dict[str, Any]) -> int:
     """-> exit code: 0; 1 if no trial completed, or a confirmation failed."""
     searched, job = check(options, config)
     folder, journal = open_study(options, config, searched, job)
@@ -52,10 +52,10 @@ def tune(options: command.Tune, config: dict[str, Any]) -> int:
     return 1 if failures else 0
 
 
-def check(options: command.Tune, config: dict[str, Any]) -> tuple[space.Space, Job]:
+def check(options: arguments.Tune, config: dict[str, Any]) -> tuple[space.Space, Job]:
     """-> the space, and the job of the defaults. UserError on all that can be known beforehand;
     nothing is written."""
-    [job, *_] = command.make_jobs(options, config, 1, None)
+    [job, *_] = sweep.make_jobs(options, config, 1, None)
     if len(options.env) != 1:
         raise UserError(f"a study is of one environment, not {' '.join(options.env)}")
     searched = space.read(options.space, agent_file.load(options.agent).Config, options.agent)
@@ -67,7 +67,7 @@ def check(options: command.Tune, config: dict[str, Any]) -> tuple[space.Space, J
     if options.trials * options.seeds > confirm.HELD_OUT:
         raise UserError(f"--trials {options.trials} of --seeds {options.seeds} would train on "
                         f"held-out seeds, which start at {confirm.HELD_OUT}")
-    spec = command.rehearse(job)
+    spec = sweep.rehearse(job)
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent itself knows what it takes
             agent_file.build(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
@@ -75,7 +75,7 @@ def check(options: command.Tune, config: dict[str, Any]) -> tuple[space.Space, J
     return searched, job
 
 
-def open_study(options: command.Tune, config: dict[str, Any], searched: space.Space, job: Job
+def open_study(options: arguments.Tune, config: dict[str, Any], searched: space.Space, job: Job
                ) -> tuple[Path, tuning.Journal]:
     """-> its folder and its journal, new or to be gone on with. UserError if it is another's, or
     began with other settings."""
@@ -120,7 +120,7 @@ def _compare(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
 class Study:
     """Its trials, and the processes that train them."""
 
-    def __init__(self, options: command.Tune, searched: space.Space, job: Job, folder: Path,
+    def __init__(self, options: arguments.Tune, searched: space.Space, job: Job, folder: Path,
                  journal: tuning.Journal):
         self.options, self.space, self.folder = options, searched, folder
         self.defaults, self.journal = job, journal

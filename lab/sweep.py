@@ -1,4 +1,4 @@
-"""Jobs in parallel local processes, one process a job, and what becomes of each."""
+"""Jobs: made of the options, run in parallel local processes, and what becomes of each."""
 
 import contextlib
 import itertools
@@ -10,15 +10,55 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from lab import accelerate, agent_file, envs
+from lab.arguments import Options, Vectorised, check
 from lab.gym_envs import UserError, die_with
-from lab.rollout import Job, train
+from lab.rollout import Emit, Job, train
 
 RETRIES = 2  # of a job whose process was killed
 Report = Callable[[int, dict[str, Any]], None]  # the job's place, and a message of its process
+
+
+def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
+              ) -> list[Job]:
+    """UserError on nonsense; nothing is written before every job has been checked."""
+    check(options)
+    device = "cuda" if options.cuda else "cpu"
+    accelerate.check_device(device)
+    layout: dict[str, Any] = {}
+    if isinstance(options, Vectorised):
+        layout = {"num_envs": options.num_envs, "backend": options.backend,
+                  "workers": options.workers, "groups": options.groups or 1}
+        for env_id in options.env:
+            envs.choose_backend(env_id, options.backend, layout["groups"])
+
+    def every(steps: int | None, parts: int) -> int:
+        return max(1, options.steps // parts) if steps is None else steps
+
+    shares = split_seeds(range(options.seeds), len(options.env), processes)
+    return [Job(
+        agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
+        eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
+        checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
+        device=device, compile=options.compile, precision=options.precision,
+        clip_reward=options.clip_reward, **layout,
+        run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
+    ) for env_id in options.env for share in shares]
+
+
+def rehearse(job: Job) -> envs.EnvSpec:
+    """The agent's first steps on made-up observations -> its environment's spec. UserError if
+    either cannot work; nothing is written."""
+    backend = "sync" if job.backend == "workers" else job.backend
+    with contextlib.closing(envs.make(job.env_id, [0], 1, backend, job.device)) as one:
+        spec = one.spec
+    agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    return spec
 
 
 def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list[tuple[int, ...]]:
@@ -42,7 +82,7 @@ def run(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, str]:
     KeyboardInterrupt passes through after the processes have written their checkpoints.
     """
     if len(jobs) == 1:
-        failure = _attempt(jobs[0], lambda message: report(0, message))
+        failure = _attempt(train, jobs[0], lambda message: report(0, message))
         return {0: failure.reason} if failure else {}
     failures: dict[int, str] = {}
     waiting, retries = list(range(len(jobs))), Counter[int]()
@@ -73,9 +113,11 @@ class Failure(NamedTuple):
 
 
 class Processes:
-    """One process for each job, which is known by a key; leaving the context stops them all."""
+    """One process for each job, which is known by a key; leaving the context stops them all.
+    `work(job, emit)` is what they do, a function of a module."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[Job, Emit], None] = train) -> None:
+        self.work = work
         self.running: dict[int, tuple[Any, connection.Connection]] = {}
         self.failures: dict[int, Failure] = {}
 
@@ -86,7 +128,7 @@ class Processes:
         """A process that imports what it needs (seconds) until it is given its job."""
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, os.getpid()))
+        process = context.Process(target=_child, args=(theirs, os.getpid(), self.work))
         process.start()
         theirs.close()
         self.running[key] = process, ours
@@ -129,10 +171,10 @@ class Processes:
             process.kill()
 
 
-def _child(pipe: connection.Connection, parent: int) -> None:
+def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit], None]) -> None:
     die_with(parent)
     try:
-        failure = _attempt(pipe.recv(), pipe.send)
+        failure = _attempt(work, pipe.recv(), pipe.send)
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         sys.exit(1)
     if failure:
@@ -140,10 +182,10 @@ def _child(pipe: connection.Connection, parent: int) -> None:
     pipe.close()
 
 
-def _attempt(job: Job, emit: Callable[[dict[str, Any]], None]) -> Failure | None:
-    """Train -> None, or why it failed; the traceback of an unexpected failure goes to stderr."""
+def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
+    """Do it -> None, or why it failed; the traceback of an unexpected failure goes to stderr."""
     try:
-        train(job, emit)
+        work(job, emit)
     except UserError as error:
         return Failure(str(error), "settings")
     except BrokenPipeError:

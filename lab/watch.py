@@ -24,7 +24,18 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from lab import accelerate, agent_file, camera, checkpoint, command, envs, film, recorder, rollout
+from lab import (
+    accelerate,
+    agent_file,
+    arguments,
+    camera,
+    checkpoint,
+    command,
+    envs,
+    film,
+    recorder,
+    rollout,
+)
 from lab.gym_envs import UserError
 from lab.torch_envs import TorchEnvs
 
@@ -53,7 +64,7 @@ class Group:
 
 def run(argv: Sequence[str]) -> int:
     """Film and print -> exit code."""
-    options = command.parse_flags(Options, argv, __doc__)
+    options = arguments.parse_flags(Options, argv, __doc__)
     for name, least in {"seeds": 1, "episodes": 1, "width": 50, "max_seconds": 0.1}.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -63,8 +74,8 @@ def run(argv: Sequence[str]) -> int:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for a display
     folder = find_run(options.path)
     named = [str(options.agent)] if options.agent else []
-    trained, config = command.parse(["--config", str(folder / "config.json"), *named],
-                                    command.Options)
+    trained, config = arguments.parse(["--config", str(folder / "config.json"), *named],
+                                    arguments.Options)
     if not named:
         check_source(folder, Path(trained.agent))
     groups = find(options.path, folder, trained.env)
@@ -118,7 +129,8 @@ def check_source(folder: Path, agent: Path) -> None:
                         f"and that fits, such as --agent {copy}")
 
 
-def watch(group: Group, trained: command.Options, config: dict[str, Any], options: Options) -> None:
+def watch(group: Group, trained: arguments.Options, config: dict[str, Any], options: Options
+          ) -> None:
     """One film, and the returns."""
     if options.seeds and options.seeds > len(group.stacks):
         raise UserError(f"--seeds {options.seeds}: {group.folder} has checkpoints of "
@@ -186,7 +198,7 @@ class Part(NamedTuple):
 
 
 def load(group: Group, stack: Path, wanted: list[int], stage: "Filmed | FilmedTorch",
-         trained: command.Options, config: dict[str, Any]) -> Part:
+         trained: arguments.Options, config: dict[str, Any]) -> Part:
     """UserError if its last checkpoint is not whole or not this agent's."""
     device = stage.layout.device
     state = checkpoint.load_latest(stack, device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import command, progress
+from lab import arguments, command, progress
 from lab.recorder import read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
 from tests.conftest import AGENTS
@@ -179,22 +179,22 @@ def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
 
 
 def test_no_argument_is_a_quick_check_of_sac():
-    options, config = command.parse([])
-    assert options == command.Simple()
+    options, config = arguments.parse([])
+    assert options == arguments.Simple()
     assert (options.agent, options.env, options.seeds) == ("agents/sac.py", ("Pendulum-v1",), 1)
     assert not options.log and config["actor_lr"] == 3e-4
 
 
 def test_spellings_of_numbers_and_flags_are_equal():
-    assert command.parse(["--seed", "8"]) == command.parse(["--seeds", "8"])
-    assert command.parse(["--seed", "8"])[0].seeds == 8
-    assert command.parse(["--steps", "20_000"])[0].steps == 20_000
-    assert command.parse(["--eval_every=50"]) == command.parse(["--eval-every", "50"])
+    assert arguments.parse(["--seed", "8"]) == arguments.parse(["--seeds", "8"])
+    assert arguments.parse(["--seed", "8"])[0].seeds == 8
+    assert arguments.parse(["--steps", "20_000"])[0].steps == 20_000
+    assert arguments.parse(["--eval_every=50"]) == arguments.parse(["--eval-every", "50"])
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_every_setting_of_an_agent_is_a_flag(path):
-    _, defaults = command.parse([str(path)])
+    _, defaults = arguments.parse([str(path)])
     wanted, flags = {}, []
     for name, default in defaults.items():
         flag = name.replace("_", "-")
@@ -213,7 +213,7 @@ def test_every_setting_of_an_agent_is_a_flag(path):
         else:
             wanted[name] = default + 1 if isinstance(default, int) else default / 2 + 0.25
             flags += [f"--{flag}", str(wanted[name])]
-    assert command.parse([str(path), *flags])[1] == wanted != defaults
+    assert arguments.parse([str(path), *flags])[1] == wanted != defaults
 
 
 def test_the_comments_of_the_settings_are_their_help(capsys):
@@ -229,22 +229,22 @@ def test_the_comments_of_the_settings_are_their_help(capsys):
 @pytest.mark.parametrize("argv", ["agents/ppo.py --env A B", "--env A B agents/ppo.py",
                                   "--env A B --width 8 agents/ppo.py"])
 def test_the_agent_may_stand_before_or_after_its_environments(argv):
-    options, config = command.parse(argv.split())
+    options, config = arguments.parse(argv.split())
     assert options.agent == "agents/ppo.py" and options.env == ("A", "B") and "gae_lambda" in config
 
 
 def test_a_run_may_be_named_after_its_file():
-    options, _ = command.parse(["--name", "mine.py", "agents/ppo.py"])
+    options, _ = arguments.parse(["--name", "mine.py", "agents/ppo.py"])
     assert (options.name, options.agent) == ("mine.py", "agents/ppo.py")
 
 
 def test_a_config_brings_a_runs_settings_and_flags_win(finished):
     given = ["--config", str(finished / "config.json")]
-    options, config = command.parse(given)
+    options, config = arguments.parse(given)
     assert options.env == ("Pendulum-v1",) and options.runs == finished.parent and options.log
     assert (options.seeds, options.steps, options.name) == (2, 300, "first")
     assert (config["gamma"], config["qf_width"], config["tau"]) == (0.9, 8, 0.005)
-    changed, other = command.parse([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
+    changed, other = arguments.parse([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
     assert changed == dataclasses.replace(options, steps=20, log=False)
     assert other == config | {"gamma": 0.5}
 
@@ -254,7 +254,7 @@ def test_a_config_brings_its_agent(tmp_path):
     (tmp_path / "run").mkdir()
     saved = write(tmp_path, json.dumps({"options": {"agent": path}, "config": {}}),
                   "run/config.json")
-    options, config = command.parse(["--config", saved])
+    options, config = arguments.parse(["--config", saved])
     assert options.agent == path and config["discount"] == 0.7
 
 
@@ -423,7 +423,7 @@ def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, c
     rows = metrics(run)
     assert all(row[tag] < -100 for row in rows for tag in ("return/train", "return/eval")
                if tag in row)
-    again, _ = command.parse(["--config", str(run / "config.json")])
+    again, _ = arguments.parse(["--config", str(run / "config.json")])
     assert again.clip_reward == (0.0, 1.0)
 
 

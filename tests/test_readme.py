@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from bench import learning, readme, speed, throughput, tuning
-from lab import command, study
+from lab import arguments, check, command, plan, report, study, sweep, watch
 
 README = Path("README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -30,13 +30,29 @@ def test_the_loop_that_is_quoted_is_the_loop_that_runs():
 def test_every_command_can_be_read(argv, tmp_path):
     mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
     script, *argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
-    (kind,) = (kind for kind, name in command.SCRIPTS.items() if name == script)
-    options, config = command.parse(argv, kind)
-    if kind is command.Tune:
+    (kind,) = (kind for kind, name in arguments.SCRIPTS.items() if name == script)
+    options, config = arguments.parse(argv, kind)
+    if kind is arguments.Tune:
         assert study.check(options, config)
-    if kind is command.Vectorised:
-        options = command._settle(options, config)
-    assert command.make_jobs(options, {}, 2, None)
+    assert sweep.make_jobs(arguments.settle(options), {}, 2, None)
+
+
+@pytest.mark.parametrize("module, argv", [
+    (module, shlex.split(words, comments=True))
+    for module, words in re.findall(r"^python -m lab\.(\w+) (.*)", README, re.MULTILINE)])
+def test_every_module_that_is_called_can_read_its_flags(module, argv, tmp_path, monkeypatch):
+    mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
+    argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
+    if module == "plan":
+        planned = []
+        monkeypatch.setattr(plan, "measure", lambda options, *rest: planned.append(options))
+        assert plan.run(argv) == 0 and planned[0].seeds > 1
+    elif module == "check":
+        assert check.parse(argv).config
+    elif module == "report":
+        assert report.parse(argv).runs
+    else:
+        assert module == "watch" and arguments.parse_flags(watch.Options, argv, "").path
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
@@ -44,7 +60,7 @@ def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     argv = "agents/ppo.py --env my_envs:torch/Push-v0 --num-envs 64 --steps 4096 --update-epochs 1"
-    assert command.run(argv.split(), command.Vectorised) == 0
+    assert command.run(argv.split(), arguments.Vectorised) == 0
 
 
 def test_every_path_that_is_named_exists():

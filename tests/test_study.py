@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lab import (
     agent_file,
+    arguments,
     command,
     confirm,
     recorder,
@@ -132,7 +133,7 @@ def fake(monkeypatch):
 
 
 def tune(folder, *flags):
-    return command.run([*SMALL, "--runs", str(folder), *SPACE, *flags], command.Tune, study.tune)
+    return command.run([*SMALL, "--runs", str(folder), *SPACE, *flags], arguments.Tune, study.tune)
 
 
 def trials(folder):
@@ -229,8 +230,8 @@ def test_the_best_and_the_defaults_are_confirmed_on_seeds_that_no_trial_saw(fini
 def test_what_a_study_leaves(finished):
     folder = finished[0] / "studies/mine"
     best = json.loads((folder / "best.json").read_text())
-    options, config = command.parse(["--config", str(folder / "best.json")])
-    assert isinstance(options, command.Simple) and not options.log and options.seeds == 1
+    options, config = arguments.parse(["--config", str(folder / "best.json")])
+    assert isinstance(options, arguments.Simple) and not options.log and options.seeds == 1
     assert options.steps == 100 and config == best["config"] and config["tau"] == 0.01
     means = {name: sum(report.final_returns(
         recorder.group_folder(folder / "confirmed" / name, "Pendulum-v1", "sac"),
@@ -285,7 +286,7 @@ def test_a_finished_study_trains_nothing_again(finished):
     before = trials(folder)
     assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
     assert not FakeProcesses.given
-    assert command.run(["--resume", str(folder / "studies/mine")], command.Tune, study.tune) == 0
+    assert command.run(["--resume", str(folder / "studies/mine")], arguments.Tune, study.tune) == 0
     assert not FakeProcesses.given and trials(folder) == before
 
 
@@ -394,7 +395,7 @@ def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, fl
     before = contents(tmp_path)
     argv = [*SMALL, "--runs", str(tmp_path), "--trials", "1"]
     argv += [] if "--space" in flags else SPACE
-    assert command.run([*argv, *flags.split()], command.Tune, study.tune) == 2
+    assert command.run([*argv, *flags.split()], arguments.Tune, study.tune) == 2
     out, err = capsys.readouterr()
     assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
     assert not out and contents(tmp_path) == before
@@ -416,7 +417,7 @@ def test_a_study_takes_a_runs_settings_but_not_its_name_and_seeds(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"options": {"name": "run", "seeds": 8, "steps": 70, "log": False},
                                 "config": {"tau": 0.5}}))
-    options, config = command.parse(["--config", str(path)], command.Tune)
+    options, config = arguments.parse(["--config", str(path)], arguments.Tune)
     assert (options.name, options.seeds, options.steps, options.log) == (None, 2, 70, True)
     assert config["tau"] == 0.5
 

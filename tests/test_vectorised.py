@@ -1,4 +1,4 @@
-"""learn_vectorised.py and --autotune: what they take, remember and leave."""
+"""learn_vectorised.py: what it takes and leaves."""
 
 import json
 import os
@@ -9,9 +9,7 @@ import time
 
 import pytest
 
-from lab import autotune, checkpoint, command
-from lab.autotune import Candidate
-from lab.gym_envs import UserError
+from lab import agent_file, arguments, checkpoint, command, sweep
 from lab.recorder import read_metrics
 from tests.conftest import AGENTS, SMALL, needs_cuda
 
@@ -20,22 +18,22 @@ TARGET = "tests.probe_envs:lab-tests/Target-v0"
 
 
 def parse(*argv):
-    return command.parse(argv, command.Vectorised)
+    return arguments.parse(argv, arguments.Vectorised)
 
 
 def run(*argv):
-    return command.run(list(map(str, argv)), command.Vectorised)
+    return command.run(list(map(str, argv)), arguments.Vectorised)
 
 
 def small(path):
-    fields = command.agent_file.load(path).Config.__dataclass_fields__
+    fields = agent_file.load(path).Config.__dataclass_fields__
     return [word for name, value in SMALL.items() if name in fields
             for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def test_no_argument_is_ppo_on_an_environment_in_torch():
     options, config = parse()
-    (job,) = command.make_jobs(command._settle(options, config), config, 1, None)
+    (job,) = sweep.make_jobs(arguments.settle(options), config, 1, None)
     assert job.agent_path == "agents/ppo.py" and job.env_id.startswith("torch/")
     assert job.num_envs > 8 and job.backend is None and job.seeds == (0,)
 
@@ -63,7 +61,6 @@ def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
     ("--backend workers", "torch/ContinuousCartPole-v1 is written in torch: leave --backend"),
     ("--env torch/Pendulum-v2", "no environment torch/Pendulum-v2; there are torch/Pendulum-v1"),
     ("--backend torch --env Hopper-v5", "no environment torch/Hopper-v5"),
-    ("--autotune --env A B", "--autotune is for one environment, not A B"),
     ("--processes 2", "processes"),
 ])
 def test_bad_input_is_one_line(flags, words, capsys, tmp_path):
@@ -92,82 +89,6 @@ def test_each_script_resumes_its_own_runs(tmp_path, capsys):
     options, _ = parse("--config", str(simple / "config.json"))
     assert (options.env, options.steps, options.num_envs) == ((TARGET,), 64, None)
     assert parse("--config", str(many / "config.json"))[0].num_envs == 4
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Autotuning in a moment; -> the candidates that were measured."""
-    measured = []
-
-    def measure(candidate, options, config):
-        measured.append(candidate)
-        if candidate.backend == "envpool":
-            raise UserError("envpool has no such environment")
-        return {"sync": 5.0, "workers": 7.0 + (candidate.groups or 0)}.get(
-            candidate.backend, 1.0) + candidate.num_envs / 1000
-
-    monkeypatch.setattr(autotune, "measure", measure)
-    return measured
-
-
-def test_autotune_uses_the_fastest_and_remembers_it(hasty, tmp_path, capsys):
-    flags = ["--env", TARGET, "--autotune", "--steps", "64", "--log", "--runs", str(tmp_path),
-             *small("agents/ppo.py")]
-    assert run(*flags) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "acting and stepping" in out and {c.backend for c in hasty} >= {"sync", "workers"}
-    folder, = tmp_path.glob("ppo-*")
-    options = json.loads((folder / "config.json").read_text())["options"]
-    assert options["backend"] == "workers" and options["groups"] == 2
-    assert options["num_envs"] == max(c.num_envs for c in hasty) and not options["autotune"]
-    count = len(hasty)
-    assert run(*flags) == 0 and len(hasty) == count
-    assert "as measured before" in capsys.readouterr().out
-    assert run(*flags, "--seeds", 2) == 0 and len(hasty) > count, "another question"
-    (tmp_path / "autotune.json").write_text("{torn")
-    assert run(*flags) == 0, "a broken memory is measured again"
-
-
-def test_autotune_keeps_what_is_given(hasty):
-    options, config = parse("--env", TARGET, "--num-envs", "6", "--workers", "3", "--groups", "1")
-    autotune.measure_all(options, config)
-    assert {c.num_envs for c in hasty} == {6}
-    assert {c.workers for c in hasty if c.backend == "workers"} == {3}
-    assert {c.groups for c in hasty if c.backend == "workers"} == {1}
-    hasty.clear()
-    options, config = parse("--env", TARGET, "--backend", "sync")
-    assert autotune.measure_all(options, config).num_envs == 128
-    assert {c.backend for c in hasty} == {"sync"}
-
-
-def test_autotune_of_what_cannot_work_is_one_line(hasty, capsys):
-    assert run("--env", TARGET, "--autotune", "--backend", "envpool") == 2
-    err = capsys.readouterr().err
-    assert err == "error: no backend works: envpool has no such environment\n"
-
-
-def test_autotune_stops_when_the_minute_is_over(hasty, monkeypatch, capsys):
-    monkeypatch.setattr(autotune, "BUDGET", -1.0)
-    options, config = parse("--env", TARGET)
-    with pytest.raises(UserError, match="no backend works"):
-        autotune.measure_all(options, config)
-    assert hasty == [] and "is not measured" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("candidate", [
-    Candidate(4, "sync", None, None), Candidate(4, "workers", 2, 2)])
-def test_a_measurement_counts_steps_of_all_seeds(candidate, monkeypatch):
-    monkeypatch.setattr(autotune, "EACH", 0.05)
-    options, config = parse("--env", TARGET, "--seeds", "2")
-    assert autotune.measure(candidate, options, config) > 10
-
-
-def test_autotune_alone_prints_the_flags_and_changes_nothing(hasty, tmp_path, capsys):
-    argv = ["--env", TARGET, "--num-envs", "8", "--runs", str(tmp_path / "runs")]
-    assert command.run(argv, command.Vectorised, command.measure) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith(
-        "fastest: --num-envs 8 --backend workers --workers ")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):

@@ -16,7 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import agent_file, camera, checkpoint, command, envs, film, recorder, rollout, watch
+from lab import (
+    agent_file,
+    arguments,
+    camera,
+    checkpoint,
+    command,
+    envs,
+    film,
+    recorder,
+    rollout,
+    sweep,
+    watch,
+)
 from lab.gym_envs import UserError, make_one, seed_of
 from lab.torch_envs import TorchEnvs
 from tests import probe_envs
@@ -43,14 +55,14 @@ def no_rehearsal(monkeypatch):
 def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,
           stop=None):
     """A run of stacks, trained in this process -> its folder."""
-    _, config = command.parse([str(agent)])
+    _, config = arguments.parse([str(agent)])
     config |= {k: v for k, v in SMALL.items() if k in config}
-    options = command.Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
-                             eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
+    options = arguments.Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
+                               eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
     options = dataclasses.replace(options, **dict(flags))
     run = recorder.create_run_folder(folder, "film", Path(agent),
                                      command.describe(options, config, "film"))
-    for place, job in enumerate(command.make_jobs(options, config, processes, run)):
+    for place, job in enumerate(sweep.make_jobs(options, config, processes, run)):
         if place != stop:
             rollout.train(job, lambda message: None)
     return run
