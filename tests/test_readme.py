@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from bench import learning, readme, speed, throughput, tuning
+from bench import plan as measured_plans
 from lab import arguments, check, command, plan, report, study, sweep, watch
 
 README = Path("README.md").read_text()
@@ -79,6 +80,7 @@ TABLES = {
     "speed-spread.md": lambda: speed.markdown(result("speed")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
+    "plan.md": lambda: measured_plans.markdown(result("plan")),
 }
 
 
