@@ -136,6 +136,10 @@ PROSE = {
     "each {:.1f} times": lambda: [
         ratio("throughput", ("training", side), ("training", "sb3 SubprocVecEnv"))
         for side in ("lab, 1 seed x 32", "lab, 4 seeds x 8")],
+    "it saved {:.1%} of the environment steps, at confirmed returns of {:.0f} with it and {:.0f} "
+    "without": lambda: [
+        1 - result("pruning")["rows"][0]["steps"] / result("pruning")["rows"][1]["steps"],
+        *(sum(row["confirmed"]) / len(row["confirmed"]) for row in result("pruning")["rows"])],
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah-bf16"), standard_error("crossq-hopper-bf16")],
