@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lab import stats, tuning
+from lab import stats
 from lab.space import Parameter, Space
 from lab.tuning import Surrogate, Trial
 
@@ -58,7 +58,7 @@ def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
                                    layout="constrained")
     history, importance, *slices = axes.flat
     surrogate = Surrogate(space, trials, 0)
-    best, best_mean = tuning.ranked(space, trials)[0]
+    best, best_mean = surrogate.ranked(trials)[0]
     _draw_history(history, surrogate, trials, best, best_mean)
     shares = surrogate.importance()
     importance.barh(list(shares), list(shares.values()), color="tab:blue")

@@ -183,6 +183,13 @@ class Surrogate:
         encoded = [self.space.encode(trial.settings) for trial in trials]
         return [float(mean) for mean in self.predict(encoded)[0]]
 
+    def ranked(self, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+        """The completed trials with their posterior means, best first; one of each setting."""
+        completed = list({self.space.encode(trial.settings).tobytes(): trial for trial in trials
+                          if trial.state == "completed"}.values())
+        pairs = zip(completed, self.means(completed), strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])
+
     @one_thread
     def suggest(self, greedy: bool = False) -> dict[str, Any]:
         """What to try next; greedy: the settings of the highest posterior mean, tried or not."""
@@ -217,15 +224,17 @@ def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any
     return Surrogate(space, trials, seed).suggest()
 
 
-def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
-    """The completed trials with their posterior means, best first; one of each setting."""
-    completed = list({space.encode(trial.settings).tobytes(): trial for trial in trials
-                      if trial.state == "completed"}.values())
-    if not completed:
-        return []
+def judge(space: Space, trials: Sequence[Trial]) -> Surrogate | None:
+    """What the trials that ended tell; none before one completed."""
     ended = [trial for trial in trials if trial.state in ENDED]
-    means = Surrogate(space, ended, 0).means(completed)
-    return sorted(zip(completed, means, strict=True), key=lambda pair: -pair[1])
+    completed = any(trial.state == "completed" for trial in ended)
+    return Surrogate(space, ended, 0) if completed else None
+
+
+def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+    """As of Surrogate.ranked; [] before one completed."""
+    surrogate = judge(space, trials)
+    return surrogate.ranked(trials) if surrogate else []
 
 
 class Candidate(NamedTuple):
@@ -239,11 +248,11 @@ class Candidate(NamedTuple):
 def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candidate]:
     """The settings of the highest posterior means, best first: trials that completed and the
     surrogate's optimum, which has seldom been tried to the letter. [] before one completed."""
-    found = {space.encode(trial.settings).tobytes(): Candidate(
-        f"trial {trial.number}", trial.settings, mean) for trial, mean in ranked(space, trials)}
-    if not found:
+    surrogate = judge(space, trials)
+    if surrogate is None:
         return []
-    surrogate = Surrogate(space, [trial for trial in trials if trial.state in ENDED], 0)
+    found = {space.encode(trial.settings).tobytes(): Candidate(
+        f"trial {trial.number}", trial.settings, mean) for trial, mean in surrogate.ranked(trials)}
     optimum = surrogate.suggest(greedy=True)
     encoded = space.encode(optimum)
     mean = float(surrogate.predict([encoded])[0][0])
