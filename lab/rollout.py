@@ -56,6 +56,12 @@ class Job:
     def checkpoints(self) -> Path | None:
         return self.group / f"stack_{self.seeds[0]}_{self.seeds[-1]}" if self.group else None
 
+    @property
+    def own_backend(self) -> str | None:
+        """Without processes of its own, which are worth their start only where there are many
+        steps."""
+        return "sync" if self.backend == "workers" else self.backend
+
 
 def train(job: Job, emit: Emit) -> None:
     """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
@@ -90,9 +96,7 @@ def make_training(job: Job) -> envs.VectorEnvs:
 
 
 def make_evaluation(job: Job) -> envs.VectorEnvs:
-    # workers are worth their start only where there are many steps
-    backend = "sync" if job.backend == "workers" else job.backend
-    return envs.make(job.env_id, job.seeds, job.eval_episodes, backend, job.device)
+    return envs.make(job.env_id, job.seeds, job.eval_episodes, job.own_backend, job.device)
 
 
 def evaluate(agent: Any, evaluation: envs.VectorEnvs, *stream: int, look: Look = lambda *_: None

@@ -54,8 +54,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
 def rehearse(job: Job) -> envs.EnvSpec:
     """The agent's first steps on made-up observations -> its environment's spec. UserError if
     either cannot work; nothing is written."""
-    backend = "sync" if job.backend == "workers" else job.backend
-    with contextlib.closing(envs.make(job.env_id, [0], 1, backend, job.device)) as one:
+    with contextlib.closing(envs.make(job.env_id, [0], 1, job.own_backend, job.device)) as one:
         spec = one.spec
     agent_file.check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
     return spec
