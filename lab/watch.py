@@ -8,7 +8,6 @@ are those of the run's own evaluation at that step: the first, the second, ...
 """
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -56,7 +55,6 @@ class Options:
 class Group:
     """Seeds of one agent on one environment, and the stack of checkpoints that each is in."""
 
-    run: Path
     folder: Path  # where the film goes
     env_id: str
     stacks: dict[int, Path]
@@ -75,7 +73,8 @@ def run(argv: Sequence[str]) -> int:
     folder = find_run(options.path)
     named = [str(options.agent)] if options.agent else []
     trained, config = arguments.parse(["--config", str(folder / "config.json"), *named],
-                                    arguments.Options)
+                                    arguments.Vectorised)  # of learn_simple.py's, too
+    assert isinstance(trained, arguments.Vectorised)
     if not named:
         check_source(folder, Path(trained.agent))
     groups = find(options.path, folder, trained.env)
@@ -109,7 +108,7 @@ def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
         for env_id in env_ids:
             if recorder.group_folder(run, env_id, folder.name) == folder:
                 chosen = {s: by_seed[s] for s in sorted(by_seed) if not one or s == int(one[1])}
-                groups += [Group(run, path if one else folder, env_id, chosen)] if chosen else []
+                groups += [Group(path if one else folder, env_id, chosen)] if chosen else []
     if not groups:
         raise UserError(f"{path} has no checkpoint yet")
     return groups
@@ -129,7 +128,7 @@ def check_source(folder: Path, agent: Path) -> None:
                         f"and that fits, such as --agent {copy}")
 
 
-def watch(group: Group, trained: arguments.Options, config: dict[str, Any], options: Options
+def watch(group: Group, trained: arguments.Vectorised, config: dict[str, Any], options: Options
           ) -> None:
     """One film, and the returns."""
     if options.seeds and options.seeds > len(group.stacks):
@@ -198,15 +197,15 @@ class Part(NamedTuple):
 
 
 def load(group: Group, stack: Path, wanted: list[int], stage: "Filmed | FilmedTorch",
-         trained: arguments.Options, config: dict[str, Any]) -> Part:
+         trained: arguments.Vectorised, config: dict[str, Any]) -> Part:
     """UserError if its last checkpoint is not whole or not this agent's."""
     device = stage.layout.device
     state = checkpoint.load_latest(stack, device)
     if state is None:
         raise UserError(f"{stack} has no whole checkpoint")
-    settings, members = json.loads((group.run / "config.json").read_text()), seeds_of(stack)
+    members = seeds_of(stack)
     agent = agent_file.build(trained.agent, config, stage.spec, members,
-                             settings["options"].get("num_envs") or 1, trained.steps, device,
+                             trained.num_envs or 1, trained.steps, device,
                              lambda fn: fn)
     try:
         agent.load_state_dict(state["agent"])
