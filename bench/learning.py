@@ -207,12 +207,9 @@ def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], nam
     curves: report.Curves = {}
     for (seed, step), value in returns.items():
         curves.setdefault(seed, []).append((step, value))
-    for curve in curves.values():
-        axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.4)
-    steps, means, lower, upper = zip(*report.band(curves), strict=True)
-    axis.plot(steps, means, color=color, linewidth=2.2, label=f"{name} (n = {len(curves)})")
-    axis.fill_between(steps, lower, upper, color=color, alpha=0.15, linewidth=0)
-    reached = [point for point in points if point.steps <= 1.05 * max(steps)]
+    report.draw_curve(axis, curves, color, f"{name} (n = {len(curves)})")
+    end = max(step for _, step in returns)
+    reached = [point for point in points if point.steps <= 1.05 * end]
     axis.plot([p.steps for p in reached], [p.mean for p in reached], "X", color=color,
               markeredgecolor="black", markersize=9, zorder=5)
 

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ TITLES = {"sac": "SAC", "crossq": "CrossQ, critics 1024 wide", "droq": "DroQ, 20
           "cem-6": "CEM, critics 256 wide, 6 action dimensions: a decision", "ppo": "PPO"}
 MODES = {"fp32-eager": "fp32, eager", "bf16-eager": "bf16, eager",
          "fp32-compiled": "fp32, compiled", "bf16-compiled": "bf16, compiled"}
+ONE_CORE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 PEERS = {"sb3": ("Stable-Baselines3", "fp32-eager"), "sbx": ("SBX (jax)", "fp32-compiled")}
 EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "qf_lr": 3e-4}}
 
@@ -139,12 +141,12 @@ def measure_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_pinned(python: str, core: int, *arguments: str) -> float:
-    """This script on one core -> the number that it prints last."""
+def run_pinned(script: str, python: str, cores: Sequence[int], environment: dict[str, str],
+               *arguments: str) -> float:
+    """A script of bench/ on these cores -> the number that it prints last."""
     done = subprocess.run(
-        [python, __file__, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"})
+        [python, script, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores), env=os.environ | environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
@@ -256,13 +258,14 @@ def main() -> None:
     for repeat in range(options.repeats):
         for number, (algorithm, side, seeds, mode) in enumerate(rows):
             python = sys.executable if side == "lab" else options.peers
-            speed = run_pinned(python, options.core, side, algorithm, seeds, mode)
+            speed = run_pinned(__file__, python, [options.core], ONE_CORE, side, algorithm, seeds,
+                               mode)
             rows[algorithm, side, seeds, mode].append(speed)
             done = repeat * len(rows) + number + 1
             left = (time.monotonic() - begun) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-    memory = run_pinned(sys.executable, options.core, "memory")
+    memory = run_pinned(__file__, sys.executable, [options.core], ONE_CORE, "memory")
     sys.path.insert(0, str(ROOT))
     from lab.recorder import processor
 

@@ -13,11 +13,8 @@ seeds. CartPole is gymnasium's with a push to the left or right for an action be
 
 import argparse
 import json
-import operator
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +24,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from bench.speed import median_ratio, run_pinned, versions  # noqa: E402
+
 CARTPOLE = "bench.throughput:bench/CartPole-v1"
 ENVIRONMENTS = {"CartPole": CARTPOLE, "HalfCheetah": "HalfCheetah-v5",
                 "BipedalWalker": "BipedalWalker-v3", "Pendulum": "Pendulum-v1"}
@@ -157,17 +157,6 @@ def measure_sb3() -> float:
     return speed
 
 
-def run_pinned(python: str, cores: list[int], *arguments: str) -> float:
-    """This script on these cores -> the number that it prints last."""
-    done = subprocess.run(
-        [python, __file__, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        env=os.environ | {"PYTHONPATH": str(ROOT)})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
-
-
 def cases() -> list[tuple[str, str]]:
     """(environment or "training", side)."""
     stepping = [(name, side) for name in ENVIRONMENTS for side in STEPPING
@@ -184,7 +173,7 @@ def markdown(result: dict) -> str:
         values = speeds.get((name, side))
         if not values:
             return ""
-        ratio = statistics.median(map(operator.truediv, values, speeds[name, base]))
+        ratio = median_ratio(values, speeds[name, base])
         return f"{statistics.median(values):,.0f} ({ratio:.2f})"
 
     lines = ["| steps/s (ratio to gymnasium sync on one core) | " + " | ".join(ENVIRONMENTS) + " |",
@@ -222,12 +211,12 @@ def main() -> None:
         for number, (name, side) in enumerate(rows):
             cores = options.cores[:1] if side.endswith("one core") else options.cores
             python = options.peers if side.startswith("sb3") else sys.executable
-            rows[name, side].append(run_pinned(python, cores, name, side))
+            speed = run_pinned(__file__, python, cores, {"PYTHONPATH": str(ROOT)}, name, side)
+            rows[name, side].append(speed)
             done = repeat * len(rows) + number + 1
             left = (time.monotonic() - begun) / done * (total - done)
-            print(f"{done}/{total} {name}, {side}: {rows[name, side][-1]:,.0f} steps/s, "
+            print(f"{done}/{total} {name}, {side}: {speed:,.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-    from bench.speed import versions
     from lab.recorder import processor
 
     result = {

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.table import Table
 
@@ -47,7 +47,7 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
 
 
 def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -> None:
-    """One panel for each environment: every seed thin, their mean thick, its 95% t interval."""
+    """One panel for each environment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,19 +56,24 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
     figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False,
                                    layout="constrained")
     for axis, (env_id, by_seed) in zip(axes[0], curves.items(), strict=True):
-        for curve in by_seed.values():
-            steps, returns = zip(*curve, strict=True) if curve else ((), ())
-            axis.plot(steps, returns, color="tab:blue", linewidth=0.8, alpha=0.4)
-        points = band(by_seed)
-        steps, means, lower, upper = zip(*points, strict=True) if points else [()] * 4
-        axis.plot(steps, means, color="tab:blue", linewidth=2.2)
-        axis.fill_between(steps, lower, upper, color="tab:blue", alpha=0.15, linewidth=0)
+        draw_curve(axis, by_seed, "tab:blue")
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
                  ylabel="evaluation return")
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title} (each seed thin, mean and 95% t interval)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def draw_curve(axis: Any, by_seed: Curves, color: str, label: str | None = None) -> None:
+    """Every seed thin, their mean thick, its 95% t interval."""
+    for curve in by_seed.values():
+        steps, returns = zip(*curve, strict=True) if curve else ((), ())
+        axis.plot(steps, returns, color=color, linewidth=0.8, alpha=0.4)
+    points = band(by_seed)
+    steps, means, lower, upper = zip(*points, strict=True) if points else [()] * 4
+    axis.plot(steps, means, color=color, linewidth=2.2, label=label)
+    axis.fill_between(steps, lower, upper, color=color, alpha=0.15, linewidth=0)
 
 
 def band(by_seed: Curves) -> list[tuple[int, float, float, float]]:
