@@ -2,10 +2,11 @@
 
     python bench/learning.py                       those without a result, one after another
     python bench/learning.py sac-pendulum          one, whether it has a result or not
-    python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   a finished one
+    python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   keep that run
 
-A run that was interrupted goes on. Each leaves its config, versions and picture, and every
-evaluation of every seed in scores.csv, from which learning.md, bf16.md and curves.png are made.
+A run that was interrupted goes on, and `--run` keeps it as far as it got. Each leaves its config,
+versions and picture, and every evaluation of every seed in scores.csv, from which learning.md,
+bf16.md and curves.png are made.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from lab import arguments, published, recorder, report, stats  # noqa: E402
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
 Scores = dict[str, dict[tuple[int, int], float]]  # experiment -> (seed, step) -> evaluation return
-CHEETAH, HOPPER, WALKER = (f"--env {env} --seeds 5 --steps 100_000" for env in (
-    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"))
+CHEETAH, HOPPER, WALKER, LANDER, BIPED = (f"--env {env} --seeds 5 --steps 100_000" for env in (
+    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "LunarLanderContinuous-v3", "BipedalWalker-v3"))
 MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others
@@ -49,9 +50,22 @@ EXPERIMENTS = {
     "bro-halfcheetah": (
         f"agents/bro.py {CHEETAH} --qf-width 128 --compile --precision bf16",
         "6516 (BRO-Fast, wider)"),
-    "bro-walker": (
+    "droq-hopper": (
+        "agents/droq.py --env Hopper-v4 --seeds 5 --steps 100_000 --compile --precision bf16",
+        "1813"),
+    "sac-lunarlander": (
+        f"agents/sac.py {LANDER} --precision bf16", "200 counts as solved; 125 (SAC at 300 000)"),
+    "crossq-lunarlander": (
+        NARROW.format(LANDER) + " --precision bf16",
+        "200 counts as solved; 269 (CrossQ at 300 000)"),
+    "sac-biped": (
+        f"agents/sac.py {BIPED} --precision bf16", "300 counts as solved; -92 (SAC)"),
+    "crossq-biped": (
+        NARROW.format(BIPED) + " --precision bf16", "300 counts as solved; -92 (SAC)"),
+    "ppo-biped": (MILLION.format("BipedalWalker-v3"), "300 counts as solved"),
+    "bro-biped": (
         "agents/bro.py --env BipedalWalker-v3 --seeds 5 --steps 200_000 --qf-width 128 --compile "
-        "--precision bf16", "300 counts as solved; 198 (SAC at 500 000)"),
+        "--precision bf16", "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"),
     "crossq-hardcore": (
         "agents/crossq.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 256 "
         "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
@@ -109,11 +123,18 @@ def keep(name: str, run: Path) -> None:
     if settings["config"] | {name: options.get(name) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "versions.json", PICTURE):
-        shutil.copyfile(run / file, folder / file)
-    group = recorder.group_folder(run, options["env"][0], Path(options["agent"]).stem)
+    (env_id,) = options["env"]
+    group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
     curves = report.read_curves(group, range(options["seeds"]), "return/eval")
+    if not (run / PICTURE).exists():  # it did not end: as far as all seeds got
+        last = min(max((step for step, _ in curve), default=0) for curve in curves.values())
+        if not last:
+            raise SystemExit(f"{run} has a seed without an evaluation")
+        curves = {seed: [row for row in curve if row[0] <= last] for seed, curve in curves.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "versions.json"):
+        shutil.copyfile(run / file, folder / file)
+    report.draw_learning_curves(folder / PICTURE, {env_id: curves}, name)
     scores = read() | {name: {(seed, step): round(value, 3) for seed, curve in curves.items()
                               for step, value in curve}}
     with SCORES.open("w", newline="") as file:
@@ -156,8 +177,8 @@ def pairs(scores: Scores) -> str:
 def table(scores: Scores) -> str:
     """What each experiment reached at its end."""
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
-             "| seeds | mean | 95% t interval | IQM | each seed | published |",
-             "|---|---|---|---|---|---|---|"]
+             "| seeds | steps | mean | 95% t interval | IQM | each seed | published |",
+             "|---|---|---|---|---|---|---|---|"]
     for name, (flags, others) in EXPERIMENTS.items():
         if name not in scores:
             continue
@@ -165,7 +186,9 @@ def table(scores: Scores) -> str:
         end = max(step for _, step in returns)  # a seed that failed has no row there
         final = {seed: value for (seed, step), value in returns.items() if step == end}
         mean, low, high = stats.t_interval(list(final.values()))
-        lines.append(f"| `{flags}` | {len(final)} | {mean:.0f} | {low:.0f} to {high:.0f} "
+        stopped = ", stopped" * (end < arguments.parse(flags.split(), kind(name))[0].steps)
+        lines.append(f"| `{flags}` | {len(final)} | {end}{stopped} "
+                     f"| {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(list(final.values())):.0f} "
                      f"| {' '.join(f'{value:.0f}' for value in final.values())} | {others} |")
     return "\n".join(lines) + "\n"
@@ -225,7 +248,7 @@ def write_tables() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
-    parser.add_argument("--run", type=Path, help="keep this finished run; no training")
+    parser.add_argument("--run", type=Path, help="keep this run, as far as it got; no training")
     options = parser.parse_args()
     for unknown in set(options.names) - set(EXPERIMENTS):
         parser.error(f"no experiment {unknown!r}; there are {', '.join(EXPERIMENTS)}")
