@@ -157,6 +157,18 @@ def test_every_result_has_its_settings_and_its_picture():
             assert (learning.RESULTS / name / file).exists(), f"{name}/{file}"
 
 
+@pytest.mark.parametrize("name", learning.read())
+def test_a_results_settings_are_its_commands_and_can_be_taken(name):
+    argv = ["--config", str(learning.RESULTS / name / "config.json")]
+    taken, command = (arguments.parse(words, learning.kind(name))
+                      for words in (argv, learning.EXPERIMENTS[name][0].split()))
+    assert {key: value for key, value in taken[1].items()
+            if command[1][key] is not None} == {  # what a command leaves open the run has settled
+        key: value for key, value in command[1].items() if value is not None}
+    for option in ("agent", "env", "seeds", "steps", "clip_reward", "compile", "precision"):
+        assert getattr(taken[0], option) == getattr(command[0], option), option
+
+
 @pytest.mark.skipif(shutil.which("diff") is None, reason="no diff")
 @pytest.mark.parametrize("fork, base, most", [
     ("droq", "sac", 40), ("crossq", "sac", 90), ("bro", "crossq", 60), ("cem", "crossq", 120)])
