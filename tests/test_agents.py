@@ -104,6 +104,14 @@ def test_compiled_and_eager_updates_agree(module):
             torch.testing.assert_close(eager[name], compiled[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_a_value_is_not_rounded_to_bf16(module):
+    layer = module.Linear([torch.Generator().manual_seed(0)], 8, 1)
+    x = 300 + torch.rand(1, 100, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = layer(x)
+    torch.testing.assert_close(values, x @ layer.weight.view(8, 1) + layer.bias.view(1))
+
+
 def test_bf16_learns_close_to_fp32(module):
     steps = make_steps((0, 1), 1, 100)
     histories = [drive(make_agent(module, accelerate=Accelerator(False, precision)), steps)
