@@ -27,8 +27,9 @@ from lab import arguments, published, recorder, report, stats  # noqa: E402
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
 Scores = dict[str, dict[tuple[int, int], float]]  # experiment -> (seed, step) -> evaluation return
-CHEETAH, HOPPER, WALKER, LANDER, BIPED = (f"--env {env} --seeds 5 --steps 100_000" for env in (
-    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "LunarLanderContinuous-v3", "BipedalWalker-v3"))
+CHEETAH, HOPPER, WALKER, BIPED = (f"--env {env} --seeds 5 --steps 100_000" for env in (
+    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "BipedalWalker-v3"))
+LANDER = "--env LunarLanderContinuous-v3 --seeds 5 --steps 50_000"
 MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from bench import learning
+from lab import command, recorder
 
 NAME = "crossq-hardcore"
 SEEDS, STEPS = 4, 300_000
@@ -22,8 +23,7 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "versions.json").write_text("{}")
-    settings = json.loads(json.dumps({"options": vars(options), "config": config}, default=str))
-    (folder / "config.json").write_text(json.dumps(settings))
+    recorder.write_json(folder / "config.json", command.describe(options, config, NAME))
     return folder
 
 
