@@ -106,10 +106,15 @@ def ours(algorithm, seeds, mode, peer):
     return ratio("speed", (algorithm, "lab", seeds, mode), (algorithm, peer, "1", "fp32"))
 
 
-def standard_error(name):
+def last(name):
+    """Of each seed the last evaluation."""
     returns = learning.read()[name]
     end = max(step for _, step in returns)
-    return stats.sem([value for (_, step), value in returns.items() if step == end])
+    return [value for (_, step), value in returns.items() if step == end]
+
+
+def standard_error(name):
+    return stats.sem(last(name))
 
 
 def mean_over_run(name):
@@ -148,6 +153,9 @@ PROSE = {
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
+    "in bf16 on Walker2d just outside ({:.0f})": lambda: [standard_error("crossq-walker2d")],
+    "PPO's walker on BipedalWalker-v3 scores {:.0f}, not 300": lambda: [
+        statistics.fmean(last("ppo-biped"))],
     "CrossQ on Hopper is {:.0%} lower in bf16": lambda: [
         1 - mean_over_run("crossq-hopper-bf16") / mean_over_run("crossq-hopper")],
 }
