@@ -154,6 +154,12 @@ def read() -> Scores:
     return scores
 
 
+def last(returns: dict[tuple[int, int], float]) -> tuple[int, list[float]]:
+    """The last step, and what the seeds reached there; one that failed has no row."""
+    end = max(step for _, step in returns)
+    return end, [value for (_, step), value in returns.items() if step == end]
+
+
 def pairs(scores: Scores) -> str:
     """bf16 minus fp32, seed by seed: at the end, and as the mean over all evaluations."""
     lines = ["| run | seeds | steps | fp32, end | bf16 - fp32, end | each seed "
@@ -183,15 +189,13 @@ def table(scores: Scores) -> str:
     for name, (flags, others) in EXPERIMENTS.items():
         if name not in scores:
             continue
-        returns = scores[name]
-        end = max(step for _, step in returns)  # a seed that failed has no row there
-        final = {seed: value for (seed, step), value in returns.items() if step == end}
-        mean, low, high = stats.t_interval(list(final.values()))
+        end, final = last(scores[name])
+        mean, low, high = stats.t_interval(final)
         stopped = ", stopped" * (end < arguments.parse(flags.split(), kind(name))[0].steps)
         lines.append(f"| `{flags}` | {len(final)} | {end}{stopped} "
                      f"| {mean:.0f} | {low:.0f} to {high:.0f} "
-                     f"| {stats.iqm(list(final.values())):.0f} "
-                     f"| {' '.join(f'{value:.0f}' for value in final.values())} | {others} |")
+                     f"| {stats.iqm(final):.0f} "
+                     f"| {' '.join(f'{value:.0f}' for value in final)} | {others} |")
     return "\n".join(lines) + "\n"
 
 

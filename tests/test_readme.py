@@ -107,10 +107,7 @@ def ours(algorithm, seeds, mode, peer):
 
 
 def last(name):
-    """Of each seed the last evaluation."""
-    returns = learning.read()[name]
-    end = max(step for _, step in returns)
-    return [value for (_, step), value in returns.items() if step == end]
+    return learning.last(learning.read()[name])[1]
 
 
 def standard_error(name):
