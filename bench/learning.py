@@ -65,10 +65,15 @@ EXPERIMENTS = {
         NARROW.format(BIPED) + " --precision bf16", "300 counts as solved; -92 (SAC)"),
     "ppo-biped": (MILLION.format("BipedalWalker-v3"), "300 counts as solved"),
     "bro-biped": (
-        "agents/bro.py --env BipedalWalker-v3 --seeds 5 --steps 200_000 --qf-width 128 --compile "
-        "--precision bf16", "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"),
+        "agents/bro.py --env BipedalWalker-v3 --seeds 3 --steps 200_000 --qf-width 128 --compile "
+        "--precision bf16 --clip-reward -5 10",
+        "300 counts as solved; -12 (SAC), 105 (TD3-FORK), both without the clip"),
     "crossq-hardcore": (
         "agents/crossq.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 256 "
+        "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
+        "235 (TQC at 2 000 000)"),
+    "bro-hardcore": (
+        "agents/bro.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 128 "
         "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
         "235 (TQC at 2 000 000)"),
     "cem-lunarlander": (
