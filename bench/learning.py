@@ -212,18 +212,19 @@ def draw(scores: Scores, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: dict[tuple[str, bool], list[tuple[str, str]]] = {}  # -> experiment, agent
+    panels: dict[tuple[str, bool], list[tuple[str, str, str]]] = {}  # -> experiment, label, agent
     for name in sorted(scores.keys() & EXPERIMENTS.keys()):
         if name + "-bf16" not in scores:
             options = json.loads((RESULTS / name / "config.json").read_text())["options"]
+            clipped = ", clipped reward" if options.get("clip_reward") else ""  # older ones lack it
+            label = name.removesuffix("-bf16") + clipped
             panels.setdefault((options["env"][0], options["steps"] > 300_000), []).append(
-                (name, Path(options["agent"]).stem))
+                (name, label, Path(options["agent"]).stem))
     figure, axes = pyplot.subplots(-(-len(panels) // 3), 3, squeeze=False, layout="constrained",
                                    figsize=(15, 4 * -(-len(panels) // 3)))
     for axis, ((env_id, _), experiments) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for place, (name, agent) in enumerate(experiments):
-            draw_curve(axis, f"C{place}", scores[name], name.removesuffix("-bf16"),
-                       published.points(agent, env_id))
+        for place, (name, label, agent) in enumerate(experiments):
+            draw_curve(axis, f"C{place}", scores[name], label, published.points(agent, env_id))
         axis.set(title=env_id, xlabel="steps of one seed", ylabel="evaluation return")
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.grid(alpha=0.3)

@@ -72,3 +72,8 @@ def test_a_run_of_something_else_is_not_kept(run):
     (run / "config.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit, match="is not a run of crossq-hardcore"):
         learning.keep(NAME, run)
+
+
+def test_the_picture_can_be_drawn_from_what_is_committed(tmp_path):
+    learning.draw(learning.read(), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0

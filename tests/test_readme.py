@@ -110,6 +110,11 @@ def last(name):
     return learning.last(learning.read()[name])[1]
 
 
+def mean_at(name, step):
+    return statistics.fmean(
+        value for (_, at), value in learning.read()[name].items() if at == step)
+
+
 def standard_error(name):
     return stats.sem(last(name))
 
@@ -153,6 +158,12 @@ PROSE = {
     "in bf16 on Walker2d just outside ({:.0f})": lambda: [standard_error("crossq-walker2d")],
     "PPO's walker on BipedalWalker-v3 scores {:.0f}, not 300": lambda: [
         statistics.fmean(last("ppo-biped"))],
+    "its three seeds average {:.0f} on BipedalWalker-v3 after 80 000 steps and {:.0f} after "
+    "160 000": lambda: [mean_at("bro-biped", 80_000), mean_at("bro-biped", 160_000)],
+    "the run ends at {:.0f}: the critics' weights": lambda: [statistics.fmean(last("bro-biped"))],
+    "BRO after {} 000, at {:.0f},": lambda: [
+        learning.last(learning.read()["bro-hardcore"])[0] // 1000,
+        statistics.fmean(last("bro-hardcore"))],
     "CrossQ on Hopper is {:.0%} lower in bf16": lambda: [
         1 - mean_over_run("crossq-hopper-bf16") / mean_over_run("crossq-hopper")],
 }
