@@ -31,6 +31,8 @@ CHEETAH, HOPPER, WALKER, BIPED = (f"--env {env} --seeds 5 --steps 100_000" for e
     "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "BipedalWalker-v3"))
 LANDER = "--env LunarLanderContinuous-v3 --seeds 5 --steps 50_000"
 MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
+HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width {} "
+            "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others
 # have published at the same number of steps
@@ -68,14 +70,8 @@ EXPERIMENTS = {
         "agents/bro.py --env BipedalWalker-v3 --seeds 3 --steps 200_000 --qf-width 128 --compile "
         "--precision bf16 --clip-reward -5 10",
         "300 counts as solved; -12 (SAC), 105 (TD3-FORK), both without the clip"),
-    "crossq-hardcore": (
-        "agents/crossq.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 256 "
-        "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
-        "235 (TQC at 2 000 000)"),
-    "bro-hardcore": (
-        "agents/bro.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width 128 "
-        "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25",
-        "235 (TQC at 2 000 000)"),
+    "crossq-hardcore": (HARDCORE.format("crossq", 256), "235 (TQC at 2 000 000)"),
+    "bro-hardcore": (HARDCORE.format("bro", 128), "235 (TQC at 2 000 000)"),
     "cem-lunarlander": (
         "agents/cem.py --env LunarLanderContinuous-v3 --seeds 5 --steps 60_000 --qf-width 128 "
         "--compile --precision bf16", "200 counts as solved"),
@@ -118,15 +114,19 @@ def kind(name: str) -> type[arguments.Options]:
     return arguments.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else arguments.Simple
 
 
+def settings(name: str) -> tuple[arguments.Options, dict[str, Any]]:
+    """What its command sets: the script's options and the agent's config."""
+    return arguments.parse(EXPERIMENTS[name][0].split(), kind(name))
+
+
 def keep(name: str, run: Path) -> None:
     """Copy what a reader needs of a run into bench/results/<name>/."""
-    settings, (wanted, config) = (json.loads((run / "config.json").read_text()),
-                                  arguments.parse(EXPERIMENTS[name][0].split(), kind(name)))
-    options = settings["options"]
+    ran, (wanted, config) = json.loads((run / "config.json").read_text()), settings(name)
+    options = ran["options"]
     same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
             "num_envs")
     wanted = json.loads(json.dumps({name: getattr(wanted, name, None) for name in same} | config))
-    if settings["config"] | {name: options.get(name) for name in same} != wanted:
+    if ran["config"] | {name: options.get(name) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     (env_id,) = options["env"]
@@ -196,7 +196,7 @@ def table(scores: Scores) -> str:
             continue
         end, final = last(scores[name])
         mean, low, high = stats.t_interval(final)
-        stopped = ", stopped" * (end < arguments.parse(flags.split(), kind(name))[0].steps)
+        stopped = ", stopped" * (end < settings(name)[0].steps)
         lines.append(f"| `{flags}` | {len(final)} | {end}{stopped} "
                      f"| {mean:.0f} | {low:.0f} to {high:.0f} "
                      f"| {stats.iqm(final):.0f} "
@@ -215,11 +215,10 @@ def draw(scores: Scores, path: Path) -> None:
     panels: dict[tuple[str, bool], list[tuple[str, str, str]]] = {}  # -> experiment, label, agent
     for name in sorted(scores.keys() & EXPERIMENTS.keys()):
         if name + "-bf16" not in scores:
-            options = json.loads((RESULTS / name / "config.json").read_text())["options"]
-            clipped = ", clipped reward" if options.get("clip_reward") else ""  # older ones lack it
-            label = name.removesuffix("-bf16") + clipped
-            panels.setdefault((options["env"][0], options["steps"] > 300_000), []).append(
-                (name, label, Path(options["agent"]).stem))
+            options, _ = settings(name)
+            label = name.removesuffix("-bf16") + ", clipped reward" * bool(options.clip_reward)
+            panels.setdefault((options.env[0], options.steps > 300_000), []).append(
+                (name, label, Path(options.agent).stem))
     figure, axes = pyplot.subplots(-(-len(panels) // 3), 3, squeeze=False, layout="constrained",
                                    figsize=(15, 4 * -(-len(panels) // 3)))
     for axis, ((env_id, _), experiments) in zip(axes.flat, sorted(panels.items()), strict=False):

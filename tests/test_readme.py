@@ -183,8 +183,7 @@ def test_every_result_has_its_settings_and_its_picture():
 @pytest.mark.parametrize("name", learning.read())
 def test_a_results_settings_are_its_commands_and_can_be_taken(name):
     argv = ["--config", str(learning.RESULTS / name / "config.json")]
-    taken, command = (arguments.parse(words, learning.kind(name))
-                      for words in (argv, learning.EXPERIMENTS[name][0].split()))
+    taken, command = arguments.parse(argv, learning.kind(name)), learning.settings(name)
     assert {key: value for key, value in taken[1].items()
             if command[1][key] is not None} == {  # what a command leaves open the run has settled
         key: value for key, value in command[1].items() if value is not None}
