@@ -114,11 +114,16 @@ class DropoutNorm(nn.Module):
         self.shape = 2, config.batch_size, config.qf_width
         ones = torch.ones(len(generators), 2, 1, config.qf_width, device=generators[0].device)
         self.weight, self.bias = nn.Parameter(ones), nn.Parameter(torch.zeros_like(ones))
-        self.register_buffer("mask", ones.new_ones(len(ones), 1 + math.prod(self.shape)), False)
+        mean = config.dropout * math.prod(self.shape)
+        units = torch.zeros(len(ones), int(mean + 6 * mean**0.5), dtype=torch.long)
+        self.register_buffer("dropped", units.to(ones.device), False)  # as in a flat x
+        self.eps = 1e-5 * (1 - config.dropout)**2  # to which dropout's scale 1 / (1 - p) comes
 
     def forward(self, x):
-        x = x.view(-1, *self.shape) * self.mask[:, 1:].unflatten(1, self.shape)
-        return torch.addcmul(self.bias, F.layer_norm(x, self.shape[2:]), self.weight).flatten(0, 1)
+        if self.training:
+            x.view(-1).index_fill_(0, self.dropped.view(-1), 0)
+        x = F.layer_norm(x.view(-1, *self.shape), self.shape[2:], eps=self.eps)
+        return torch.addcmul(self.bias, x, self.weight).flatten(0, 1)
 
 
 class MLP(nn.Module):
@@ -279,31 +284,36 @@ class Agent:
         seen = self.transitions - self.learning_starts + self.num_envs
         due = int(seen * self.config.replay_ratio) - self.critic_steps
         for _ in range(due):
-            self._draw_masks(self.config.dropout, self.qf, self.qf_target)
+            self._drop_units(self.qf, self.qf_target)
             batch = self.replay.sample(self.config.batch_size)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
             next_noise, noise = noise.unbind(1)
             self.metrics.update(self.critic_step(*batch, next_noise))
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
-                self._draw_masks(self.config.dropout, self.qf_frozen)
+                self._drop_units(self.qf_frozen)
                 self.metrics.update(self.actor_step(batch[0], noise))
         metrics = dict(self.metrics) if due > 0 else {}
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)
             both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-            self._draw_masks(0.0, self.qf)  # a dropped unit would wake a dead one
             metrics |= plasticity("actor", self.actor, self.actor.mlp.hidden(obs))
-            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
+            metrics |= plasticity("qf", self.qf, self.qf.eval().mlp.hidden(both))
+            self.qf.train()  # a dropped unit would wake a dead one
         return metrics
 
-    def _draw_masks(self, dropout, *critics):  # by gaps: on a CPU 8 times as fast as by unit
-        for layer in (x for qf in critics for x in qf.modules() if isinstance(x, DropoutNorm)):
-            n, p = layer.mask[0, 1:].numel(), max(dropout, 1e-9)
-            gaps = torch.empty(int(n * p + 6 * (n * p)**0.5), device=self.device)
-            for mask, generator in zip(layer.mask, self.generators, strict=True):
-                dropped = gaps.geometric_(p, generator=generator).long().cumsum(0)
-                mask.fill_(1 / (1 - p))[dropped.where(dropped <= n, 0)] = 0  # 0: a bin
+    def _drop_units(self, *critics):  # by the gaps between them: few draws where few are dropped
+        layers = [x for qf in critics for x in qf.modules() if isinstance(x, DropoutNorm)]
+        seeds, drops = layers[0].dropped.shape
+        gaps = torch.empty(seeds, len(layers), drops, device=self.device)
+        for row, generator in zip(gaps, self.generators, strict=True):
+            if drops:
+                row.geometric_(self.config.dropout, generator=generator)
+        units, places = math.prod(layers[0].shape), gaps.long().cumsum(2) - 1  # in one seed's layer
+        places = places.where(places < units, places[..., :1] % units)  # past the end: the first
+        places += units * torch.arange(seeds, device=self.device)[:, None, None]
+        for layer, dropped in zip(layers, places.unbind(1), strict=True):
+            layer.dropped.copy_(dropped)
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
         with torch.no_grad():

@@ -14,10 +14,13 @@ NETWORKS = ("qf", "qf_target", "qf_frozen")
 
 
 def masks_of(agent, name):
-    """-> each hidden layer's mask, (S, 2, B, width)."""
-    shape = 2, agent.config.batch_size, agent.config.qf_width
-    return [layer.mask[:, 1:].clone().view(-1, *shape)
-            for layer in getattr(agent, name).modules() if isinstance(layer, droq.DropoutNorm)]
+    """-> which units of each hidden layer are kept, (S, 2, B, width)."""
+    masks = []
+    for layer in getattr(agent, name).modules():
+        if isinstance(layer, droq.DropoutNorm):
+            masks.append(torch.ones(len(layer.dropped), *layer.shape))
+            masks[-1].view(-1)[layer.dropped.flatten()] = 0
+    return masks
 
 
 class Dropout(nn.Module):
@@ -120,7 +123,7 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
 
     def watch(step, theirs):
         def watched(*x):
-            kept = {name: [mask[seed] > 0 for mask in masks_of(agent, name)] for name in NETWORKS}
+            kept = {name: [mask[seed] for mask in masks_of(agent, name)] for name in NETWORKS}
             calls.append((theirs, kept, x))
             return step(*x)
         return watched
@@ -146,14 +149,12 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
 def test_each_unit_is_dropped_by_itself_with_probability_p(p):
     """Bounds of five standard deviations on the share of all units, of each unit, of neighbours
     that drop together, and on the spread of a mask's count."""
-    agent = make_agent(droq, dropout=p)
+    agent = make_agent(droq, dropout=p, qf_width=64)
     masks = []
     for _ in range(500):
-        agent._draw_masks(p, agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._drop_units(agent.qf, agent.qf_target, agent.qf_frozen)
         masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
-    masks = torch.cat(masks).flatten(1)  # (draws, 2 * B * width)
-    dropped = (masks == 0).double()
-    assert torch.equal(masks[dropped == 0].unique(), torch.tensor([1 / (1 - p)]))
+    dropped = 1 - torch.cat(masks).flatten(1).double()  # (draws, 2 * B * width)
     draws, units = dropped.shape
 
     def deviations(values, mean, variance, count):
@@ -174,14 +175,14 @@ def test_no_dropout_drops_nothing():
     agent = make_agent(droq, dropout=0.0)
     drive(agent, make_steps((0, 1), 1, 12))
     for _ in range(50):
-        agent._draw_masks(0.0, agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._drop_units(agent.qf, agent.qf_target, agent.qf_frozen)
         assert all((mask == 1).all() for name in NETWORKS for mask in masks_of(agent, name))
 
 
 @pytest.mark.parametrize("measured_every", [2_048, 1])
 def test_no_two_masks_are_the_same(monkeypatch, measured_every):
-    """Neither of two networks, layers, seeds, critics nor steps; also where plasticity, which needs
-    masks of ones, has been measured in between."""
+    """Neither of two networks, layers, seeds, critics nor steps; also where plasticity, which drops
+    nothing, has been measured in between."""
     monkeypatch.setattr(droq, "PLASTICITY_EVERY", measured_every)
     agent = make_agent(droq, dropout=0.3, replay_ratio=4.0, policy_delay=2)
     masks = []
@@ -215,7 +216,7 @@ def test_a_dead_unit_counts_as_dead_whatever_was_dropped_last(monkeypatch):
         """After other masks for each seed, on one and the same batch."""
         for generator in agent.generators:
             generator.manual_seed(seed)
-        agent._draw_masks(0.5, agent.qf)
+        agent._drop_units(agent.qf)
         for generator, state in zip(agent.generators, states, strict=True):
             generator.set_state(state)
         metrics = agent.update()
