@@ -54,8 +54,9 @@ EXPERIMENTS = {
         f"agents/bro.py {CHEETAH} --qf-width 128 --compile --precision bf16",
         "6516 (BRO-Fast, wider)"),
     "droq-hopper": (
-        "agents/droq.py --env Hopper-v4 --seeds 5 --steps 100_000 --compile --precision bf16",
-        "1813"),
+        "agents/droq.py --env Hopper-v4 --seeds 4 --steps 100_000 --qf-width 128 --actor-width 128"
+        " --compile --precision bf16",
+        "1813 (256 wide)"),
     "sac-lunarlander": (
         f"agents/sac.py {LANDER} --precision bf16", "200 counts as solved; 125 (SAC at 300 000)"),
     "crossq-lunarlander": (
