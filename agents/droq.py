@@ -111,18 +111,16 @@ class DropoutNorm(nn.Module):
 
     def __init__(self, generators, config):
         super().__init__()
-        self.shape = 2, config.batch_size, config.qf_width
+        self.p, self.shape = config.dropout, (2, config.batch_size, config.qf_width)
         ones = torch.ones(len(generators), 2, 1, config.qf_width, device=generators[0].device)
         self.weight, self.bias = nn.Parameter(ones), nn.Parameter(torch.zeros_like(ones))
-        mean = config.dropout * math.prod(self.shape)
-        units = torch.zeros(len(ones), int(mean + 6 * mean**0.5), dtype=torch.long)
-        self.register_buffer("dropped", units.to(ones.device), False)  # as in a flat x
-        self.eps = 1e-5 * (1 - config.dropout)**2  # to which dropout's scale 1 / (1 - p) comes
+        drops = round(math.log(1 - self.p) / math.log(1 - 1 / math.prod(self.shape)))
+        self.register_buffer("dropped", ones.new_zeros(len(ones), drops, dtype=torch.long), False)
 
     def forward(self, x):
         if self.training:
-            x.view(-1).index_fill_(0, self.dropped.view(-1), 0)
-        x = F.layer_norm(x.view(-1, *self.shape), self.shape[2:], eps=self.eps)
+            x.view(len(self.dropped), -1).scatter_(1, self.dropped, 0)
+        x = F.layer_norm(x.view(-1, *self.shape), self.shape[2:], eps=1e-5 * (1 - self.p)**2)
         return torch.addcmul(self.bias, x, self.weight).flatten(0, 1)
 
 
@@ -297,23 +295,15 @@ class Agent:
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)
             both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
+            self.qf.eval()  # a dropped unit would wake a dead one
             metrics |= plasticity("actor", self.actor, self.actor.mlp.hidden(obs))
-            metrics |= plasticity("qf", self.qf, self.qf.eval().mlp.hidden(both))
-            self.qf.train()  # a dropped unit would wake a dead one
+            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
         return metrics
 
-    def _drop_units(self, *critics):  # by the gaps between them: few draws where few are dropped
-        layers = [x for qf in critics for x in qf.modules() if isinstance(x, DropoutNorm)]
-        seeds, drops = layers[0].dropped.shape
-        gaps = torch.empty(seeds, len(layers), drops, device=self.device)
-        for row, generator in zip(gaps, self.generators, strict=True):
-            if drops:
-                row.geometric_(self.config.dropout, generator=generator)
-        units, places = math.prod(layers[0].shape), gaps.long().cumsum(2) - 1  # in one seed's layer
-        places = places.where(places < units, places[..., :1] % units)  # past the end: the first
-        places += units * torch.arange(seeds, device=self.device)[:, None, None]
-        for layer, dropped in zip(layers, places.unbind(1), strict=True):
-            layer.dropped.copy_(dropped)
+    def _drop_units(self, *qfs):  # with replacement, so often that the share of all is `dropout`
+        for layer in (x for qf in qfs for x in qf.train().modules() if isinstance(x, DropoutNorm)):
+            for units, generator in zip(layer.dropped, self.generators, strict=True):
+                units.random_(math.prod(layer.shape), generator=generator)
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
         with torch.no_grad():

@@ -19,7 +19,7 @@ def masks_of(agent, name):
     for layer in getattr(agent, name).modules():
         if isinstance(layer, droq.DropoutNorm):
             masks.append(torch.ones(len(layer.dropped), *layer.shape))
-            masks[-1].view(-1)[layer.dropped.flatten()] = 0
+            masks[-1].view(len(layer.dropped), -1).scatter_(1, layer.dropped, 0)
     return masks
 
 
@@ -146,9 +146,10 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3])
-def test_each_unit_is_dropped_by_itself_with_probability_p(p):
+def test_each_unit_is_dropped_with_probability_p_and_with_no_other(p):
     """Bounds of five standard deviations on the share of all units, of each unit, of neighbours
-    that drop together, and on the spread of a mask's count."""
+    that drop together, and on the spread of the count in a sample's layer. Two units are drawn
+    apart from each other but for the draws of a whole batch being a fixed number."""
     agent = make_agent(droq, dropout=p, qf_width=64)
     masks = []
     for _ in range(500):
@@ -156,6 +157,10 @@ def test_each_unit_is_dropped_by_itself_with_probability_p(p):
         masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
     dropped = 1 - torch.cat(masks).flatten(1).double()  # (draws, 2 * B * width)
     draws, units = dropped.shape
+    number = agent.qf.mlp.fc1[1].dropped.shape[1]
+    kept, both_kept = (1 - 1 / units)**number, (1 - 2 / units)**number
+    assert abs(1 - kept - p) < 1 / units and abs(both_kept - kept**2) < 1 / units
+    p, both = 1 - kept, 1 - 2 * kept + both_kept
 
     def deviations(values, mean, variance, count):
         return (values - mean).abs().max().item() / (variance / count) ** 0.5
@@ -164,11 +169,12 @@ def test_each_unit_is_dropped_by_itself_with_probability_p(p):
     assert deviations(dropped.mean(0), p, p * (1 - p), draws) < 5
     z = (dropped.mean(0) - p) / (p * (1 - p) / draws) ** 0.5
     assert deviations(z.square().mean(), 1, 2, units) < 5
-    counts = (dropped.sum(1) - units * p) / (units * p * (1 - p)) ** 0.5
-    assert deviations(counts.square().mean(), 1, 2 + 1 / (units * p * (1 - p)), draws) < 5
+    counts = dropped.unflatten(1, (-1, 64)).sum(2) - 64 * p
+    spread = 64 * p * (1 - p) + 64 * 63 * (both - p * p)
+    assert deviations(counts.square().mean() / spread, 1, 2 + 1 / spread, counts.numel()) < 5
     for gap in (1, 2, 7):
         together = (dropped[:, gap:] * dropped[:, :-gap]).mean()
-        assert deviations(together, p * p, p * p + 2 * p**3, draws * units) < 5
+        assert deviations(together, both, both + 2 * p**3, draws * units) < 5
 
 
 def test_no_dropout_drops_nothing():
