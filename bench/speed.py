@@ -179,6 +179,8 @@ def summary(result: dict) -> str:
             if name == algorithm:
                 label, mode = PEERS.get(side, (f"lab, {seeds} seed{'s' * (seeds != '1')}", mode))
                 rows.setdefault(label, {})[mode] = values
+        if not rows:
+            continue
         peers = [rows[label][mode] for label, mode in PEERS.values() if label in rows]
         lines += ["", "| " + " | ".join([title, *MODES.values()]) + " |", "|---" * 5 + "|"]
         for label, modes in rows.items():
@@ -222,12 +224,16 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept_rows(options: argparse.Namespace) -> list[dict]:
-    """Rows of the result file for the algorithms that were not measured now."""
+def kept_rows(options: argparse.Namespace, processor: str) -> list[dict]:
+    """Rows of the result file for the algorithms that are not measured now."""
     if not options.out.exists():
         return []
-    rows = json.loads(options.out.read_text())["rows"]
-    return [row for row in rows if row["case"][0] not in options.algorithms]
+    result = json.loads(options.out.read_text())
+    rows = [row for row in result["rows"] if row["case"][0] not in options.algorithms]
+    if rows and result["processor"] != processor:
+        raise SystemExit(f"{options.out} is of another processor, {result['processor']}: "
+                         "measure all algorithms, or write elsewhere with --out")
+    return rows
 
 
 def main() -> None:
@@ -253,6 +259,10 @@ def main() -> None:
     if not options.peers:
         parser.error("--peers is needed: `make bench` builds their environment")
 
+    sys.path.insert(0, str(ROOT))
+    from lab.recorder import processor
+
+    kept = kept_rows(options, processor())
     rows = {case: [] for case in cases(options.algorithms)}
     begun, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
@@ -266,17 +276,17 @@ def main() -> None:
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
     memory = run_pinned(__file__, sys.executable, [options.core], ONE_CORE, "memory")
-    sys.path.insert(0, str(ROOT))
-    from lab.recorder import processor
-
     result = {
-        "command": "make bench", "environment": ENV, "repeats": options.repeats, "cores": 1,
-        "processor": processor(), "python": platform.python_version(),
+        "command": f"python bench/speed.py --peers PYTHON --repeats {options.repeats} "
+                   f"--algorithms {' '.join(options.algorithms)} "
+                   f"--out bench/results/{options.out.name}",
+        "environment": ENV, "repeats": options.repeats, "cores": 1, "processor": processor(),
+        "python": platform.python_version(),
         "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
         "peer_versions": versions(options.peers, ["torch", "stable-baselines3", "sbx-rl", "jax",
                                                   "gymnasium", "mujoco", "numpy"]),
         "memory_mib_8_seeds_sac_100k_steps": round(memory),
-        "rows": kept_rows(options) + [
+        "rows": kept + [
             {"case": case, "steps_per_s": [round(v, 1) for v in values]}
             for case, values in rows.items()],
     }
@@ -284,7 +294,7 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     table = summary(result)
     options.out.with_suffix(".md").write_text(table)
-    options.out.with_name("speed-spread.md").write_text(markdown(result))
+    options.out.with_name(f"{options.out.stem}-spread.md").write_text(markdown(result))
     print(f"{table}\n8 seeds of SAC with 100 000 steps: {memory:.0f} MiB\nwritten: {options.out}")
 
 
