@@ -140,6 +140,8 @@ PROSE = {
         *(ours(name, "4", "fp32-compiled", "sbx") for name in ("crossq", "droq"))],
     "one seed of SAC or DroQ in fp32 is faster there ({:.2f}, {:.2f})": lambda: [
         ours(name, "1", "fp32-compiled", "sbx") for name in ("sac", "droq")],
+    "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
+        ours("droq", "1", "bf16-compiled", "sbx", "speed-amx")],
     "stops training for {:.2%} of the five minutes": lambda: [
         result("checkpoints")["share_of_five_minutes"]],
     "Workers step HalfCheetah {:.0f} times as fast as gymnasium's AsyncVectorEnv, at {:.0%} of "
@@ -177,7 +179,7 @@ def test_with_amx_the_goals_are_passed_that_the_readme_names():
         return ours(algorithm, seeds, mode, "sbx", "speed-amx")
 
     assert amx("crossq", "1", "bf16-compiled") > 3 and amx("crossq", "1", "fp32-compiled") > 1.2
-    assert amx("droq", "4", "bf16-compiled") > 2.5 and amx("droq", "4", "fp32-compiled") < 1.5
+    assert amx("droq", "1", "fp32-compiled") > 1.5 and amx("droq", "4", "bf16-compiled") > 2.5
 
 
 @pytest.mark.parametrize("sentence", PROSE)
