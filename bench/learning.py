@@ -56,7 +56,7 @@ EXPERIMENTS = {
     "droq-hopper": (
         "agents/droq.py --env Hopper-v4 --seeds 4 --steps 100_000 --qf-width 128 --actor-width 128"
         " --compile --precision bf16",
-        "1813 (256 wide)"),
+        "1813 (wider)"),
     "sac-lunarlander": (
         f"agents/sac.py {LANDER} --precision bf16", "200 counts as solved; 125 (SAC at 300 000)"),
     "crossq-lunarlander": (
