@@ -161,6 +161,8 @@ PROSE = {
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
     "in bf16 on Walker2d just outside ({:.0f})": lambda: [standard_error("crossq-walker2d")],
+    "DroQ on Hopper reaches the published mean ({:.0f})": lambda: [
+        statistics.fmean(last("droq-hopper"))],
     "PPO's walker on BipedalWalker-v3 scores {:.0f}, not 300": lambda: [
         statistics.fmean(last("ppo-biped"))],
     "its three seeds average {:.0f} on BipedalWalker-v3 after 80 000 steps and {:.0f} after "
