@@ -114,12 +114,11 @@ class DropoutNorm(nn.Module):
         self.p, self.shape = config.dropout, (2, config.batch_size, config.qf_width)
         ones = torch.ones(len(generators), 2, 1, config.qf_width, device=generators[0].device)
         self.weight, self.bias = nn.Parameter(ones), nn.Parameter(torch.zeros_like(ones))
-        drops = round(math.log(1 - self.p) / math.log(1 - 1 / math.prod(self.shape)))
-        self.register_buffer("dropped", ones.new_zeros(len(ones), drops, dtype=torch.long), False)
+        self.drops = round(math.log(1 - self.p) / math.log(1 - 1 / math.prod(self.shape)))
+        self.register_buffer("dropped", ones.new_zeros(len(ones), self.drops, dtype=int), False)
 
     def forward(self, x):
-        if self.training:
-            x.view(len(self.dropped), -1).scatter_(1, self.dropped, 0)
+        x.view(len(self.dropped), -1).scatter_(1, self.dropped[:, : self.drops], 0)
         x = F.layer_norm(x.view(-1, *self.shape), self.shape[2:], eps=1e-5 * (1 - self.p)**2)
         return torch.addcmul(self.bias, x, self.weight).flatten(0, 1)
 
@@ -282,26 +281,27 @@ class Agent:
         seen = self.transitions - self.learning_starts + self.num_envs
         due = int(seen * self.config.replay_ratio) - self.critic_steps
         for _ in range(due):
-            self._drop_units(self.qf, self.qf_target)
+            self._drop_units(True, self.qf, self.qf_target)
             batch = self.replay.sample(self.config.batch_size)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
             next_noise, noise = noise.unbind(1)
             self.metrics.update(self.critic_step(*batch, next_noise))
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
-                self._drop_units(self.qf_frozen)
+                self._drop_units(True, self.qf_frozen)
                 self.metrics.update(self.actor_step(batch[0], noise))
         metrics = dict(self.metrics) if due > 0 else {}
         if self.transitions % PLASTICITY_EVERY < self.num_envs:
             obs, actions, *_ = self.replay.sample(self.config.batch_size)
             both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-            self.qf.eval()  # a dropped unit would wake a dead one
+            self._drop_units(False, self.qf)  # a dropped unit would wake a dead one
             metrics |= plasticity("actor", self.actor, self.actor.mlp.hidden(obs))
             metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
         return metrics
 
-    def _drop_units(self, *qfs):  # with replacement, so often that the share of all is `dropout`
-        for layer in (x for qf in qfs for x in qf.train().modules() if isinstance(x, DropoutNorm)):
+    def _drop_units(self, dropping, *qfs):  # with replacement: the share of all is `dropout`
+        for layer in (x for qf in qfs for x in qf.modules() if isinstance(x, DropoutNorm)):
+            layer.drops = dropping * layer.dropped.shape[1]
             for units, generator in zip(layer.dropped, self.generators, strict=True):
                 units.random_(math.prod(layer.shape), generator=generator)
 

@@ -153,7 +153,7 @@ def test_each_unit_is_dropped_with_probability_p_and_with_no_other(p):
     agent = make_agent(droq, dropout=p, qf_width=64)
     masks = []
     for _ in range(500):
-        agent._drop_units(agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._drop_units(True, agent.qf, agent.qf_target, agent.qf_frozen)
         masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
     dropped = 1 - torch.cat(masks).flatten(1).double()  # (draws, 2 * B * width)
     draws, units = dropped.shape
@@ -181,7 +181,7 @@ def test_no_dropout_drops_nothing():
     agent = make_agent(droq, dropout=0.0)
     drive(agent, make_steps((0, 1), 1, 12))
     for _ in range(50):
-        agent._drop_units(agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._drop_units(True, agent.qf, agent.qf_target, agent.qf_frozen)
         assert all((mask == 1).all() for name in NETWORKS for mask in masks_of(agent, name))
 
 
@@ -222,7 +222,7 @@ def test_a_dead_unit_counts_as_dead_whatever_was_dropped_last(monkeypatch):
         """After other masks for each seed, on one and the same batch."""
         for generator in agent.generators:
             generator.manual_seed(seed)
-        agent._drop_units(agent.qf)
+        agent._drop_units(True, agent.qf)
         for generator, state in zip(agent.generators, states, strict=True):
             generator.set_state(state)
         metrics = agent.update()
