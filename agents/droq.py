@@ -1,7 +1,7 @@
 """DroQ: Soft Actor-Critic with many gradient steps a transition, on regularised critics.
 
 Hiraoka et al. 2022, arXiv 2110.02034. Differences from sac.py:
-1. Dropout, then layer normalisation, in each hidden layer of the critics (section 3).
+1. Dropout, its units drawn with replacement, then layer normalisation in the critics (section 3).
 2. 20 critic steps a transition and one actor step, on the mean of the critics (algorithm 2).
 
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905: the soft

@@ -19,7 +19,8 @@ def masks_of(agent, name):
     for layer in getattr(agent, name).modules():
         if isinstance(layer, droq.DropoutNorm):
             masks.append(torch.ones(len(layer.dropped), *layer.shape))
-            masks[-1].view(len(layer.dropped), -1).scatter_(1, layer.dropped, 0)
+            masks[-1].view(len(layer.dropped), -1).scatter_(
+                1, layer.dropped[:, : layer.drops], 0)
     return masks
 
 
