@@ -194,8 +194,8 @@ class Agent:
         self.log_std = torch.zeros(S, 1, A, device=self.device, requires_grad=True)
         self.parameters = [*self.actor.parameters(), *self.critic.parameters(), self.log_std]
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=torch.tensor(config.lr, device=self.device), eps=1e-5, fused=True,
-            capturable=self.device.type == "cuda")
+            self.parameters, fused=True, capturable=self.device.type == "cuda", eps=1e-5,
+            lr=torch.tensor(config.lr, dtype=torch.float32, device=self.device))
         self.obs_normaliser = Normaliser(S, O, self.device)
         self.return_normaliser = Normaliser(S, 1, self.device)
         self.returns = torch.zeros(S, num_envs, device=self.device)  # of the running episodes

@@ -103,27 +103,32 @@ class CudaGraph:
     def __init__(self, fn: Callable[..., Any]):
         self.fn = fn
         self.calls: Counter[tuple[torch.Size, ...]] = Counter()
-        self.recordings: dict[tuple[torch.Size, ...], tuple[Any, list[torch.Tensor], Any]] = {}
+        self.inputs: dict[tuple[torch.Size, ...], list[torch.Tensor]] = {}
+        self.recordings: dict[tuple[torch.Size, ...], tuple[Any, Any]] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        tensors = tuple(x.contiguous() for x in tensors)  # strides are compiled in
         shapes = tuple(x.shape for x in tensors)
+        if shapes not in self.inputs:
+            # Warm-up reads the tensors that the recording reads: compilation guards on strides,
+            # storage offsets and aliasing, and cannot compile anew while a graph is recorded.
+            self.inputs[shapes] = [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+        inputs = self.inputs[shapes]
+        torch._foreach_copy_(inputs, list(tensors))
         self.calls[shapes] += 1
         if self.calls[shapes] <= self.WARM_UP:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                results = self.fn(*tensors)
-            torch.cuda.current_stream().wait_stream(side)
-            return results
-        if shapes not in self.recordings:
-            inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # this records and does not run
                 results = self.fn(*inputs)
-            self.recordings[shapes] = graph, inputs, results
-        graph, inputs, results = self.recordings[shapes]
-        torch._foreach_copy_(inputs, list(tensors))
-        graph.replay()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if shapes not in self.recordings:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # this records and does not run
+                    results = self.fn(*inputs)
+                self.recordings[shapes] = graph, results
+            graph, results = self.recordings[shapes]
+            graph.replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, results)
 
 
