@@ -1,82 +1,70 @@
-"""CEM: CrossQ without an actor: each action is searched for where the critics are highest.
+"""CEM: CrossQ without an actor: it searches for the action with the highest value.
 
-Differences from crossq.py: no entropy; the actor is QT-Opt's search (arXiv 1806.10293, section 4.2)
-with iCEM's warm start and clipping (2008.06389), shorter for targets (1812.05905, eq. 5, alpha 0).
+Differences from crossq.py (arXiv 1902.05605), which names its own from sac.py:
+1. No actor and no entropy: the search of QT-Opt (arXiv 1806.10293, section 4.2).
+2. It starts from the last plan and clips its samples, as iCEM (2008.06389); shorter for targets.
 
-Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
-1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
-2. Batch renormalisation before each layer of every network.
-
-Every tensor starts with S, the seeds that train side by side; read it as 1.
+Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
+two critics for each seed; read S as 1.
 
 Departures from the paper, each with its reason
-1. The first actions are uniform, so that the replay does not start with one policy's view.
+1. The first actions are uniform, so early data is not biased by an untrained policy.
 
     python learn_simple.py agents/cem.py --env Pendulum-v1 --seeds 8 --steps 10_000 --log
 """
 
-import copy
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-PLASTICITY_EVERY = 2_048  # transitions of one seed
-
 
 @dataclass(frozen=True)
 class Config:
-    gamma: float = 0.99  # discount a step
+    gamma: float = 0.99  # discount factor
     # Replay and schedule
-    buffer_size: int = 1_000_000  # transitions a seed; no more than the run's steps are allocated
-    learning_starts: int = 5_000  # random transitions before learning, at most a tenth of the run
-    replay_ratio: float = 1.0  # gradient steps a transition
-    batch_size: int = 256  # transitions a gradient step
+    buffer_size: int = 1_000_000  # transitions of one seed; at most the run's steps are allocated
+    learning_starts: int = 5_000  # random transitions before learning; at most a tenth of the run
+    replay_ratio: float = 1.0  # gradient steps per transition
+    batch_size: int = 256  # transitions per gradient step
     # Optimisation
-    qf_lr: float = 1e-3  # Adam step size of all but the actor
+    qf_lr: float = 1e-3  # Adam step size of the critics
     beta1: float = 0.5  # Adam's decay of the mean gradient
-    renorm: bool = True  # batch renormalisation; off: plain batch normalisation
-    renorm_warmup: int = 100_000  # a network's training steps before renormalisation begins
+    renorm: bool = True  # batch renormalisation; otherwise plain batch normalisation
+    renorm_warmup: int = 100_000  # training steps before renormalisation begins
     # Policy
-    iterations: int = 6  # rounds for each decision
-    samples: int = 32  # candidates a round for each action dimension
+    iterations: int = 6  # rounds of search for each decision
+    samples: int = 32  # candidates per round and action dimension
     target_iterations: int = 2  # the same for the targets
     target_samples: int = 8
     noise: float = 0.1  # standard deviation of exploration, in half ranges of the actions
     # Networks
-    qf_width: int = 256  # units of each of a critic's two hidden layers
+    qf_width: int = 256  # units in each of a critic's two hidden layers
+
+
+RANGES = {  # lowest and highest value allowed
+    "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
+    "iterations": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "noise": (0, 1e9),
+    "target_iterations": (1, 1e9), "qf_lr": (0, 1e9), "qf_width": (1, 1e9),
+    "samples": (2, 1e9), "target_samples": (2, 1e9),
+    "beta1": (0, 0.9999), "renorm_warmup": (0, 1e9),
+}
 
 
 def randn(generators, *shape):
-    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    """-> (S, *shape) standard normal noise, each seed's from its own generator."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 
 def td_target(rewards, terminations, next_values, gamma):
-    """All (S, B). Only a termination cuts the bootstrap; a truncation does not. Eq. 5."""
+    """All (S, B). Only a termination stops the bootstrap; a truncation does not."""
     return rewards + gamma * (1 - terminations) * next_values
 
 
-@torch.no_grad()
-def plasticity(name, network, hidden):
-    """How well a network can still learn: metrics (S,) from the activations of its hidden layers.
-
-    hidden: (S * copies, B, units) each. A dead unit has one output for the whole batch; a dormant
-    one is active no more than 0.025 times as much as its layer's mean: 2302.12902, definition 3.1.
-    """
-    weights = torch.cat([p.flatten(1) for p in network.parameters()], 1)
-    activity = [x.abs().mean(1) for x in hidden]
-    dead = [x.amax(1) == x.amin(1) for x in hidden]
-    dormant = [x <= 0.025 * x.mean(1, keepdim=True) for x in activity]
-    return {f"plasticity/{name}_weight_magnitude": weights.abs().mean(1)} | {
-        f"plasticity/{name}_{kind}": torch.cat(
-            [x.view(len(weights), -1) for x in units], 1).to(weights.dtype).mean(1)
-        for kind, units in (("dead_units", dead), ("dormant_ratio", dormant))}
-
-
 class Linear(nn.Module):
-    """`copies` dense layers a seed, side by side: (S * copies, B, in) -> (S * copies, B, out)."""
+    """`copies` dense layers for each seed: (S * copies, B, in) -> (S * copies, B, out)."""
 
     def __init__(self, generators, fan_in, fan_out, copies=1):
         super().__init__()
@@ -90,14 +78,14 @@ class Linear(nn.Module):
 
     def forward(self, x):
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten(0, 1)
-        if weight.shape[-1] == 1:  # a value, not in bf16, which counts in twos from 256 on
+        if weight.shape[-1] == 1:  # bf16 rounds values above 256 to even numbers: sum in fp32
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
 
 
 class BatchNorm(nn.Module):
-    """Batch renormalisation of each copy by itself, (S * copies, B, units) to the same, not bf16:
-    1702.03275, algorithm 1, r_max 3, d_max 5; plain normalisation for the first training steps."""
+    """Batch renormalisation of each copy, (S * copies, B, units) to the same, in fp32: 1702.03275,
+    algorithm 1, r_max 3, d_max 5; plain batch normalisation for the first training steps."""
 
     def __init__(self, generators, config, units, copies):
         super().__init__()
@@ -111,23 +99,23 @@ class BatchNorm(nn.Module):
     def forward(self, x, train):
         weight, bias, mean, var = (
             t.flatten(0, 1) for t in (self.weight, self.bias, self.mean, self.var))
-        scale = (var + 1e-3).rsqrt()
+        scale, shift = (var + 1e-3).rsqrt(), bias
         if train:
             b_var, b_mean = torch.var_mean(x.type_as(var), 1, correction=0, keepdim=True)
             b_scale = (b_var + 1e-3).rsqrt()
             with torch.no_grad():
-                warm = self.warmup <= 0
-                r = torch.where(warm, (scale / b_scale).clamp(1 / 3, 3), 1.0)
-                d = torch.where(warm, ((b_mean - mean) * scale).clamp(-5, 5), 0.0)
+                renorm = self.warmup <= 0
+                r = torch.where(renorm, (scale / b_scale).clamp(1 / 3, 3), 1.0)
+                d = torch.where(renorm, ((b_mean - mean) * scale).clamp(-5, 5), 0.0)
                 mean.lerp_(b_mean, 0.01)
                 var.lerp_(b_var * (x.shape[1] / max(1, x.shape[1] - 1)), 0.01)  # unbiased
                 self.warmup -= 1
-            mean, scale, bias = b_mean, b_scale * r, bias + d * weight
-        return torch.addcmul(bias - mean * scale * weight, x, scale * weight)
+            mean, scale, shift = b_mean, b_scale * r, bias + d * weight
+        return torch.addcmul(shift - mean * scale * weight, x, scale * weight)
 
 
 class MLP(nn.Module):
-    """Two hidden layers, `copies` of them a seed: (S * copies, B, in) -> (S * copies, B, out)."""
+    """Two hidden layers, `copies` for each seed: (S * copies, B, in) -> (S * copies, B, out)."""
 
     def __init__(self, generators, config, fan_in, width, fan_out, copies=1):
         super().__init__()
@@ -138,13 +126,14 @@ class MLP(nn.Module):
         self.head = Linear(generators, width, fan_out, copies)
 
     def hidden(self, x, train=False):
-        """-> the activations of each hidden layer, (S * copies, B, width)."""
-        first = self.fc1(self.norms[0](x, train)).relu_()  # in place: 4% of an update on a CPU
-        return first, self.fc2(self.norms[1](first, train)).relu_()
+        """-> the activations of both hidden layers, (S * copies, B, width)."""
+        h1 = self.fc1(self.norms[0](x, train)).relu_()  # in place: 4% of an update on a CPU
+        h2 = self.fc2(self.norms[1](h1, train)).relu_()
+        return h1, h2
 
     def forward(self, x, train):
-        last = self.norms[2](self.hidden(x, train)[-1], train)
-        return self.head(last).type_as(x)  # no bf16 from here on
+        _, h2 = self.hidden(x, train)
+        return self.head(self.norms[2](h2, train)).type_as(x)  # fp32 again, under autocast too
 
 
 class QFunctions(nn.Module):
@@ -155,13 +144,17 @@ class QFunctions(nn.Module):
         fan_in = spec.obs_dim + spec.action_dim
         self.mlp = MLP(generators, config, fan_in, config.qf_width, 1, copies=2)
 
+    def inputs(self, obs, actions):
+        return torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)  # (S * 2, B, O + A)
+
     def forward(self, obs, actions, train=False):
-        x = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-        return self.mlp(x, train).view(-1, 2, obs.shape[1])
+        return self.mlp(self.inputs(obs, actions), train).view(-1, 2, obs.shape[1])
 
 
 class Replay:
-    """The last `capacity` transitions of each seed: one row holds one whole transition."""
+    """The last `capacity` transitions of each seed; one row is one transition."""
+
+    STATE = ("rows", "position", "size")
 
     def __init__(self, generators, capacity, spec):
         self.widths = [spec.obs_dim, spec.action_dim, spec.obs_dim, 1, 1]
@@ -170,7 +163,7 @@ class Replay:
         self.generators, self.position, self.size = generators, 0, 0
 
     def add(self, obs, actions, next_obs, rewards, terminations):
-        """Each (S, N, ...): N new rows a seed; the capacity is a multiple of N."""
+        """Each (S, N, ...): N new rows for each seed; the capacity is a multiple of N."""
         end = self.position + obs.shape[1]
         flags = torch.stack([rewards, terminations.to(rewards.dtype)], -1)
         self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)
@@ -187,28 +180,13 @@ class Replay:
         return obs, actions, next_obs, rewards.squeeze(-1), terminations.squeeze(-1)
 
 
-def validate(spec, config):
-    """ValueError that names the field and the value."""
-    for low, high, names in (
-            (1, 1e9, "buffer_size batch_size qf_width iterations target_iterations"),
-            (2, 1e9, "samples target_samples"),
-            (0, 1e9, "learning_starts replay_ratio qf_lr noise"),
-            (0, 0.9999, "beta1"), (0, 1, "gamma")):
-        for name in names.split():
-            value = getattr(config, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
-    for name in ("action_low", "action_high"):
-        if not all(map(math.isfinite, getattr(spec, name))):
-            raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")
-
-
 class Agent:
     name = "cem"
+    STATE = ("qf", "qf_optimizer", "plans",
+             "replay", "generators", "transitions", "critic_steps")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):
-        validate(spec, config)
         self.spec, self.config, self.num_envs = spec, config, num_envs
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
@@ -217,111 +195,99 @@ class Agent:
 
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.centre, self.scale = (self.high + self.low) / 2, (self.high - self.low) / 2
-        c, A = config, spec.action_dim
-        self.plans = torch.zeros(len(seeds), num_envs, A, device=self.device)
-        self.target_noise = c.target_iterations, c.batch_size, c.target_samples * A, A
+        if not (self.scale + self.centre).isfinite().all():
+            raise ValueError(f"action bounds must be finite, not {spec.action_low} to "
+                             f"{spec.action_high}")
+        self.plans = torch.zeros(len(seeds), num_envs, spec.action_dim, device=self.device)
         self.qf = QFunctions(self.generators, spec, config)
-        fused = {"fused": True, "betas": (config.beta1, 0.999),
-                 "capturable": self.device.type == "cuda"}
-        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
+        adam = functools.partial(
+            torch.optim.Adam,
+            betas=(config.beta1, 0.999),
+            fused=True, capturable=self.device.type == "cuda")
+        self.qf_optimizer = adam(self.qf.parameters(), lr=config.qf_lr)
+
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
         self.replay = Replay(self.generators, capacity, spec)
-        self.metrics = {}
-        self.critic_step = accelerate(self._update_critic)
+        self.update_critic = accelerate(self._update_critic)
         self.search = accelerate(self._search)
 
     @torch.no_grad()
     def act(self, obs, explore=True):
         """obs (S, N, O) -> actions (S, N, A) in environment units; no noise if not exploring."""
-        noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
-        if explore:
-            noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
+        noise = randn(self.generators, obs.shape[1], self.spec.action_dim) if explore else (
+            torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device))
         if explore and self.transitions < self.learning_starts:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
             return self.low + (self.high - self.low) * uniform
+        # Exploring, the search starts from the last plan; otherwise from 0 with the same samples
         c, (_, N, A) = self.config, noise.shape
         warm = explore and self.num_envs >= N
         generators = self.generators if explore else [torch.Generator(self.device).manual_seed(0)]
         draws = randn(generators, c.iterations, N, c.samples * A, A)
         plans = self.search(obs, self.plans[:, :N] if warm else torch.zeros_like(noise), draws)
-        self.plans = torch.cat([self.plans[:, N:], plans], 1) if warm else self.plans
-        return (self.centre + self.scale * (plans + c.noise * noise)).clamp(self.low, self.high)
+        self.plans.copy_(torch.cat([self.plans[:, N:], plans], 1) if warm else self.plans)
+        actions = self.centre + self.scale * (plans + c.noise * noise)
+        return actions.clamp(self.low, self.high)
 
     def _search(self, obs, mean, draws):
         """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A) -> (S, B, A) in [-1, 1]."""
         std, obs = torch.ones_like(mean), obs.repeat_interleave(draws.shape[3], dim=1)
         for noise in draws.unbind(1):
-            x = (mean[:, :, None] + std[:, :, None] * noise).clamp(-1, 1)
+            x = (mean[:, :, None] + std[:, :, None] * noise).clamp(-1, 1)  # (S, B, K, A)
             values = self.qf(obs, self.centre + self.scale * x.flatten(1, 2)).amin(1)
             best = values.view(x.shape[:3]).topk(max(2, x.shape[2] // 8)).indices
             elites = x.gather(2, best[..., None].expand(-1, -1, -1, x.shape[3]))
-            agreed = std.mean(-1, keepdim=True) < 0.025  # this row's search is over
-            mean = mean.where(agreed, elites.mean(2))
-            std = std.where(agreed, elites.std(2, correction=0).clamp(min=0.01))
+            converged = std.mean(-1, keepdim=True) < 0.025  # the search of this row is over
+            mean = mean.where(converged, elites.mean(2))
+            std = std.where(converged, elites.std(2, correction=0).clamp(min=0.01))
         return mean
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
-        """One step, each (S, N, ...). A truncation is no end of the task: it is not stored."""
-        self.plans = self.plans.where((terminations + truncations)[..., None] == 0, 0.0)
+        """Store one step, each (S, N, ...). Truncation does not end the task: it is not stored."""
+        self.plans.masked_fill_((terminations + truncations)[..., None] > 0, 0.0)
         self.replay.add(obs, actions, next_obs, rewards, terminations)
         self.transitions += obs.shape[1]
 
     def update(self):
-        """The gradient steps due since the last call -> the last one's metrics, each (S,)."""
+        """Take the gradient steps that are due -> metrics of the last ones, each (S,)."""
         if self.transitions < self.learning_starts:
             return {}
         seen = self.transitions - self.learning_starts + self.num_envs
         due = int(seen * self.config.replay_ratio) - self.critic_steps
+        metrics = {}
         for _ in range(due):
-            batch = self.replay.sample(self.config.batch_size)
-            next_noise = randn(self.generators, *self.target_noise)
-            self.metrics.update(self.critic_step(*batch, next_noise))
+            self.batch = self.replay.sample(self.config.batch_size)
+            c, A = self.config, self.spec.action_dim
+            noise = randn(self.generators, c.target_iterations, c.batch_size,
+                          c.target_samples * A, A)
+            metrics |= self.update_critic(*self.batch, noise)
             self.critic_steps += 1
-        metrics = dict(self.metrics) if due > 0 else {}
-        if self.transitions % PLASTICITY_EVERY < self.num_envs:
-            obs, actions, *_ = self.replay.sample(self.config.batch_size)
-            both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
         return metrics
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
+        # One pass over both batches, so that they share the statistics of batch normalisation
         with torch.no_grad():
-            next_actions = self.centre + self.scale * self._search(b_next_obs, 0 * b_actions, noise)
+            plans = self._search(b_next_obs, torch.zeros_like(b_actions), noise)
+            next_actions = self.centre + self.scale * plans
         both = torch.cat([b_obs, b_next_obs], 1), torch.cat([b_actions, next_actions], 1)
         values, next_values = self.qf(*both, train=True).chunk(2, dim=2)
+
+        # Target: the lower critic
         with torch.no_grad():
-            next_values = next_values.amin(1)
-            target = td_target(b_rewards, b_terminations, next_values, self.config.gamma)
-        assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
-        loss = (values - target[:, None]).square().mean(2).sum(1)  # (S,)
-        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
+            target = td_target(b_rewards, b_terminations, next_values.amin(1), self.config.gamma)
+            target = target[:, None].expand(-1, 2, -1)  # the same for both critics
+
+        # Loss: squared error, summed over the two critics
+        assert values.shape == target.shape, (values.shape, target.shape)
+        qf_loss = (values - target).square().mean(2).sum(1)  # (S,)
+
+        # Step: the sum over seeds gives each seed exactly its own gradient
+        qf_loss.sum().backward()
         self.qf_optimizer.step()
-        self.qf_optimizer.zero_grad()  # last: compilation needs one graph up to here
-        return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
+        self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
+        return {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
-    PARTS = ("qf", "qf_optimizer")
-
-    def state_dict(self):
-        """Everything that the future depends on, by reference."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
-            "tensors": {"plans": self.plans},
-            "replay": {"rows": self.replay.rows, "position": self.replay.position,
-                       "size": self.replay.size},
-            "counters": {"transitions": self.transitions, "critic_steps": self.critic_steps},
-            "generators": [g.get_state() for g in self.generators],
-        }
-
-    def load_state_dict(self, state):
-        """Continue exactly where `state` was taken. ValueError if the replay has another shape."""
-        if state["replay"]["rows"].shape != self.replay.rows.shape:
-            raise ValueError(f"replay is {tuple(self.replay.rows.shape)}, the checkpoint's is "
-                             f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
-        self.plans = state["tensors"]["plans"].to(self.device, copy=True)
-        self.replay.rows.copy_(state["replay"]["rows"])
-        self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))
-        self.transitions, self.critic_steps = (
-            state["counters"][k] for k in ("transitions", "critic_steps"))
-        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(generator_state.cpu())
+    def hidden_activations(self):
+        """Of the last batch, for the harness's plasticity metrics."""
+        b_obs, b_actions, *_ = self.batch
+        return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions))}

@@ -1,88 +1,82 @@
 """Soft Actor-Critic: an off-policy agent that maximises return and the entropy of its policy.
 
-Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905: the soft
-Q target is eq. 5-6, the reparameterised policy loss eq. 9, the temperature loss eq. 18, the density
-of the squashed Gaussian appendix C.
-Every tensor starts with S, the seeds that train side by side; read it as 1.
+Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
+
+Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
+two critics for each seed; read S as 1.
 
 Departures from the paper, each with its reason
-1. The first actions are uniform, so that the replay does not start with one policy's view.
-2. log_std is squashed into [-5, 2] by a tanh, as in CleanRL: a hard clamp has no gradient outside.
+1. The first actions are uniform, so early data is not biased by an untrained policy.
+2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
 3. The critics and the temperature learn faster (1e-3) than the actor (3e-4), as in CleanRL.
 
     python learn_simple.py agents/sac.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
 """
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-PLASTICITY_EVERY = 2_048  # transitions of one seed
+LOG_STD_MIN, LOG_STD_MAX = -5, 2
 
 
 @dataclass(frozen=True)
 class Config:
-    gamma: float = 0.99  # discount a step
+    gamma: float = 0.99  # discount factor
     # Replay and schedule
-    buffer_size: int = 1_000_000  # transitions a seed; no more than the run's steps are allocated
-    learning_starts: int = 5_000  # random transitions before learning, at most a tenth of the run
-    replay_ratio: float = 1.0  # gradient steps a transition
-    policy_delay: int = 1  # critic steps for each actor step
-    batch_size: int = 256  # transitions a gradient step
+    buffer_size: int = 1_000_000  # transitions of one seed; at most the run's steps are allocated
+    learning_starts: int = 5_000  # random transitions before learning; at most a tenth of the run
+    replay_ratio: float = 1.0  # gradient steps per transition
+    policy_delay: int = 1  # critic steps per actor step
+    batch_size: int = 256  # transitions per gradient step
     # Optimisation
     actor_lr: float = 3e-4  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of all but the actor
-    tau: float = 0.005  # share of the critics that enters their targets at each step
+    qf_lr: float = 1e-3  # Adam step size of the critics and the temperature
+    tau: float = 0.005  # step of the target critics towards the critics
     # Policy
-    tune_alpha: bool = True  # learn the temperature; off: keep it at alpha
-    alpha: float = 1.0  # temperature: the weight of entropy against reward, or its start
-    target_entropy: float = -1.0  # nats for each action dimension, in environment units
+    tune_alpha: bool = True  # learn the temperature; otherwise keep it at alpha
+    alpha: float = 1.0  # initial temperature: the weight of entropy against reward
+    target_entropy: float = -1.0  # nats per action dimension, in environment units
     # Networks
-    actor_width: int = 256  # units of each of the actor's two hidden layers
-    qf_width: int = 256  # units of each of a critic's two hidden layers
+    actor_width: int = 256  # units in each of the actor's two hidden layers
+    qf_width: int = 256  # units in each of a critic's two hidden layers
+
+
+RANGES = {  # lowest and highest value allowed
+    "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
+    "policy_delay": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "alpha": (0, 1e9),
+    "actor_lr": (0, 1e9), "qf_lr": (0, 1e9), "actor_width": (1, 1e9), "qf_width": (1, 1e9),
+    "tau": (0, 1),
+}
 
 
 def randn(generators, *shape):
-    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    """-> (S, *shape) standard normal noise, each seed's from its own generator."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 
 def td_target(rewards, terminations, next_values, gamma):
-    """All (S, B). Only a termination cuts the bootstrap; a truncation does not. Eq. 5."""
+    """All (S, B). Only a termination stops the bootstrap; a truncation does not."""
     return rewards + gamma * (1 - terminations) * next_values
 
 
-@torch.no_grad()
-def plasticity(name, network, hidden):
-    """How well a network can still learn: metrics (S,) from the activations of its hidden layers.
-
-    hidden: (S * copies, B, units) each. A dead unit has one output for the whole batch; a dormant
-    one is active no more than 0.025 times as much as its layer's mean: 2302.12902, definition 3.1.
-    """
-    weights = torch.cat([p.flatten(1) for p in network.parameters()], 1)
-    activity = [x.abs().mean(1) for x in hidden]
-    dead = [x.amax(1) == x.amin(1) for x in hidden]
-    dormant = [x <= 0.025 * x.mean(1, keepdim=True) for x in activity]
-    return {f"plasticity/{name}_weight_magnitude": weights.abs().mean(1)} | {
-        f"plasticity/{name}_{kind}": torch.cat(
-            [x.view(len(weights), -1) for x in units], 1).to(weights.dtype).mean(1)
-        for kind, units in (("dead_units", dead), ("dormant_ratio", dormant))}
-
-
 def squashed_log_probs(x, noise, log_std, log_scale):
-    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B). Appendix C."""
+    """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B)."""
+    # Change of variables, 1812.05905, appendix C: log p(x) minus the log-slope of scale * tanh
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    # from x itself: exact also where tanh(x) rounds to 1
+    # computed from x, it stays exact where tanh(x) rounds to 1
     log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
     return (log_normal - log_slope).sum(-1)
 
 
 class Linear(nn.Module):
-    """`copies` dense layers a seed, side by side: (S * copies, B, in) -> (S * copies, B, out)."""
+    """`copies` dense layers for each seed: (S * copies, B, in) -> (S * copies, B, out)."""
 
     def __init__(self, generators, fan_in, fan_out, copies=1):
         super().__init__()
@@ -96,13 +90,13 @@ class Linear(nn.Module):
 
     def forward(self, x):
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten(0, 1)
-        if weight.shape[-1] == 1:  # a value, not in bf16, which counts in twos from 256 on
+        if weight.shape[-1] == 1:  # bf16 rounds values above 256 to even numbers: sum in fp32
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
 
 
 class MLP(nn.Module):
-    """Two hidden layers, `copies` of them a seed: (S * copies, B, in) -> (S * copies, B, out)."""
+    """Two hidden layers, `copies` for each seed: (S * copies, B, in) -> (S * copies, B, out)."""
 
     def __init__(self, generators, fan_in, width, fan_out, copies=1):
         super().__init__()
@@ -111,13 +105,14 @@ class MLP(nn.Module):
         self.head = Linear(generators, width, fan_out, copies)
 
     def hidden(self, x):
-        """-> the activations of each hidden layer, (S * copies, B, width)."""
-        first = self.fc1(x).relu_()  # in place: 4% of an update on a CPU
-        return first, self.fc2(first).relu_()
+        """-> the activations of both hidden layers, (S * copies, B, width)."""
+        h1 = self.fc1(x).relu_()  # in place: 4% of an update on a CPU
+        h2 = self.fc2(h1).relu_()
+        return h1, h2
 
     def forward(self, x):
-        last = self.hidden(x)[-1]
-        return self.head(last).type_as(x)  # no bf16 from here on
+        _, h2 = self.hidden(x)
+        return self.head(h2).type_as(x)  # fp32 again, under autocast too
 
 
 class Actor(nn.Module):
@@ -129,10 +124,14 @@ class Actor(nn.Module):
         low, high = torch.tensor([spec.action_low, spec.action_high], device=generators[0].device)
         self.register_buffer("scale", (high - low) / 2, persistent=False)
         self.register_buffer("centre", (high + low) / 2, persistent=False)
+        if not (self.scale + self.centre).isfinite().all():
+            raise ValueError(f"action bounds must be finite, not {spec.action_low} to "
+                             f"{spec.action_high}")
 
     def forward(self, obs, noise):
-        mean, log_std = self.mlp(obs).chunk(2, dim=-1)
-        log_std = 3.5 * torch.tanh(log_std) - 1.5  # in [-5, 2]
+        mean, raw_log_std = self.mlp(obs).chunk(2, dim=-1)
+        middle, half_range = (LOG_STD_MAX + LOG_STD_MIN) / 2, (LOG_STD_MAX - LOG_STD_MIN) / 2
+        log_std = middle + half_range * torch.tanh(raw_log_std)
         x = mean + log_std.exp() * noise
         actions = self.centre + self.scale * torch.tanh(x)
         return actions, squashed_log_probs(x, noise, log_std, self.scale.log())
@@ -146,21 +145,17 @@ class QFunctions(nn.Module):
         fan_in = spec.obs_dim + spec.action_dim
         self.mlp = MLP(generators, fan_in, config.qf_width, 1, copies=2)
 
+    def inputs(self, obs, actions):
+        return torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)  # (S * 2, B, O + A)
+
     def forward(self, obs, actions):
-        x = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-        return self.mlp(x).view(-1, 2, obs.shape[1])
-
-
-def frozen(module):
-    """The same weights read without gradient: the actor's step needs none for the critics."""
-    twin = copy.deepcopy(module).requires_grad_(False)
-    for name, theirs in twin.state_dict(keep_vars=True).items():
-        theirs.data = module.state_dict()[name]
-    return twin
+        return self.mlp(self.inputs(obs, actions)).view(-1, 2, obs.shape[1])
 
 
 class Replay:
-    """The last `capacity` transitions of each seed: one row holds one whole transition."""
+    """The last `capacity` transitions of each seed; one row is one transition."""
+
+    STATE = ("rows", "position", "size")
 
     def __init__(self, generators, capacity, spec):
         self.widths = [spec.obs_dim, spec.action_dim, spec.obs_dim, 1, 1]
@@ -169,7 +164,7 @@ class Replay:
         self.generators, self.position, self.size = generators, 0, 0
 
     def add(self, obs, actions, next_obs, rewards, terminations):
-        """Each (S, N, ...): N new rows a seed; the capacity is a multiple of N."""
+        """Each (S, N, ...): N new rows for each seed; the capacity is a multiple of N."""
         end = self.position + obs.shape[1]
         flags = torch.stack([rewards, terminations.to(rewards.dtype)], -1)
         self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)
@@ -186,28 +181,14 @@ class Replay:
         return obs, actions, next_obs, rewards.squeeze(-1), terminations.squeeze(-1)
 
 
-def validate(spec, config):
-    """ValueError that names the field and the value."""
-    for low, high, names in (
-            (1, 1e9, "buffer_size policy_delay batch_size actor_width qf_width"),
-            (0, 1e9, "learning_starts replay_ratio actor_lr qf_lr"),
-            (1e-6 if config.tune_alpha else 0, 1e9, "alpha"),
-            (0, 1, "gamma tau")):
-        for name in names.split():
-            value = getattr(config, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
-    for name in ("action_low", "action_high"):
-        if not all(map(math.isfinite, getattr(spec, name))):
-            raise ValueError(f"{name} must be finite for each action, not {getattr(spec, name)}")
-
-
 class Agent:
     name = "sac"
+    STATE = ("actor", "qf", "log_alpha", "actor_optimizer", "qf_optimizer", "alpha_optimizer",
+             "qf_target",
+             "replay", "generators", "transitions", "critic_steps")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):
-        validate(spec, config)
         self.spec, self.config, self.num_envs = spec, config, num_envs
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
@@ -217,114 +198,104 @@ class Agent:
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
         self.qf = QFunctions(self.generators, spec, config)
-        self.qf_frozen = frozen(self.qf)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        self.log_alpha = torch.full([len(seeds)], config.alpha).log().to(device).requires_grad_()
-        fused = {"fused": True,
-                 "capturable": self.device.type == "cuda"}
-        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=config.qf_lr, **fused)
-        groups = [{"params": list(self.actor.parameters())}]
-        groups += [{"params": [self.log_alpha], "lr": config.qf_lr}] if config.tune_alpha else []
-        self.actor_optimizer = torch.optim.Adam(groups, lr=config.actor_lr, **fused)
+        if config.tune_alpha and config.alpha == 0:
+            raise ValueError("alpha must be above 0 to be tuned, not 0.0: its logarithm is learned")
+        self.log_alpha = torch.full([len(seeds)], config.alpha, device=self.device).log()
+        self.log_alpha.requires_grad_(config.tune_alpha)
+
+        adam = functools.partial(
+            torch.optim.Adam,
+            fused=True, capturable=self.device.type == "cuda")
+        self.actor_optimizer = adam(self.actor.parameters(), lr=config.actor_lr)
+        self.qf_optimizer = adam(self.qf.parameters(), lr=config.qf_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=config.qf_lr)
 
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
         self.replay = Replay(self.generators, capacity, spec)
-        self.metrics = {}
-        self.critic_step = accelerate(self._update_critic)
-        self.actor_step = accelerate(self._update_actor)
+        self.update_critic = accelerate(self._update_critic)
+        self.update_actor = accelerate(self._update_actor)
 
     @torch.no_grad()
     def act(self, obs, explore=True):
         """obs (S, N, O) -> actions (S, N, A) in environment units; no noise if not exploring."""
-        noise = torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device)
-        if explore:
-            noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
+        noise = randn(self.generators, obs.shape[1], self.spec.action_dim) if explore else (
+            torch.zeros(*obs.shape[:2], self.spec.action_dim, device=self.device))
         if explore and self.transitions < self.learning_starts:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
             return self.low + (self.high - self.low) * uniform
-        return self.actor(obs, noise)[0].clamp(self.low, self.high)  # rounding may pass them
+        actions, _ = self.actor(obs, noise)
+        return actions.clamp(self.low, self.high)  # float rounding can overshoot the bounds
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
-        """One step, each (S, N, ...). A truncation is no end of the task: it is not stored."""
+        """Store one step, each (S, N, ...). Truncation does not end the task: it is not stored."""
         self.replay.add(obs, actions, next_obs, rewards, terminations)
         self.transitions += obs.shape[1]
 
     def update(self):
-        """The gradient steps due since the last call -> the last one's metrics, each (S,)."""
+        """Take the gradient steps that are due -> metrics of the last ones, each (S,)."""
         if self.transitions < self.learning_starts:
             return {}
         seen = self.transitions - self.learning_starts + self.num_envs
         due = int(seen * self.config.replay_ratio) - self.critic_steps
+        metrics = {}
         for _ in range(due):
-            batch = self.replay.sample(self.config.batch_size)
+            self.batch = self.replay.sample(self.config.batch_size)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
-            next_noise, noise = noise.unbind(1)
-            self.metrics.update(self.critic_step(*batch, next_noise))
+            metrics |= self.update_critic(*self.batch, noise[:, 0])
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
-                self.metrics.update(self.actor_step(batch[0], noise))
-        metrics = dict(self.metrics) if due > 0 else {}
-        if self.transitions % PLASTICITY_EVERY < self.num_envs:
-            obs, actions, *_ = self.replay.sample(self.config.batch_size)
-            both = torch.cat([obs, actions], -1).repeat_interleave(2, dim=0)
-            metrics |= plasticity("actor", self.actor, self.actor.mlp.hidden(obs))
-            metrics |= plasticity("qf", self.qf, self.qf.mlp.hidden(both))
+                metrics |= self.update_actor(self.batch[0], noise[:, 1])
         return metrics
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
+        # Target (1812.05905, eq. 5-6): the lower critic, plus the entropy bonus
         with torch.no_grad():
             next_actions, next_log_probs = self.actor(b_next_obs, noise)
-            next_values = self.qf_target(b_next_obs, next_actions)
-            next_values = next_values.amin(1)
-            next_values = next_values - self.log_alpha.exp()[:, None] * next_log_probs
-            target = td_target(b_rewards, b_terminations, next_values, self.config.gamma)
-        values = self.qf(b_obs, b_actions)
-        assert values.shape == (len(target), 2, target.shape[1]), (values.shape, target.shape)
-        loss = (values - target[:, None]).square().mean(2).sum(1)  # (S,)
-        loss.sum().backward()  # the sum over seeds gives each seed exactly its own gradient
+            next_values = self.qf_target(b_next_obs, next_actions)  # (S, 2, B)
+            soft_values = next_values.amin(1) - self.log_alpha.exp()[:, None] * next_log_probs
+            target = td_target(b_rewards, b_terminations, soft_values, self.config.gamma)
+            target = target[:, None].expand(-1, 2, -1)  # the same for both critics
+
+        # Loss: squared error, summed over the two critics
+        values = self.qf(b_obs, b_actions)  # (S, 2, B)
+        assert values.shape == target.shape, (values.shape, target.shape)
+        qf_loss = (values - target).square().mean(2).sum(1)  # (S,)
+
+        # Step: the sum over seeds gives each seed exactly its own gradient
+        qf_loss.sum().backward()
         self.qf_optimizer.step()
-        self.qf_optimizer.zero_grad()  # last: compilation needs one graph up to here
-        torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf_frozen.parameters()),
-                             self.config.tau)
-        return {"loss/qf": loss.detach(), "value/q": values.detach().mean((1, 2))}
+        self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
+                                 self.config.tau)
+        return {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
     def _update_actor(self, b_obs, noise):
+        # Policy loss (eq. 9): gradients flow through the actions; the critics' weights are fixed
         actions, log_probs = self.actor(b_obs, noise)
-        values = self.qf_frozen(b_obs, actions).amin(1)
+        frozen = {name: p.detach() for name, p in self.qf.named_parameters()}
+        values = functional_call(self.qf, frozen, (b_obs, actions)).amin(1)  # (S, B)
         assert values.shape == log_probs.shape, (values.shape, log_probs.shape)
-        alpha = self.log_alpha.exp()
+        alpha = self.log_alpha.exp()  # (S,)
         actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)
+
+        # Temperature loss (eq. 18): alpha falls while the entropy is above its target
         entropy = -log_probs.detach().mean(1)  # (S,)
-        surplus = entropy - self.config.target_entropy * self.spec.action_dim
-        (actor_loss + alpha * surplus if self.config.tune_alpha else actor_loss).sum().backward()
+        target_entropy = self.config.target_entropy * self.spec.action_dim
+        alpha_loss = alpha * (entropy - target_entropy)  # (S,)
+
+        # Step: neither loss has a gradient for the other's parameters
+        (actor_loss + alpha_loss).sum().backward()
         self.actor_optimizer.step()
+        self.alpha_optimizer.step()
         self.actor_optimizer.zero_grad()
+        self.alpha_optimizer.zero_grad()
         return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
                 "policy/alpha": alpha.detach()}
 
-    PARTS = ("actor", "qf", "qf_target", "actor_optimizer", "qf_optimizer")
-
-    def state_dict(self):
-        """Everything that the future depends on, by reference."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
-            "log_alpha": self.log_alpha.detach(),
-            "replay": {"rows": self.replay.rows, "position": self.replay.position,
-                       "size": self.replay.size},
-            "counters": {"transitions": self.transitions, "critic_steps": self.critic_steps},
-            "generators": [g.get_state() for g in self.generators],
-        }
-
-    def load_state_dict(self, state):
-        """Continue exactly where `state` was taken. ValueError if the replay has another shape."""
-        if state["replay"]["rows"].shape != self.replay.rows.shape:
-            raise ValueError(f"replay is {tuple(self.replay.rows.shape)}, the checkpoint's is "
-                             f"{tuple(state['replay']['rows'].shape)}: same steps, envs and seeds?")
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(copy.deepcopy(state[name]))  # Adam keeps it
-        self.log_alpha.data.copy_(state["log_alpha"])
-        self.replay.rows.copy_(state["replay"]["rows"])
-        self.replay.position, self.replay.size = (state["replay"][k] for k in ("position", "size"))
-        self.transitions, self.critic_steps = (
-            state["counters"][k] for k in ("transitions", "critic_steps"))
-        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(generator_state.cpu())
+    def hidden_activations(self):
+        """Of the last batch, for the harness's plasticity metrics."""
+        b_obs, b_actions, *_ = self.batch
+        return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions)),
+                "actor": self.actor.mlp.hidden(b_obs)}
