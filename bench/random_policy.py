@@ -13,7 +13,7 @@ import gymnasium
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import published  # noqa: E402
+from lab.report import published  # noqa: E402
 
 EPISODES = 100
 SOURCE = f"uniform random actions, {EPISODES} episodes (bench/random_policy.py)"

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from bench import learning
-from lab import command, recorder
+from lab import train
+from lab.training import recorder
 
 NAME = "crossq-hardcore"
 SEEDS, STEPS = 4, 300_000
@@ -23,7 +24,7 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "versions.json").write_text("{}")
-    recorder.write_json(folder / "config.json", command.describe(options, config, NAME))
+    recorder.write_json(folder / "config.json", train.describe(options, config, NAME))
     return folder
 
 

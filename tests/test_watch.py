@@ -16,21 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import (
-    agent_file,
-    arguments,
-    camera,
-    checkpoint,
-    command,
-    envs,
-    film,
-    recorder,
-    rollout,
-    sweep,
-    watch,
-)
-from lab.gym_envs import UserError, make_one, seed_of
-from lab.torch_envs import TorchEnvs
+from lab import TODO_rollout, train
+from lab.agent import build_agent
+from lab.envs.base import EVALUATION
+from lab.envs.shard import seed_of
+from lab.envs.spec import make_one, probe
+from lab.envs.torch_vec import TorchEnvs
+from lab.errors import UserError, guarded
+from lab.options import Simple, parse_args
+from lab.training import checkpoint, recorder
+from lab.training.job import make_jobs
+from lab.training.loop import train
+from lab.watch import __main__ as watch
+from lab.watch import camera, film
 from tests import probe_envs
 from tests.conftest import AGENTS, SMALL
 
@@ -43,7 +41,7 @@ def environment(monkeypatch):
     """What a film sets is forgotten after it."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))
-    monkeypatch.setattr(rollout.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(TODO_rollout.torch, "set_num_threads", lambda n: None)
 
 
 @pytest.fixture
@@ -55,16 +53,16 @@ def no_rehearsal(monkeypatch):
 def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,
           stop=None):
     """A run of stacks, trained in this process -> its folder."""
-    _, config = arguments.parse([str(agent)])
+    _, config = parse_args([str(agent)])
     config |= {k: v for k, v in SMALL.items() if k in config}
-    options = arguments.Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
+    options = Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
                                eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
     options = dataclasses.replace(options, **dict(flags))
     run = recorder.create_run_folder(folder, "film", Path(agent),
-                                     command.describe(options, config, "film"))
-    for place, job in enumerate(sweep.make_jobs(options, config, processes, run)):
+                                     train.describe(options, config, "film"))
+    for place, job in enumerate(make_jobs(options, config, processes, run)):
         if place != stop:
-            rollout.train(job, lambda message: None)
+            train(job, lambda message: None)
     return run
 
 
@@ -85,7 +83,7 @@ def group(run, env_id=PAINTED):
 
 def filmed(capsys, *argv):
     """-> the returns that are printed, (episodes, seeds), and the rest of the lines."""
-    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 0
+    assert guarded(lambda: watch.run([str(arg) for arg in argv])) == 0
     out, err = capsys.readouterr()
     assert not err and "\x1b" not in out
     rows = [line.split()[2:-1] for line in out.splitlines() if line.startswith("episode ")]
@@ -93,7 +91,7 @@ def filmed(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
+    assert guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
     return err
@@ -115,14 +113,14 @@ def episodes(run, seeds, stack):
     members = range(stack[0], stack[1] + 1)
     folder = group(run) / f"stack_{stack[0]}_{stack[1]}"
     config = json.loads((run / "config.json").read_text())["config"]
-    spec = envs.probe(PAINTED)
-    agent = agent_file.build("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
+    spec = probe(PAINTED)
+    agent = build_agent("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
     agent.load_state_dict(checkpoint.load_latest(folder)["agent"])
     returns, colours = np.zeros((EPISODES, len(seeds))), {}
     for n in range(EPISODES):
         for i, seed in enumerate(seeds):
             env = gymnasium.make(PAINTED)
-            obs, _ = env.reset(seed=seed_of(seed, (envs.EVALUATION, STEPS), n))
+            obs, _ = env.reset(seed=seed_of(seed, (EVALUATION, STEPS), n))
             colours[n, seed], end = [env.unwrapped.colour()], False
             while not end:
                 every = torch.as_tensor(obs).expand(len(members), 1, -1)
@@ -262,7 +260,7 @@ def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_rehearsal):
 
 
 def test_a_seed_that_failed_is_named():
-    cast = watch.Cast([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
+    cast = watch.PolicyStack([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
                        watch.Part(None, range(1), [0], 9, [])])
     assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
 
@@ -280,7 +278,7 @@ def test_every_agent_is_filmed(tmp_path, capsys, no_rehearsal, path):
                                   "ContinuousCartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
-    stage = watch.set_stage(f"torch/{name}", [0, 1], False)
+    stage = watch.make_view(f"torch/{name}", [0, 1], False)
     plain = TorchEnvs(stage.layout)
     stage.env.max_episode_steps = plain.env.max_episode_steps = 40
     twin = make_one(stage.env.twin, render_mode="rgb_array")
