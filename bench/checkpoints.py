@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     stack = make_envs("HalfCheetah-v5", range(SEEDS))
     agent = build_agent(ROOT / "agents/sac.py", {}, stack.spec, range(SEEDS), 1, STEPS, "cpu",
-                             lambda fn: fn)
+                        lambda fn: fn)
     stack.close()
     agent.replay.rows.normal_()
     new, pauses = CHECKPOINT_SECONDS * SPEED // SEEDS, []

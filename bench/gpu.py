@@ -58,7 +58,7 @@ def ppo(device: str, seeds: int, num_envs: int, seconds: float) -> float:
     stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
     config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
     agent = build_agent(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
-                             10**9, device, Accelerator(True, "bf16", device))
+                        10**9, device, Accelerator(True, "bf16", device))
     obs = stack.reset()
 
     def step() -> None:
@@ -75,7 +75,7 @@ def ppo(device: str, seeds: int, num_envs: int, seconds: float) -> float:
 def sac(device: str, seeds: int, seconds: float) -> float:
     """Updates/s, summed over seeds, compiled and in bf16; on a GPU as CUDA graphs."""
     agent = build_agent(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
-                             50_000, device, Accelerator(True, "bf16", device))
+                        50_000, device, Accelerator(True, "bf16", device))
     obs, flags = torch.randn(seeds, 1, 17, device=device), torch.zeros(seeds, 1, device=device)
 
     def step() -> None:

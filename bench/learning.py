@@ -241,10 +241,10 @@ def draw(scores: Scores, path: Path) -> None:
 
 def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], name: str,
                points: list[published.Row]) -> None:
-    curves: curves.Curves = {}
+    by_seed: curves.Curves = {}
     for (seed, step), value in returns.items():
-        curves.setdefault(seed, []).append((step, value))
-    curves.draw_curve(axis, curves, color, f"{name} (n = {len(curves)})")
+        by_seed.setdefault(seed, []).append((step, value))
+    curves.draw_curve(axis, by_seed, color, f"{name} (n = {len(by_seed)})")
     end = max(step for _, step in returns)
     reached = [point for point in points if point.steps <= 1.05 * end]
     axis.plot([p.steps for p in reached], [p.mean for p in reached], "X", color=color,

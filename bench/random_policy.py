@@ -1,5 +1,5 @@
 """The returns of uniform random actions, where normalised scores are 0: makes the rows `random` of
-lab/published.csv anew, one for each environment that has a reference.
+lab/report/published.csv anew, one for each environment that has a reference.
 
     python bench/random_policy.py
 """

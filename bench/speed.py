@@ -42,7 +42,7 @@ EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "q
 
 
 def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
-    """Steps/s, summed over seeds, of the second half of lab.rollout.train: compilation is over."""
+    """Steps/s, summed over seeds, of the second half of training: compilation is over."""
     sys.path.insert(0, str(ROOT))
     from lab.training.job import Job
     from lab.training.loop import train

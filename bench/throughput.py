@@ -71,8 +71,9 @@ def random_actions(space, *shape: int) -> np.ndarray:
 
 
 def measure_gymnasium(side: str, env_id: str) -> float:
+    from lab.envs.spec import redirect_mujoco_warnings
 
-    hear_mujoco()
+    redirect_mujoco_warnings()
     if side.startswith("bare"):
         env = gymnasium.make(env_id, disable_env_checker=True)
         env.reset(seed=0)

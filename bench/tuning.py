@@ -87,7 +87,7 @@ def run_lab(name: str, seed: int, rng: np.random.Generator) -> dict:
     for number in range(EVALUATIONS):
         settings = surrogate.ask(searched, trials, seed)
         trials.append(Trial(number, settings, "completed",
-                                   {1: sample(name, settings, rng)}))
+                            {1: sample(name, settings, rng)}))
     return surrogate.recommend(searched, trials, 1)[0].settings
 
 
@@ -152,7 +152,7 @@ def time_of_an_ask(trials: int = 100) -> list[float]:
     for number in range(trials):
         settings = searched.decode(rng.random(searched.size))
         recorded.append(Trial(number, settings, "completed",
-                                     {1: sample("Hartmann-6", settings, rng)}))
+                              {1: sample("Hartmann-6", settings, rng)}))
     for seed in range(5):
         begun = time.process_time()
         surrogate.ask(searched, recorded, seed)

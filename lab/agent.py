@@ -46,7 +46,8 @@ def load_agent(path: str | Path) -> ModuleType:
 
 
 def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: Sequence[int],
-          num_envs: int, total_steps: int, device: str, accelerate: Callable[..., Any]) -> Any:
+                num_envs: int, total_steps: int, device: str, accelerate: Callable[..., Any]
+                ) -> Any:
     """The Agent at `path`. UserError if it refuses the environment or its configuration."""
     module = load_agent(path)
     known = {field.name for field in dataclasses.fields(module.Config)}

@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.redirect_stdout(None):
         assert train.run(tiny(folder, "--seeds", "2", "--gamma", "0.9", "--name", "first",
-                                "--log")) == 0
+                              "--log")) == 0
     return next((folder / "runs").iterdir())
 
 

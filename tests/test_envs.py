@@ -1,4 +1,4 @@
-"""What holds for every backend of lab/envs.py. The Diary environments say in their observations in
+"""What holds for every backend of lab/envs. The Diary environments say in their observations in
 which episode and at which step they are; a pendulum is held against its equation of motion."""
 
 import os
@@ -566,7 +566,7 @@ def test_a_stack_goes_on_where_another_was(make, env_id, before):
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
     assert going_on[1] == again[1]
     if env_id != "HalfCheetah-v5" and make.name != "torch" and before == 400:
-        assert whole.goes_on() is True
+        assert whole.can_restore_exactly() is True
 
 
 @diaries
@@ -574,7 +574,7 @@ def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
     """A Diary counts its episodes, which nobody can put back."""
     whole, other = (make(make.diary) for _ in range(2))
     whole.reset()
-    assert whole.goes_on() is (True if make.name == "torch" else None)
+    assert whole.can_restore_exactly() is (True if make.name == "torch" else None)
     actions = torch.ones(*whole.shape, 1)
     for _ in range(12):  # it takes two episodes or more
         t = whole.step(actions)
@@ -584,7 +584,7 @@ def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
     if make.name == "torch":
         assert lost == 0 and torch.equal(obs, t.obs)
         return
-    assert whole.goes_on() is False and lost == len(obs.view(-1, 4))
+    assert whole.can_restore_exactly() is False and lost == len(obs.view(-1, 4))
     assert torch.equal(obs, other.reset(9)) and not torch.equal(obs, other.reset())
 
 
@@ -617,7 +617,8 @@ def test_an_envpool_begins_anew_and_says_so():
     for _ in range(250):
         pools[0].step(torch.zeros(2, 2, 1))
     obs, lost = pools[1].load_state_dict(pools[0].state_dict(), 9)
-    assert lost == 4 and torch.equal(obs, pools[0].reset(9)) and pools[0].goes_on() is False
+    assert lost == 4 and torch.equal(obs, pools[0].reset(9))
+    assert pools[0].can_restore_exactly() is False
     assert [each.episodes for each in pools[1].finished()] == [2, 2]
     for pool in pools:
         pool.close()

@@ -22,7 +22,7 @@ from lab.plan import __main__ as plan
 from lab.plan import candidates
 from lab.report import __main__ as report
 from lab.training.job import make_jobs
-from lab.tuning.run import check
+from lab.tuning import run as study
 from lab.watch import __main__ as watch
 
 README = Path("README.md").read_text()
@@ -34,7 +34,7 @@ COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines()
 def test_the_loop_that_is_quoted_is_the_loop_that_runs():
     (loop,) = (code for code in PYTHON if "agent.act" in code)
     code = textwrap.indent(loop, 8 * " ")
-    assert code in Path("lab/rollout.py").read_text()
+    assert code in Path("lab/training/loop.py").read_text()
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
@@ -44,7 +44,7 @@ def test_every_command_can_be_read(argv, tmp_path):
     (kind,) = (kind for kind, name in SCRIPTS.items() if name == script)
     options, config = parse_args(argv, kind)
     if kind is Tune:
-        assert check(options, config)
+        assert study.check(options, config)
     assert make_jobs(resolve_defaults(options), {}, 2, None)
 
 
@@ -67,7 +67,7 @@ def test_every_module_that_is_called_can_read_its_flags(module, argv, tmp_path, 
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
-    (code,) = (code for code in PYTHON if "torch_envs" in code)
+    (code,) = (code for code in PYTHON if "torch_tasks" in code)
     (tmp_path / "my_envs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     argv = "agents/ppo.py --env my_envs:torch/Push-v0 --num-envs 64 --steps 4096 --update-epochs 1"

@@ -26,17 +26,17 @@ def test_curves_and_final_returns_are_read_from_the_rows(tmp_path):
             evaluation = {"return/eval": float(step + seed)} if step < 30 and seed == 0 else {}
             recorder.write({"step": step, "loss/qf": 1.0} | evaluation)
         recorder.close({}, None)
-    curves = curves.read_curves(tmp_path, [0, 1, 2], "return/eval")
-    assert curves == {0: [(10, 10.0), (20, 20.0)], 1: [], 2: []}
+    found = curves.read_curves(tmp_path, [0, 1, 2], "return/eval")
+    assert found == {0: [(10, 10.0), (20, 20.0)], 1: [], 2: []}
     assert curves.final_returns(tmp_path, [0, 1, 2], 20) == {0: 20.0}
     assert curves.final_returns(tmp_path, [0, 1, 2], 30) == {}, "it did not get as far"
 
 
 def test_the_band_holds_the_steps_of_every_seed_that_got_as_far():
     """A seed that failed at 20 leaves the others their 30; 25 is one seed's alone."""
-    curves = {0: [(10, 1.0), (20, 2.0), (25, 5.0), (30, 9.0)], 1: [(10, 3.0), (20, 6.0)], 2: [],
-              3: [(10, 2.0), (20, 4.0), (30, 7.0)]}
-    band = curves.band(curves)
+    returns = {0: [(10, 1.0), (20, 2.0), (25, 5.0), (30, 9.0)], 1: [(10, 3.0), (20, 6.0)], 2: [],
+               3: [(10, 2.0), (20, 4.0), (30, 7.0)]}
+    band = curves.band(returns)
     assert [step for step, *_ in band] == [10, 20, 30]
     expected = [(1.0, 3.0, 2.0), (2.0, 6.0, 4.0), (9.0, 7.0)]
     for (_, *interval), values in zip(band, expected, strict=True):
@@ -64,8 +64,8 @@ def curve(seed, steps=(10, 20, 30)):
     return [(step, float(step * (seed + 1))) for step in steps]
 
 
-def draw(path, curves):
-    curves.draw_learning_curves(path, curves, "a title")
+def draw(path, drawn):
+    curves.draw_learning_curves(path, drawn, "a title")
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)

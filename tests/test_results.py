@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from lab.errors import UserError
-from lab.report import compare, published, runs, warnings
+from lab.report import compare, published, runs
+from lab.report import warnings as found
 
 V4, V5 = "HalfCheetah-v4", "HalfCheetah-v5"
 
@@ -42,7 +43,7 @@ def seeds(*finals, first=0):
 
 
 def warnings(*arguments):
-    return warnings.find(runs.load(list(map(str, arguments))))
+    return found.find(runs.load(list(map(str, arguments))))
 
 
 # Reading
@@ -310,7 +311,7 @@ def test_scores_are_0_at_random_and_1_at_the_reference():
 
 def load(tmp_path, **methods):
     return runs.load([f"{name}={write_run(tmp_path / name, returns)}"
-                         for name, returns in methods.items()])
+                      for name, returns in methods.items()])
 
 
 def test_environments_are_compared_at_the_last_step_that_all_reached(tmp_path):

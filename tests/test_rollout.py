@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.rollout import due
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import TODO_envs, TODO_rollout
 from lab.agent import load_agent
 from lab.envs.base import EVALUATION, TRAINING, Finished
 from lab.envs.host import SyncEnvs
@@ -20,8 +18,11 @@ from lab.envs.make import make_envs
 from lab.envs.spec import probe
 from lab.errors import UserError
 from lab.training import checkpoint
+from lab.training import evaluation as evaluation_module
+from lab.training import job as job_module
 from lab.training.evaluation import evaluate
 from lab.training.job import Job
+from lab.training.logger import due
 from lab.training.loop import train
 from lab.training.recorder import read_metrics
 from tests import probe_envs
@@ -226,7 +227,7 @@ def test_a_row_says_what_finished_says_of_its_seed(scripted, monkeypatch):
     calls = []
 
     def finished(self):
-        calls.append(self.layout.num_envs)
+        calls.append(self.config.num_envs)
         return [Finished(len(calls), 10.0 * len(calls), 7.0), Finished(0, 0.0, 0.0)]
 
     monkeypatch.setattr(SyncEnvs, "finished", finished)
@@ -252,14 +253,14 @@ def test_evaluation_has_the_backend_of_training_but_no_worker_processes(
         made.append(make(*arguments, **settings))
         return made[-1]
 
-    monkeypatch.setattr(TODO_envs, "make", spy)
+    monkeypatch.setattr(job_module, "make_envs", spy)
     run(make_job(scripted, {}, env_id="Pendulum-v1", num_envs=3, steps=9, backend=backend,
                  workers=1, eval_episodes=2, clip_reward=(-1.0, 1.0)))
     training, evaluation = made
     trains = "WorkerEnvs" if backend == "workers" else evaluates
     assert [type(each).__name__ for each in made] == [trains, evaluates]
     assert training.shape == (2, 3) and evaluation.shape == (2, 2)
-    assert training.layout.clip_reward == (-1, 1) and evaluation.layout.clip_reward is None
+    assert training.config.clip_reward == (-1, 1) and evaluation.config.clip_reward is None
 
 
 def test_training_with_workers_gives_the_rows_of_the_plain_loop():
@@ -483,7 +484,7 @@ def test_a_job_that_cannot_work_is_refused_in_one_line_before_it_writes(tmp_path
 
 
 def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
-    monkeypatch.setattr(TODO_rollout, "ENDLESS", 50)
+    monkeypatch.setattr(evaluation_module, "ENDLESS", 50)
     monkeypatch.setattr(probe_envs.Target, "step", lambda self, action: (
         self._observe(), 0.0, False, False, {}))
     with pytest.raises(UserError, match=r"does not end in 50 steps; register .* max_episode_steps"):

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lab import TODO_sweep, train
+from lab import train as script
 from lab.agent import load_agent
 from lab.options import Simple, Tune, parse_args
 from lab.report import curves
-from lab.training import recorder
+from lab.training import processes, recorder
 from lab.training.processes import Failure, Processes
-from lab.tuning import space, summary, surrogate
-from lab.tuning.run import tune
+from lab.tuning import run as study_run
+from lab.tuning import space, study, summary, surrogate
 from lab.tuning.study import HELD_OUT
 from lab.tuning.trials import Journal
 
@@ -122,14 +122,15 @@ def behind(job):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(TODO_sweep, "Processes", FakeProcesses)
+    for module in (study, processes):
+        monkeypatch.setattr(module, "Processes", FakeProcesses)
     monkeypatch.setattr(FakeProcesses, "fates", {})
     monkeypatch.setattr(FakeProcesses, "given", [])
     monkeypatch.setattr(FakeProcesses, "told", 0)
 
 
 def tune(folder, *flags):
-    return train.run([*SMALL, "--runs", str(folder), *SPACE, *flags], Tune, tune)
+    return script.run([*SMALL, "--runs", str(folder), *SPACE, *flags], Tune, study_run.tune)
 
 
 def trials(folder):
@@ -203,7 +204,8 @@ def test_no_completed_trial_is_a_failure(tmp_path, capsys):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
-        patch.setattr(TODO_sweep, "Processes", FakeProcesses)
+        for module in (study, processes):
+            patch.setattr(module, "Processes", FakeProcesses)
         patch.setattr(FakeProcesses, "given", [])
         assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
         jobs = list(FakeProcesses.given)
@@ -282,7 +284,7 @@ def test_a_finished_study_trains_nothing_again(finished):
     before = trials(folder)
     assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
     assert not FakeProcesses.given
-    assert train.run(["--resume", str(folder / "studies/mine")], Tune, tune) == 0
+    assert script.run(["--resume", str(folder / "studies/mine")], Tune, study_run.tune) == 0
     assert not FakeProcesses.given and trials(folder) == before
 
 
@@ -391,7 +393,7 @@ def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, fl
     before = contents(tmp_path)
     argv = [*SMALL, "--runs", str(tmp_path), "--trials", "1"]
     argv += [] if "--space" in flags else SPACE
-    assert train.run([*argv, *flags.split()], Tune, tune) == 2
+    assert script.run([*argv, *flags.split()], Tune, study_run.tune) == 2
     out, err = capsys.readouterr()
     assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
     assert not out and contents(tmp_path) == before
@@ -405,7 +407,7 @@ def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
     path.write_text(source + "\n# another\n")
     assert tune(tmp_path, str(path), "--trials", "2") == 2
     assert "is not what" in capsys.readouterr().err
-    assert train.run(["--resume", str(tmp_path / "studies/mine")]) == 2
+    assert script.run(["--resume", str(tmp_path / "studies/mine")]) == 2
     assert "is a run of hypertune.py" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""lab/torch_envs.py: three environments against gymnasium's own, the quadrotor against the
+"""lab/envs/torch_tasks.py: three environments against gymnasium's own, the quadrotor against the
 definition of a rigid body, and the machinery that they share."""
 
 import itertools
@@ -678,9 +678,9 @@ def test_an_environment_of_the_users_works_by_name_and_with_its_module(
     monkeypatch.setattr(torch_tasks, "ENVS", dict(ENVS))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tests_of_users.py").write_text(
-        "from lab import torch_envs\n"
+        "from lab.envs import torch_tasks\n"
         "class Own(torch_tasks.Pendulum):\n    max_episode_steps = 3\n"
-        "torch_envs.ENVS['Own-v0'] = Own\n")
+        "torch_tasks.ENVS['Own-v0'] = Own\n")
     try:
         stack = make_envs("tests_of_users:torch/Own-v0", [0])
     finally:

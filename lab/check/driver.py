@@ -50,7 +50,7 @@ class AgentUnderTest:
         """Settings that its Config lacks are dropped. UserError if it refuses the others."""
         config = self.config | {k: v for k, v in settings.items() if k in self.config}
         return build_agent(self.path, config, spec, seeds, num_envs, total_steps,
-                                self.device, lambda fn: fn)
+                           self.device, lambda fn: fn)
 
     def steps(self, seeds: Sequence[int], count: int = STEPS) -> list[Step]:
         return [tuple(x.to(self.device) for x in step)

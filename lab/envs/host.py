@@ -156,7 +156,7 @@ class SyncEnvs(HostEnvs):
     def __init__(self, config: VecEnvConfig, make: Callable[[str], gymnasium.Env] = make_one):
         super().__init__(config, probe(config.env_id))
         self.shard = EnvShard(config.env_id, self.env_keys, self.actions, self.rows, self.returns,
-                           self.origins, make=make)
+                              self.origins, make=make)
 
     def command(self, command: bytes) -> None:
         handle_command(self.shard, command)

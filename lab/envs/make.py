@@ -11,7 +11,7 @@ BACKENDS = ("sync", "workers", "envpool", "torch")
 
 
 def make_envs(env_id: str, seeds: Sequence[int], num_envs: int = 1, backend: str | None = None,
-         device: str = "cpu", **settings: Any) -> VectorEnvs:
+              device: str = "cpu", **settings: Any) -> VectorEnvs:
     """S x N environments. UserError on an id, a space or a backend that the lab cannot use.
 
     No backend: torch for an id that begins with torch/, else sync. The settings are VecEnvConfig's;

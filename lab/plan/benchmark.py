@@ -130,7 +130,7 @@ class Loop:
         self.job, self.training = job, training
         self.accelerate = Accelerator(job.compile, job.precision, job.device)
         self.agent = build_agent(job.agent_path, job.config, training.spec, job.seeds,
-                                      job.num_envs, job.steps, job.device, self.accelerate)
+                                 job.num_envs, job.steps, job.device, self.accelerate)
         self.obs = training.reset(TRAINING, 0)
         self.t: Any = None  # the last transition
         self.done: Any = Counter()

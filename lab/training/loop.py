@@ -17,7 +17,7 @@ def train(job: Job, emit: Emit) -> None:
     training = make_training(job)
     with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
-                                 job.steps, job.device, accelerate)
+                            job.steps, job.device, accelerate)
         log = TrainLogger(job, accelerate, training, emit)
         if job.checkpoints:
             held.enter_context(checkpoint.lock(job.checkpoints))

@@ -70,7 +70,7 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
         "study": {"is": named[0], "confirmed": named[3], "seeds": list(seeds)}})
     picture = study.folder / "study.png"
     summary.draw(picture, study.space, study.trials, f"{study.defaults.name}: "
-                      f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
+                 f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
     verdict = "nothing beat the defaults" if named[0] == "defaults" else f"best: {named[0]}"
     print(f"{verdict} on the held-out seeds\npicture: {picture}\ntrain it: python learn_simple.py "
           f"--config {study.folder / 'best.json'} --seeds 4 --log")

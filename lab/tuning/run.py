@@ -72,7 +72,7 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent itself knows what it takes
             build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
-                             job.device, lambda fn: fn)
+                        job.device, lambda fn: fn)
     return searched, job
 
 

@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
     folder = find_run(options.path)
     named = [str(options.agent)] if options.agent else []
     trained, config = parse_args(["--config", str(folder / "config.json"), *named],
-                                    Vectorised)  # of learn_simple.py's, too
+                                 Vectorised)  # of learn_simple.py's, too
     assert isinstance(trained, Vectorised)
     if not named:
         check_source(folder, Path(trained.agent))
