@@ -12,6 +12,9 @@ import gymnasium
 
 from lab.errors import UserError
 
+# Modules that the ids of older runs name
+MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_tasks"}
+
 
 @dataclass(frozen=True)
 class EnvSpec:
@@ -32,7 +35,9 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
             warnings.filterwarnings("ignore", message=".*latest versioned environment")
-            env = gymnasium.make(env_id, disable_env_checker=True, **settings)
+            module, colon, name = env_id.rpartition(":")
+            env = gymnasium.make(MOVED.get(module, module) + colon + name,
+                                 disable_env_checker=True, **settings)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         ids = list(gymnasium.registry)
         by_lower = {name.lower(): name for name in ids}
@@ -52,7 +57,7 @@ def import_prefix(env_id: str) -> str:
     module, colon, name = env_id.rpartition(":")
     try:
         if colon:
-            importlib.import_module(module)
+            importlib.import_module(MOVED.get(module, module))
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot make environment {env_id!r}: {error}") from error
     return name
