@@ -131,7 +131,7 @@ def world(monkeypatch):
     clock = Clock()
     world = World(clock, compiling=50.0)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(benchmark.agent_file, "build", lambda *args: world)
+    monkeypatch.setattr(benchmark, "build_agent", lambda *args: world)
     return world
 
 
@@ -163,7 +163,7 @@ def test_an_evaluation_is_told_by_its_length_or_its_limit(monkeypatch, world, en
             agent.act(torch.zeros(1), explore=False)
             world.clock.pass_(0.009 + 5.0 * (step == 0))
 
-    monkeypatch.setattr(benchmark.rollout, "evaluate", evaluate)
+    monkeypatch.setattr(benchmark, "evaluate", evaluate)
     first, whole = benchmark.sample_evaluation(world, world)
     assert first == pytest.approx(5) and whole == pytest.approx(seconds)
 
@@ -455,12 +455,12 @@ def test_the_agent_may_stand_as_a_flag_or_alone(tried, capsys):
 def test_an_interrupted_plan_leaves_no_process(monkeypatch):
     pids = []
 
-    class Noting(benchmark.sweep.Processes):
+    class Noting(benchmark.Processes):
         def receive(self, timeout=None):
             pids.extend(process.pid for process, _ in self.running.values())
             os.kill(os.getpid(), signal.SIGINT)
             yield from super().receive(timeout)
 
-    monkeypatch.setattr(benchmark.sweep, "Processes", Noting)
+    monkeypatch.setattr(benchmark, "Processes", Noting)
     assert run(["--env", "Pendulum-v1", *TINY]) == 128 + signal.SIGINT
     assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)

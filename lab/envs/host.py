@@ -28,7 +28,7 @@ REMEMBERED = 10_000  # steps of an episode at most, to take them again
 
 
 class HostEnvs(VectorEnvs):
-    """Environments that write their steps into arrays on the host, as gym_envs.EnvShard says."""
+    """Environments that write their steps into arrays on the host, as EnvShard says."""
 
     def __init__(self, config: VecEnvConfig, spec: EnvSpec):
         super().__init__(config)
@@ -146,7 +146,7 @@ class HostEnvs(VectorEnvs):
         self.command(bytes([command]))
 
     def command(self, command: bytes) -> None:
-        """Every EnvShard obeys."""
+        """To every EnvShard."""
         raise NotImplementedError
 
 
