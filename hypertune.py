@@ -10,6 +10,8 @@
 import sys
 
 if __name__ == "__main__":  # a trial's process imports this file as well, and needs no surrogate
-    from lab import arguments, command, study
+    from lab.options import Tune
+    from lab.train import run
+    from lab.tuning.run import tune
 
-    sys.exit(command.run(sys.argv[1:], arguments.Tune, study.tune))
+    sys.exit(run(sys.argv[1:], Tune, tune))

@@ -9,7 +9,7 @@
 
 import sys
 
-from lab import command
+from lab import train
 
 if __name__ == "__main__":
-    sys.exit(command.run(sys.argv[1:]))
+    sys.exit(train.run(sys.argv[1:]))

@@ -10,6 +10,7 @@
 import sys
 
 if __name__ == "__main__":  # a worker imports this file as well, and needs nothing of the rest
-    from lab import arguments, command
+    from lab.options import Vectorised
+    from lab.train import run
 
-    sys.exit(command.run(sys.argv[1:], arguments.Vectorised))
+    sys.exit(run(sys.argv[1:], Vectorised))

@@ -19,9 +19,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import agent_file, checkpoint, envs  # noqa: E402
-from lab.recorder import versions  # noqa: E402
-from lab.rollout import CHECKPOINT_SECONDS  # noqa: E402
+from lab.agent import build_agent  # noqa: E402
+from lab.envs.make import make_envs  # noqa: E402
+from lab.training import checkpoint  # noqa: E402
+from lab.training.logger import CHECKPOINT_SECONDS  # noqa: E402
+from lab.training.recorder import versions  # noqa: E402
 
 SEEDS, STEPS, SPEED = 8, 1_000_000, 400
 
@@ -30,9 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/checkpoints.json")
     options = parser.parse_args()
-    stack = envs.make("HalfCheetah-v5", range(SEEDS))
-    agent = agent_file.build(ROOT / "agents/sac.py", {}, stack.spec, range(SEEDS), 1, STEPS, "cpu",
-                             lambda fn: fn)
+    stack = make_envs("HalfCheetah-v5", range(SEEDS))
+    agent = build_agent(ROOT / "agents/sac.py", {}, stack.spec, range(SEEDS), 1, STEPS, "cpu",
+                        lambda fn: fn)
     stack.close()
     agent.replay.rows.normal_()
     new, pauses = CHECKPOINT_SECONDS * SPEED // SEEDS, []

@@ -21,10 +21,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import agent_file, envs  # noqa: E402
 from lab.accelerate import Accelerator  # noqa: E402
-from lab.gym_envs import EnvSpec  # noqa: E402
-from lab.recorder import versions  # noqa: E402
+from lab.agent import build_agent  # noqa: E402
+from lab.envs.make import make_envs  # noqa: E402
+from lab.envs.spec import EnvSpec  # noqa: E402
+from lab.training.recorder import versions  # noqa: E402
 
 SPEC = EnvSpec("HalfCheetah-v5", 17, 6, 6 * (-1.0,), 6 * (1.0,), 1000)
 
@@ -45,7 +46,7 @@ def per_second(step, device: str, seconds: float) -> float:
 
 def stepping(device: str, seeds: int, num_envs: int, seconds: float) -> float:
     """Environment steps/s of Pendulum alone, its actions drawn beforehand."""
-    stack = envs.make("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
+    stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
     stack.reset()
     actions = itertools.cycle(4 * torch.rand(16, seeds, num_envs, 1, device=device) - 2)
     return seeds * num_envs * per_second(lambda: stack.step(next(actions)), device, seconds)
@@ -54,10 +55,10 @@ def stepping(device: str, seeds: int, num_envs: int, seconds: float) -> float:
 def ppo(device: str, seeds: int, num_envs: int, seconds: float) -> float:
     """Transitions/s of PPO on Pendulum with its updates: rollouts of 32 steps, 8 minibatches, one
     pass."""
-    stack = envs.make("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
+    stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
     config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
-    agent = agent_file.build(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
-                             10**9, device, Accelerator(True, "bf16", device))
+    agent = build_agent(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
+                        10**9, device, Accelerator(True, "bf16", device))
     obs = stack.reset()
 
     def step() -> None:
@@ -73,8 +74,8 @@ def ppo(device: str, seeds: int, num_envs: int, seconds: float) -> float:
 
 def sac(device: str, seeds: int, seconds: float) -> float:
     """Updates/s, summed over seeds, compiled and in bf16; on a GPU as CUDA graphs."""
-    agent = agent_file.build(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
-                             50_000, device, Accelerator(True, "bf16", device))
+    agent = build_agent(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
+                        50_000, device, Accelerator(True, "bf16", device))
     obs, flags = torch.randn(seeds, 1, 17, device=device), torch.zeros(seeds, 1, device=device)
 
     def step() -> None:

@@ -22,7 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import arguments, published, recorder, report, stats  # noqa: E402
+from lab import stats  # noqa: E402
+from lab.options import SCRIPTS, Options, Simple, Vectorised, parse_args  # noqa: E402
+from lab.report import curves, published  # noqa: E402
+from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
@@ -106,18 +109,18 @@ def train(name: str) -> Path:
     flags = EXPERIMENTS[name][0].split() + ["--log", "--name", name]
     if runs() and not (runs()[-1] / PICTURE).exists():
         flags = ["--resume", str(runs()[-1])]
-    subprocess.run([sys.executable, arguments.SCRIPTS[kind(name)], *flags], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, SCRIPTS[kind(name)], *flags], cwd=ROOT, check=True)
     return runs()[-1]
 
 
-def kind(name: str) -> type[arguments.Options]:
+def kind(name: str) -> type[Options]:
     """The options of the script that runs it."""
-    return arguments.Vectorised if "--num-envs" in EXPERIMENTS[name][0] else arguments.Simple
+    return Vectorised if "--num-envs" in EXPERIMENTS[name][0] else Simple
 
 
-def settings(name: str) -> tuple[arguments.Options, dict[str, Any]]:
+def settings(name: str) -> tuple[Options, dict[str, Any]]:
     """What its command sets: the script's options and the agent's config."""
-    return arguments.parse(EXPERIMENTS[name][0].split(), kind(name))
+    return parse_args(EXPERIMENTS[name][0].split(), kind(name))
 
 
 def keep(name: str, run: Path) -> None:
@@ -132,7 +135,7 @@ def keep(name: str, run: Path) -> None:
     folder = RESULTS / name
     (env_id,) = options["env"]
     group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
-    curves = report.read_curves(group, range(options["seeds"]), "return/eval")
+    curves = curves.read_curves(group, range(options["seeds"]), "return/eval")
     if not (run / PICTURE).exists():  # it did not end: as far as all seeds got
         last = min(max((step for step, _ in curve), default=0) for curve in curves.values())
         if not last:
@@ -141,7 +144,7 @@ def keep(name: str, run: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "versions.json"):
         shutil.copyfile(run / file, folder / file)
-    report.draw_learning_curves(folder / PICTURE, {env_id: curves}, name)
+    curves.draw_learning_curves(folder / PICTURE, {env_id: curves}, name)
     scores = read() | {name: {(seed, step): round(value, 3) for seed, curve in curves.items()
                               for step, value in curve}}
     with SCORES.open("w", newline="") as file:
@@ -238,10 +241,10 @@ def draw(scores: Scores, path: Path) -> None:
 
 def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], name: str,
                points: list[published.Row]) -> None:
-    curves: report.Curves = {}
+    by_seed: curves.Curves = {}
     for (seed, step), value in returns.items():
-        curves.setdefault(seed, []).append((step, value))
-    report.draw_curve(axis, curves, color, f"{name} (n = {len(curves)})")
+        by_seed.setdefault(seed, []).append((step, value))
+    curves.draw_curve(axis, by_seed, color, f"{name} (n = {len(by_seed)})")
     end = max(step for _, step in returns)
     reached = [point for point in points if point.steps <= 1.05 * end]
     axis.plot([p.steps for p in reached], [p.mean for p in reached], "X", color=color,

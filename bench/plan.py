@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from bench.speed import versions
-    from lab.recorder import processor
+    from lab.training.recorder import processor
 
     rows = {}
     for name, words in RUNS.items():

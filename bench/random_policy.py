@@ -1,5 +1,5 @@
 """The returns of uniform random actions, where normalised scores are 0: makes the rows `random` of
-lab/published.csv anew, one for each environment that has a reference.
+lab/report/published.csv anew, one for each environment that has a reference.
 
     python bench/random_policy.py
 """
@@ -13,7 +13,7 @@ import gymnasium
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import published  # noqa: E402
+from lab.report import published  # noqa: E402
 
 EPISODES = 100
 SOURCE = f"uniform random actions, {EPISODES} episodes (bench/random_policy.py)"

@@ -42,9 +42,10 @@ EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "q
 
 
 def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
-    """Steps/s, summed over seeds, of the second half of lab.rollout.train: compilation is over."""
+    """Steps/s, summed over seeds, of the second half of training: compilation is over."""
     sys.path.insert(0, str(ROOT))
-    from lab.rollout import Job, train
+    from lab.training.job import Job
+    from lab.training.loop import train
 
     precision, compiled = mode.split("-")
     window = MEASURED[algorithm][seeds]
@@ -102,7 +103,7 @@ def measure_decisions(actions: int, seeds: int, mode: str) -> float:
 
     from agents import cem
     from lab.accelerate import Accelerator
-    from lab.gym_envs import EnvSpec
+    from lab.envs.spec import EnvSpec
 
     precision, compiled = mode.split("-")
     spec = EnvSpec("bench", 17, actions, (-1.0,) * actions, (1.0,) * actions, None)
@@ -124,12 +125,12 @@ def measure_memory() -> float:
     import torch
 
     from agents import sac
-    from lab import envs
     from lab.accelerate import prepare_process
+    from lab.envs.make import make_envs
 
     prepare_process()
     seeds, steps = list(range(8)), 100_000
-    training = envs.make(ENV, seeds)
+    training = make_envs(ENV, seeds)
     agent = sac.Agent(training.spec, sac.Config(), seeds, total_steps=steps)
     obs = training.reset()
     flags, chunk = torch.rand(8, 1000), obs.expand(8, 1000, -1)
@@ -260,7 +261,7 @@ def main() -> None:
         parser.error("--peers is needed: `make bench` builds their environment")
 
     sys.path.insert(0, str(ROOT))
-    from lab.recorder import processor
+    from lab.training.recorder import processor
 
     kept = kept_rows(options, processor())
     rows = {case: [] for case in cases(options.algorithms)}

@@ -71,9 +71,9 @@ def random_actions(space, *shape: int) -> np.ndarray:
 
 
 def measure_gymnasium(side: str, env_id: str) -> float:
-    from lab.gym_envs import hear_mujoco
+    from lab.envs.spec import redirect_mujoco_warnings
 
-    hear_mujoco()
+    redirect_mujoco_warnings()
     if side.startswith("bare"):
         env = gymnasium.make(env_id, disable_env_checker=True)
         env.reset(seed=0)
@@ -97,15 +97,15 @@ def measure_gymnasium(side: str, env_id: str) -> float:
 def measure_lab(side: str, name: str) -> float:
     import torch
 
-    from lab import envs
     from lab.accelerate import prepare_process
+    from lab.envs.make import make_envs
 
     prepare_process()
     env_id, num_envs, backend, settings = ENVIRONMENTS[name], NUM_ENVS, side.split()[1], {}
     if "torch" in side:
         env_id, num_envs = IN_TORCH[name], 1024 if "1024" in side else NUM_ENVS
         settings = {"compile": "compiled" in side}
-    stack = envs.make(env_id, [0], num_envs, backend.removesuffix(","), **settings)
+    stack = make_envs(env_id, [0], num_envs, backend.removesuffix(","), **settings)
     stack.reset()
     low, high = torch.tensor([stack.spec.action_low, stack.spec.action_high])
     actions = low + (high - low) * torch.rand(
@@ -119,7 +119,8 @@ def measure_training(side: str) -> float:
     """Steps/s, summed over seeds, of the second half of a run."""
     if side.startswith("sb3"):
         return measure_sb3()
-    from lab.rollout import Job, train
+    from lab.training.job import Job
+    from lab.training.loop import train
 
     seeds, num_envs = (1, 32) if "1 seed" in side else (4, 8)
     speeds = []
@@ -217,7 +218,7 @@ def main() -> None:
             left = (time.monotonic() - begun) / done * (total - done)
             print(f"{done}/{total} {name}, {side}: {speed:,.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-    from lab.recorder import processor
+    from lab.training.recorder import processor
 
     result = {
         "command": "make throughput", "repeats": options.repeats, "cores": len(options.cores),

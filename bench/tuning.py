@@ -73,21 +73,22 @@ def bounds(name: str) -> dict[str, tuple[str, float, float]]:
 def read_space(name: str):
     from dataclasses import make_dataclass
 
-    from lab import space
+    from lab.tuning import space
 
     fields = [(key, int if "int" in kind else float) for key, (kind, *_) in bounds(name).items()]
     return space.read(OBJECTIVES[name][3], make_dataclass("Config", fields), name)
 
 
 def run_lab(name: str, seed: int, rng: np.random.Generator) -> dict:
-    from lab import tuning
+    from lab.tuning import surrogate
+    from lab.tuning.trials import Trial
 
     searched, trials = read_space(name), []
     for number in range(EVALUATIONS):
-        settings = tuning.ask(searched, trials, seed)
-        trials.append(tuning.Trial(number, settings, "completed",
-                                   {1: sample(name, settings, rng)}))
-    return tuning.recommend(searched, trials, 1)[0].settings
+        settings = surrogate.ask(searched, trials, seed)
+        trials.append(Trial(number, settings, "completed",
+                            {1: sample(name, settings, rng)}))
+    return surrogate.recommend(searched, trials, 1)[0].settings
 
 
 def run_random(name: str, seed: int, rng: np.random.Generator) -> dict:
@@ -143,17 +144,18 @@ def measure(method: str, name: str, repeat: int) -> float:
 
 def time_of_an_ask(trials: int = 100) -> list[float]:
     """Seconds of one core, with that many recorded trials in six dimensions; five times."""
-    from lab import tuning
+    from lab.tuning import surrogate
+    from lab.tuning.trials import Trial
 
     rng, searched = np.random.default_rng(0), read_space("Hartmann-6")
     recorded, seconds = [], []
     for number in range(trials):
         settings = searched.decode(rng.random(searched.size))
-        recorded.append(tuning.Trial(number, settings, "completed",
-                                     {1: sample("Hartmann-6", settings, rng)}))
+        recorded.append(Trial(number, settings, "completed",
+                              {1: sample("Hartmann-6", settings, rng)}))
     for seed in range(5):
         begun = time.process_time()
-        tuning.ask(searched, recorded, seed)
+        surrogate.ask(searched, recorded, seed)
         seconds.append(time.process_time() - begun)
     return seconds
 
@@ -177,7 +179,7 @@ def markdown(result: dict) -> str:
 
 def compare(options: argparse.Namespace) -> None:
     from bench.speed import versions
-    from lab.recorder import processor
+    from lab.training.recorder import processor
 
     regret: dict[str, list[float]] = {}
     if options.out.exists() and options.objectives != list(OBJECTIVES):
@@ -221,7 +223,7 @@ def study(seed: int, flag: str, extra: list[str]) -> dict:
     name = f"bench{flag}-{seed}"
     subprocess.run([sys.executable, "hypertune.py", *STUDY.split(), "--study-seed", str(seed), flag,
                     "--name", name, *extra], cwd=ROOT, check=True)
-    from lab.tuning import Journal
+    from lab.tuning.trials import Journal
 
     folder = ROOT / "runs/studies" / name
     journal = Journal(folder / "trials.jsonl")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import agent_file
-from lab.gym_envs import EnvSpec
-from lab.probing import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
+from lab.agent import load_agent
+from lab.check.driver import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
+from lab.envs.spec import EnvSpec
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -27,7 +27,7 @@ def make_spec(obs_dim=3, low=(-1.0, 0.0), high=(1.0, 4.0)):
 @pytest.fixture(params=AGENTS, ids=lambda path: path.stem)
 def module(request):
     """Every agent in the tree, a copied one too."""
-    return agent_file.load(request.param)
+    return load_agent(request.param)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 import gymnasium
 import numpy as np
 
-from lab.probe_envs import Target
+from lab.envs.probes import Target
 
 
 class Diary(gymnasium.Env):

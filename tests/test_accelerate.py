@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lab import accelerate
-from lab.accelerate import Accelerator, CudaGraph, SignForMask
-from lab.gym_envs import UserError
+from lab.accelerate import Accelerator, CudaGraph
+from lab.errors import UserError
+from lab.inductor import SignForMask
 from tests.conftest import needs_compiler, needs_cuda
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lab import agent_file
-from lab.gym_envs import UserError
+from lab.agent import VERBS, build_agent, check_contract, load_agent
+from lab.errors import UserError
 from tests.conftest import AGENTS, make_spec
 
 KEEPS_THE_CONTRACT = '''
@@ -53,7 +53,7 @@ def write(folder, text=KEEPS_THE_CONTRACT):
 
 
 def build(path, **config):
-    return agent_file.build(path, config, make_spec(), [0, 1], 1, 10, "cpu", lambda fn: fn)
+    return build_agent(path, config, make_spec(), [0, 1], 1, 10, "cpu", lambda fn: fn)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -64,18 +64,18 @@ def build(path, **config):
     (KEEPS_THE_CONTRACT.replace("class Agent", "class Agnet"), r"needs a class Agent"),
     (KEEPS_THE_CONTRACT.replace("@dataclass(frozen=True)", ""), r"a dataclass Config"),
     *[(KEEPS_THE_CONTRACT.replace(f"def {verb}(", f"def {verb}_("), rf"Agent has no {verb}\(\)")
-      for verb in agent_file.VERBS]])
+      for verb in VERBS]])
 def test_a_file_that_is_no_agent_is_refused_with_the_reason(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=words) as caught:
-        agent_file.load(path)
+        load_agent(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_refused_with_the_agents_that_are_there(tmp_path):
     for path in (tmp_path / "mine.py", tmp_path):
         with pytest.raises(UserError) as caught:
-            agent_file.load(path)
+            load_agent(path)
         for known in (path, *AGENTS):
             assert str(known) in str(caught.value)
 
@@ -83,7 +83,7 @@ def test_a_missing_file_is_refused_with_the_agents_that_are_there(tmp_path):
 def test_a_file_that_is_no_python_is_refused(tmp_path):
     path = write(tmp_path).rename(tmp_path / "mine.txt")
     with pytest.raises(UserError, match="no Python file"):
-        agent_file.load(path)
+        load_agent(path)
 
 
 def test_an_unknown_setting_is_named_beside_the_known(tmp_path):
@@ -104,7 +104,7 @@ def test_the_settings_reach_the_agent(tmp_path):
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_every_agent_keeps_the_contract(path, num_envs):
-    agent_file.check_contract(path, {}, make_spec(), num_envs, "cpu")
+    check_contract(path, {}, make_spec(), num_envs, "cpu")
 
 
 def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
@@ -123,7 +123,7 @@ def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
     text = text.replace("        pass", "        self.owed = 20 * obs.shape[1]")
     path, counts = write(tmp_path, text), []
     for num_envs in (1, 7, 50):
-        agent_file.check_contract(path, {}, make_spec(), num_envs, "cpu")
+        check_contract(path, {}, make_spec(), num_envs, "cpu")
         steps = path.with_name("steps")
         counts.append(len(steps.read_text()))
         steps.unlink()
@@ -133,12 +133,12 @@ def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
     """In 24 environments, 10 a transition are 240 at once; PPO's rollout has 320 minibatches."""
-    steps, known = [], agent_file.load(path).Config.__dataclass_fields__
+    steps, known = [], load_agent(path).Config.__dataclass_fields__
     small = {"replay_ratio": 10.0, "batch_size": 16, "qf_width": 16, "actor_width": 16}
     hook = register_optimizer_step_post_hook(lambda *x: steps.append(x[0]))
     try:
         config = {name: value for name, value in small.items() if name in known}
-        agent_file.check_contract(path, config, make_spec(), 24, "cpu")
+        check_contract(path, config, make_spec(), 24, "cpu")
     finally:
         hook.remove()
     assert 1 <= len(steps) <= 5
@@ -178,7 +178,7 @@ def test_a_verb_that_breaks_the_contract_is_named(tmp_path, verb, line, words):
     assert line in text
     pattern = rf"^mine.py breaks the contract: {verb} .*{words}"
     with pytest.raises(UserError, match=pattern) as caught:
-        agent_file.check_contract(write(tmp_path, text), {}, make_spec(), 3, "cpu")
+        check_contract(write(tmp_path, text), {}, make_spec(), 3, "cpu")
     assert "\n" not in str(caught.value)
 
 
@@ -189,12 +189,12 @@ def same_stem(tmp_path):
 
 def test_files_of_the_same_name_in_two_folders_are_two_agents(tmp_path):
     paths = same_stem(tmp_path)
-    modules = [agent_file.load(path) for path in paths]
+    modules = [load_agent(path) for path in paths]
     assert [Path(module.__file__) for module in modules] == list(paths)
     assert [module.Config().gain for module in modules] == [1.0, 2.0]
     assert [build(path).gain for path in (*paths, paths[0])] == [1.0, 2.0, 1.0]
 
 
 def test_the_first_of_two_files_of_the_same_name_keeps_its_source(tmp_path):
-    first, _ = [agent_file.load(path) for path in same_stem(tmp_path)]
+    first, _ = [load_agent(path) for path in same_stem(tmp_path)]
     assert "# of the action" in inspect.getsource(first.Config)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lab import accelerate, check
+from lab import accelerate
 from lab.accelerate import Accelerator
+from lab.check import __main__ as check
 from tests.conftest import (
     AGENTS,
     drive,

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import check, command, probe_envs, probing
+from lab.check import __main__ as check
+from lab.check import driver
+from lab.envs import probes
+from lab.errors import guarded
 from tests.test_agent_file import KEEPS_THE_CONTRACT
 
 TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-5:]
@@ -104,7 +107,7 @@ def test_the_command_says_passed_or_failed_and_exits_so(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(check, "CHECKS", {VERBS: check.CHECKS[VERBS], IMPORTS: raises})
     path = broken(tmp_path, "loss attached")
-    assert command.guarded(lambda: check.run([str(path), "--gamma", "0.7"])) == 1
+    assert guarded(lambda: check.run([str(path), "--gamma", "0.7"])) == 1
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{path} with gamma 0.7, ") and "batch_size 64" in first
     assert lines == [f"FAILED  {VERBS}: update should give loss/qf detached, but gave it with a "
@@ -123,7 +126,7 @@ def test_the_command_says_passed_or_failed_and_exits_so(tmp_path, monkeypatch, c
     pytest.param(["agents/sac.py", "--cuda"], "--cuda: torch sees no CUDA device",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, capsys):
-    assert command.guarded(lambda: check.run(argv)) == 2
+    assert guarded(lambda: check.run(argv)) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(rf"error: .*{words}.*\n", captured.err) and not captured.out
 
@@ -177,45 +180,45 @@ def test_a_replay_that_cannot_wrap_is_not_passed(tmp_path):
 def test_what_is_best_in_a_fork_follows_from_its_steps(gamma):
     """And each mistake turns round its own decision and no other."""
     def value(mistake, state, u):
-        env = probe_envs.Fork()
+        env = probes.Fork()
         env.reset(seed=0)
         env._go(state)
         obs, reward, terminated, truncated, _ = env.step([1 + 2 * u])
-        if truncated and mistake == probe_envs.SUCCESSOR:
+        if truncated and mistake == probes.SUCCESSOR:
             obs = env.reset()[0]
-        after = 2 * obs[probe_envs.PRIZE]
-        if obs[probe_envs.WAY] and mistake == probe_envs.RING:
+        after = 2 * obs[probes.PRIZE]
+        if obs[probes.WAY] and mistake == probes.RING:
             after = gamma / 2 * 4  # half of the time it leads to RING
-        over = (terminated and mistake != probe_envs.TERMINATED) or (
-            truncated and mistake == probe_envs.TRUNCATED)
+        over = (terminated and mistake != probes.TERMINATED) or (
+            truncated and mistake == probes.TRUNCATED)
         return reward + gamma * after * (not over)
 
-    for mistake in (None, *range(probe_envs.WAY)):
-        for state in range(probe_envs.WAY):
+    for mistake in (None, *range(probes.WAY)):
+        for state in range(probes.WAY):
             actions = [-1.0, -0.01, 0.01, 1.0]
             best = max(actions, key=lambda u, s=state: value(mistake, s, u))
-            wrong = best * probe_envs.BEST[state] <= 0
+            wrong = best * probes.BEST[state] <= 0
             assert wrong == (state == mistake), (mistake, state, best)
 
 
 def test_a_fork_ends_and_begins_as_it_says():
-    env = probe_envs.Fork()
+    env = probes.Fork()
     begun = {int(env.reset(seed=seed)[0].argmax()) for seed in range(40)}
-    assert begun == set(range(probe_envs.WAY))
-    for state, ends, begins in ((probe_envs.TRUNCATED, (False, True), 0.5),
-                                (probe_envs.SUCCESSOR, (False, True), -0.5),
-                                (probe_envs.TERMINATED, (True, False), -0.5)):
+    assert begun == set(range(probes.WAY))
+    for state, ends, begins in ((probes.TRUNCATED, (False, True), 0.5),
+                                (probes.SUCCESSOR, (False, True), -0.5),
+                                (probes.TERMINATED, (True, False), -0.5)):
         env._go(state)
         assert env.step([2.0])[2:4] == ends
         assert env.reset()[0].tolist() == [0, 0, 0, 0, 0, begins]
         assert env.step([0.0])[1:4] == (2 * begins, True, False)
-    env._go(probe_envs.RING)
+    env._go(probes.RING)
     flags = [env.step([2.0])[2] for _ in range(3)]
     assert flags == [False, False, True]
 
 
 def test_made_up_transitions_hold_every_kind_of_end():
-    steps = probing.make_steps((0, 1), 4, 60)
+    steps = driver.make_steps((0, 1), 4, 60)
     _, _, next_obs, terminations, truncations = map(torch.stack, zip(*steps, strict=True))
     obs = torch.stack([step[0] for step in steps])
     assert terminations.any() and truncations.any() and not (terminations * truncations).any()

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from lab import checkpoint
-from lab.gym_envs import UserError
+from lab.errors import UserError
+from lab.training import checkpoint
 
 WEIGHT = torch.arange(1000.0)
 

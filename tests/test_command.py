@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import arguments, command, progress
-from lab.recorder import read_metrics
+from lab import train
+from lab.options import Simple, parse_args
+from lab.training import progress
+from lab.training.recorder import read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
 from tests.conftest import AGENTS
 
@@ -59,7 +61,7 @@ def contents(folder):
 def refused(capsys, folder, argv):
     """-> the one line on stderr; nothing is written."""
     before = contents(folder)
-    assert command.run(argv) == 2
+    assert train.run(argv) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert not out and "Traceback" not in err
@@ -72,8 +74,8 @@ def finished(tmp_path_factory):
     """A short logged run of two seeds."""
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.redirect_stdout(None):
-        assert command.run(tiny(folder, "--seeds", "2", "--gamma", "0.9", "--name", "first",
-                                "--log")) == 0
+        assert train.run(tiny(folder, "--seeds", "2", "--gamma", "0.9", "--name", "first",
+                              "--log")) == 0
     return next((folder / "runs").iterdir())
 
 
@@ -179,22 +181,22 @@ def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
 
 
 def test_no_argument_is_a_quick_check_of_sac():
-    options, config = arguments.parse([])
-    assert options == arguments.Simple()
+    options, config = parse_args([])
+    assert options == Simple()
     assert (options.agent, options.env, options.seeds) == ("agents/sac.py", ("Pendulum-v1",), 1)
     assert not options.log and config["actor_lr"] == 3e-4
 
 
 def test_spellings_of_numbers_and_flags_are_equal():
-    assert arguments.parse(["--seed", "8"]) == arguments.parse(["--seeds", "8"])
-    assert arguments.parse(["--seed", "8"])[0].seeds == 8
-    assert arguments.parse(["--steps", "20_000"])[0].steps == 20_000
-    assert arguments.parse(["--eval_every=50"]) == arguments.parse(["--eval-every", "50"])
+    assert parse_args(["--seed", "8"]) == parse_args(["--seeds", "8"])
+    assert parse_args(["--seed", "8"])[0].seeds == 8
+    assert parse_args(["--steps", "20_000"])[0].steps == 20_000
+    assert parse_args(["--eval_every=50"]) == parse_args(["--eval-every", "50"])
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_every_setting_of_an_agent_is_a_flag(path):
-    _, defaults = arguments.parse([str(path)])
+    _, defaults = parse_args([str(path)])
     wanted, flags = {}, []
     for name, default in defaults.items():
         flag = name.replace("_", "-")
@@ -213,12 +215,12 @@ def test_every_setting_of_an_agent_is_a_flag(path):
         else:
             wanted[name] = default + 1 if isinstance(default, int) else default / 2 + 0.25
             flags += [f"--{flag}", str(wanted[name])]
-    assert arguments.parse([str(path), *flags])[1] == wanted != defaults
+    assert parse_args([str(path), *flags])[1] == wanted != defaults
 
 
 def test_the_comments_of_the_settings_are_their_help(capsys):
     with pytest.raises(SystemExit) as end:
-        command.run(["--help"])
+        train.run(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for words in ("Soft Actor-Critic", "--qf-width INT", "units of each of a critic's",
@@ -229,22 +231,22 @@ def test_the_comments_of_the_settings_are_their_help(capsys):
 @pytest.mark.parametrize("argv", ["agents/ppo.py --env A B", "--env A B agents/ppo.py",
                                   "--env A B --width 8 agents/ppo.py"])
 def test_the_agent_may_stand_before_or_after_its_environments(argv):
-    options, config = arguments.parse(argv.split())
+    options, config = parse_args(argv.split())
     assert options.agent == "agents/ppo.py" and options.env == ("A", "B") and "gae_lambda" in config
 
 
 def test_a_run_may_be_named_after_its_file():
-    options, _ = arguments.parse(["--name", "mine.py", "agents/ppo.py"])
+    options, _ = parse_args(["--name", "mine.py", "agents/ppo.py"])
     assert (options.name, options.agent) == ("mine.py", "agents/ppo.py")
 
 
 def test_a_config_brings_a_runs_settings_and_flags_win(finished):
     given = ["--config", str(finished / "config.json")]
-    options, config = arguments.parse(given)
+    options, config = parse_args(given)
     assert options.env == ("Pendulum-v1",) and options.runs == finished.parent and options.log
     assert (options.seeds, options.steps, options.name) == (2, 300, "first")
     assert (config["gamma"], config["qf_width"], config["tau"]) == (0.9, 8, 0.005)
-    changed, other = arguments.parse([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
+    changed, other = parse_args([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
     assert changed == dataclasses.replace(options, steps=20, log=False)
     assert other == config | {"gamma": 0.5}
 
@@ -254,13 +256,13 @@ def test_a_config_brings_its_agent(tmp_path):
     (tmp_path / "run").mkdir()
     saved = write(tmp_path, json.dumps({"options": {"agent": path}, "config": {}}),
                   "run/config.json")
-    options, config = arguments.parse(["--config", saved])
+    options, config = parse_args(["--config", saved])
     assert options.agent == path and config["discount"] == 0.7
 
 
 def test_a_run_without_log_leaves_no_file_and_prints_plain_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0)
-    assert command.run(tiny(tmp_path)) == 0
+    assert train.run(tiny(tmp_path)) == 0
     assert not list(tmp_path.iterdir())
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("Pendulum-v1: ")]
@@ -295,14 +297,14 @@ def test_a_logged_run_leaves_its_metrics_events_picture_and_settings(finished):
 
 def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsys):
     again = ["--config", str(finished / "config.json"), "--runs", str(tmp_path)]
-    assert command.run(again) == 0
+    assert train.run(again) == 0
     for seed in (0, 1):
         assert metrics(next(tmp_path.iterdir()), seed=seed) == metrics(finished, seed=seed)
 
 
 def test_an_agent_of_ones_own_trains(tmp_path, capsys):
     path = write(tmp_path, SAC.replace("gamma: float = 0.99", "gamma: float = 0.7"))
-    assert command.run([path, *tiny(tmp_path, "--log", "--steps", "40")]) == 0
+    assert train.run([path, *tiny(tmp_path, "--log", "--steps", "40")]) == 0
     run = next((tmp_path / "runs").iterdir())
     assert run.name.startswith("mine-") and (run / "mine.py").read_text() == Path(path).read_text()
     assert json.loads((run / "config.json").read_text())["config"]["gamma"] == 0.7
@@ -318,25 +320,25 @@ def interrupt(monkeypatch, number, at):
         if message["step"] == at:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(command.SweepProgress, "update", update)
+    monkeypatch.setattr(train.SweepProgress, "update", update)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_its_exit_code(tmp_path, monkeypatch, number, code):
     interrupt(monkeypatch, number, at=30)
-    assert command.run(tiny(tmp_path)) == code
+    assert train.run(tiny(tmp_path)) == code
 
 
 def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, signal.SIGINT, at=99)
         argv = tiny(tmp_path, "--log", "--checkpoint-every", "0")
-        assert command.run(argv) == 128 + signal.SIGINT
+        assert train.run(argv) == 128 + signal.SIGINT
     run = next((tmp_path / "runs").iterdir())
     before = metrics(run)
     assert before[-1]["step"] == 99 and not (run / "learning_curves.png").exists()
     assert [path.name[:17] for path in run.glob("*/*/stack_0_0/s*")] == ["step_000000000099"]
-    assert command.run(["--resume", str(run)]) == 0
+    assert train.run(["--resume", str(run)]) == 0
     rows = metrics(run)
     assert rows[:len(before)] == before
     assert [row["step"] for row in rows] == list(range(3, 301, 3))
@@ -347,7 +349,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch)
 def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch):
     path = write(tmp_path, SAC)
     interrupt(monkeypatch, signal.SIGINT, at=9)
-    assert command.run([path, *tiny(tmp_path, "--log")]) == 128 + signal.SIGINT
+    assert train.run([path, *tiny(tmp_path, "--log")]) == 128 + signal.SIGINT
     capsys.readouterr()
     write(tmp_path, SAC + "\n# another\n")
     run = next((tmp_path / "runs").iterdir())
@@ -374,7 +376,7 @@ def test_code_that_came_with_a_run_does_not_run(tmp_path, monkeypatch, capsys, f
     (run / "config.json").write_text(json.dumps(
         {"name": "x", "options": settings, "config": {}}))
     source = run if flag == "--resume" else run / "config.json"
-    assert command.run([flag, str(source)]) == 2
+    assert train.run([flag, str(source)]) == 2
     line = capsys.readouterr().err
     assert "names code that lies beside it" in line and line.count("\n") == 1
     assert not (tmp_path / "ran").exists()
@@ -387,7 +389,7 @@ def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
     argv = tiny(tmp_path, "--log", "--processes", "2", "--seeds", "2", "--eval-every", "300",
                 "--env", "Pendulum-v1", "MountainCarContinuous-v0",
                 write(tmp_path, patched("update", fails)))
-    assert command.run(argv) == 1
+    assert train.run(argv) == 1
     out, err = capfd.readouterr()
     failed = [line for line in err.splitlines() if line.startswith("FAILED ")]
     assert failed == ["FAILED Pendulum-v1 seeds 0 to 1: RuntimeError: the update broke"]
@@ -406,7 +408,7 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
         loss[1] = float("nan")
     return {"loss/qf": loss}"""
     path = write(tmp_path, patched("update", diverges))
-    assert command.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
+    assert train.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
     out, err = capsys.readouterr()
     assert err == "FAILED Pendulum-v1 seed 1: loss/qf is not finite\n"
     row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
@@ -416,14 +418,14 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
 def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, capsys):
     """Pendulum's rewards are negative: an agent that is trained on 0 alone is judged by them."""
     argv = tiny(tmp_path, "agents/sac.py", "--log", "--clip-reward", "0", "1")
-    assert command.run(argv) == 0
+    assert train.run(argv) == 0
     assert "trained on rewards clipped to [0.0, 1.0]" in " ".join(capsys.readouterr().out.split())
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "config.json").read_text())["options"]["clip_reward"] == [0.0, 1.0]
     rows = metrics(run)
     assert all(row[tag] < -100 for row in rows for tag in ("return/train", "return/eval")
                if tag in row)
-    again, _ = arguments.parse(["--config", str(run / "config.json")])
+    again, _ = parse_args(["--config", str(run / "config.json")])
     assert again.clip_reward == (0.0, 1.0)
 
 

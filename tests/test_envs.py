@@ -1,4 +1,4 @@
-"""What holds for every backend of lab/envs.py. The Diary environments say in their observations in
+"""What holds for every backend of lab/envs. The Diary environments say in their observations in
 which episode and at which step they are; a pendulum is held against its equation of motion."""
 
 import os
@@ -7,9 +7,13 @@ import sys
 import pytest
 import torch
 
-from lab import envs, gym_envs, torch_envs
-from lab.envs import EVALUATION, TRAINING, Finished
-from lab.gym_envs import UserError
+from lab.envs import torch_tasks
+from lab.envs.base import EVALUATION, TRAINING, Finished
+from lab.envs.host import SyncEnvs
+from lab.envs.make import make_envs
+from lab.envs.spec import EnvSpec, make_one
+from lab.envs.torch_vec import TorchEnvs
+from lab.errors import UserError
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"  # imported by name, in any process
 EPISODE, STEP, LENGTH, START = range(4)
@@ -24,7 +28,7 @@ SETTINGS = {
 PROCESSES = ("workers", "groups", "crowd")
 
 
-class TorchDiary(torch_envs.TorchEnv):
+class TorchDiary(torch_tasks.TorchEnv):
     """Observes (kind, step, the episode's length, a random start); the reward is the action.
 
     By its kind an episode ends by termination (0), by truncation (1) or by both at once (2)."""
@@ -57,7 +61,7 @@ class Maker:
         self.made, self.kept = [], {}
 
     def __call__(self, env_id, seeds=(0, 1), num_envs=None, **settings):
-        self.made.append(envs.make(env_id, seeds, num_envs or self.num_envs,
+        self.made.append(make_envs(env_id, seeds, num_envs or self.num_envs,
                                    **SETTINGS[self.name], **settings))
         return self.made[-1]
 
@@ -74,7 +78,7 @@ def make(request):
         pytest.importorskip("envpool")
     maker = Maker(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(torch_envs.ENVS, "Diary-v0", TorchDiary)
+        patch.setitem(torch_tasks.ENVS, "Diary-v0", TorchDiary)
         yield maker
     for stack in maker.made:
         stack.close()
@@ -165,7 +169,7 @@ def test_shapes_and_dtypes(make):
 @everywhere
 def test_the_spec_says_what_an_agent_may_know(make):
     spec = make.shared(make.pendulum).spec
-    assert spec == gym_envs.EnvSpec(make.pendulum, 3, 1, (-2.0,), (2.0,), 200)
+    assert spec == EnvSpec(make.pendulum, 3, 1, (-2.0,), (2.0,), 200)
 
 
 @on("sync", "workers")
@@ -391,7 +395,7 @@ def test_seeds_places_and_streams_differ(make):
          ("groups", "HalfCheetah-v5"), ("groups", "BipedalWalker-v3"))
 def test_workers_give_what_the_plain_loop_gives_to_the_bit(make, env_id):
     stack = make.shared(env_id)
-    plain = envs.make(env_id, [0, 1], make.num_envs, backend="sync")
+    plain = make_envs(env_id, [0, 1], make.num_envs, backend="sync")
     steps = 30 if env_id == "HalfCheetah-v5" else 210
     for stream in [(), (TRAINING, 5)]:
         first, actions, transitions = play(plain, steps, *stream)
@@ -411,7 +415,7 @@ def test_workers_give_what_the_plain_loop_gives_to_the_bit(make, env_id):
 @on_each(*((name, "torch/Pendulum-v1" if name == "torch" else "Pendulum-v1") for name in SETTINGS),
          *((name, env_id) for name in ("sync", "workers", "envpool")
            for env_id in ("HalfCheetah-v5", "BipedalWalker-v3")),
-         *(("torch", f"torch/{name}") for name in torch_envs.ENVS if name != "Pendulum-v1"))
+         *(("torch", f"torch/{name}") for name in torch_tasks.ENVS if name != "Pendulum-v1"))
 def test_a_broken_seed_does_not_break_its_simulator(make, env_id):
     """It acts with zeros, and its neighbour goes on as if nothing had happened; so does it itself
     after a reset."""
@@ -458,9 +462,9 @@ def test_a_walkers_episode_does_not_depend_on_the_ones_before(make):
 
 def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stack = envs.make("HalfCheetah-v5", [0])
+    stack = make_envs("HalfCheetah-v5", [0])
     stack.reset()
-    env = gym_envs.make_one("HalfCheetah-v5")
+    env = make_one("HalfCheetah-v5")
     env.reset(seed=0)
     with pytest.warns(RuntimeWarning, match="MuJoCo: Nan"):
         env.step([float("nan")] * 6)
@@ -484,7 +488,7 @@ def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
 ])
 def test_an_environment_that_cannot_work_is_named_in_one_line(backend, env_id, words):
     with pytest.raises(UserError) as caught:
-        envs.make(env_id, [0], backend=backend)
+        make_envs(env_id, [0], backend=backend)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -510,20 +514,20 @@ def test_the_other_backends_name_one_that_cannot_work_as_well(make, env_id):
 ])
 def test_a_layout_that_cannot_work_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
-        envs.make("Pendulum-v1", [0], 4, **settings)
+        make_envs("Pendulum-v1", [0], 4, **settings)
 
 
 @pytest.mark.parametrize("backend", ["sync", "workers", "envpool"])
 def test_an_environment_in_torch_is_for_the_torch_backend_alone(backend):
     with pytest.raises(UserError, match=f"written in torch: leave --backend {backend} out"):
-        envs.make("torch/Pendulum-v1", [0], backend=backend)
+        make_envs("torch/Pendulum-v1", [0], backend=backend)
 
 
 def test_the_id_names_the_backend_unless_it_is_given():
     for env_id, backend, kind in (
-            ("torch/Pendulum-v1", None, torch_envs.TorchEnvs), ("Pendulum-v1", None, envs.SyncEnvs),
-            ("Pendulum-v1", "torch", torch_envs.TorchEnvs)):
-        stack = envs.make(env_id, [0], backend=backend)
+            ("torch/Pendulum-v1", None, TorchEnvs), ("Pendulum-v1", None, SyncEnvs),
+            ("Pendulum-v1", "torch", TorchEnvs)):
+        stack = make_envs(env_id, [0], backend=backend)
         assert type(stack) is kind
         stack.close()
 
@@ -531,7 +535,7 @@ def test_the_id_names_the_backend_unless_it_is_given():
 def test_a_missing_envpool_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "envpool", None)
     with pytest.raises(UserError, match="needs a package: pip install envpool"):
-        envs.make("Pendulum-v1", [0], backend="envpool")
+        make_envs("Pendulum-v1", [0], backend="envpool")
 
 
 # Going on
@@ -562,7 +566,7 @@ def test_a_stack_goes_on_where_another_was(make, env_id, before):
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
     assert going_on[1] == again[1]
     if env_id != "HalfCheetah-v5" and make.name != "torch" and before == 400:
-        assert whole.goes_on() is True
+        assert whole.can_restore_exactly() is True
 
 
 @diaries
@@ -570,7 +574,7 @@ def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
     """A Diary counts its episodes, which nobody can put back."""
     whole, other = (make(make.diary) for _ in range(2))
     whole.reset()
-    assert whole.goes_on() is (True if make.name == "torch" else None)
+    assert whole.can_restore_exactly() is (True if make.name == "torch" else None)
     actions = torch.ones(*whole.shape, 1)
     for _ in range(12):  # it takes two episodes or more
         t = whole.step(actions)
@@ -580,7 +584,7 @@ def test_episodes_that_do_not_come_out_the_same_begin_anew(make):
     if make.name == "torch":
         assert lost == 0 and torch.equal(obs, t.obs)
         return
-    assert whole.goes_on() is False and lost == len(obs.view(-1, 4))
+    assert whole.can_restore_exactly() is False and lost == len(obs.view(-1, 4))
     assert torch.equal(obs, other.reset(9)) and not torch.equal(obs, other.reset())
 
 
@@ -608,12 +612,13 @@ def test_an_episode_that_begins_anew_leaves_the_others_as_they_were(make):
 
 def test_an_envpool_begins_anew_and_says_so():
     pytest.importorskip("envpool")
-    pools = [envs.make("Pendulum-v1", [0, 1], 2, "envpool") for _ in range(2)]
+    pools = [make_envs("Pendulum-v1", [0, 1], 2, "envpool") for _ in range(2)]
     pools[0].reset()
     for _ in range(250):
         pools[0].step(torch.zeros(2, 2, 1))
     obs, lost = pools[1].load_state_dict(pools[0].state_dict(), 9)
-    assert lost == 4 and torch.equal(obs, pools[0].reset(9)) and pools[0].goes_on() is False
+    assert lost == 4 and torch.equal(obs, pools[0].reset(9))
+    assert pools[0].can_restore_exactly() is False
     assert [each.episodes for each in pools[1].finished()] == [2, 2]
     for pool in pools:
         pool.close()

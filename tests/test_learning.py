@@ -6,7 +6,9 @@ import json
 import pytest
 
 from bench import learning
-from lab import command, recorder
+from lab import train
+from lab.options import Simple, parse_args
+from lab.training import recorder
 
 NAME = "crossq-hardcore"
 SEEDS, STEPS = 4, 300_000
@@ -18,12 +20,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(learning, "SCORES", tmp_path / "scores.csv")
     learning.SCORES.write_text("experiment,seed,step,return_eval\nold,0,10,1.0\n")
-    options, config = learning.arguments.parse(
-        learning.EXPERIMENTS[NAME][0].split(), learning.arguments.Simple)
+    options, config = parse_args(learning.EXPERIMENTS[NAME][0].split(), Simple)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "versions.json").write_text("{}")
-    recorder.write_json(folder / "config.json", command.describe(options, config, NAME))
+    recorder.write_json(folder / "config.json", train.describe(options, config, NAME))
     return folder
 
 

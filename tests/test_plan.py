@@ -10,10 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lab import arguments, calibrate, command, plan
-from lab.calibrate import Cost
-from lab.gym_envs import UserError
-from lab.rollout import Job
+from lab import train
+from lab.errors import UserError, guarded
+from lab.options import NUM_ENVS, Vectorised, parse_args
+from lab.plan import __main__ as plan
+from lab.plan import benchmark, candidates
+from lab.plan.benchmark import Cost
+from lab.plan.candidates import apply_plan
+from lab.training.job import Job
 from tests.conftest import SMALL
 
 TARGET = "tests.probe_envs:lab-tests/Target-v0"
@@ -65,18 +69,18 @@ def test_processes_work_through_the_jobs_in_waves():
     pair = make_job(seeds=(0, 1)), make_job(seeds=(2, 3))
     later = [make_job(seeds=(n,)) for n in (4, 5, 6)]
     measured = [(job, cost) for job in pair]
-    assert calibrate.makespan(pair[:1], 1, measured, 0.0) == 7
-    assert calibrate.makespan(pair, 2, measured, 3.0) == 10
-    assert calibrate.makespan([*pair, *later], 2, measured, 3.0) == 30, "three waves"
-    assert calibrate.makespan([*pair, *later], 5, measured, 3.0) == 10
+    assert benchmark.makespan(pair[:1], 1, measured, 0.0) == 7
+    assert benchmark.makespan(pair, 2, measured, 3.0) == 10
+    assert benchmark.makespan([*pair, *later], 2, measured, 3.0) == 30, "three waves"
+    assert benchmark.makespan([*pair, *later], 5, measured, 3.0) == 10
     # one process is busy until 23, the other does 10 + 10 + 10
     uneven = [(pair[1], cost), (pair[0], slow)]
-    assert calibrate.makespan([*pair, *later[:2]], 2, uneven, 3.0) == 30
+    assert benchmark.makespan([*pair, *later[:2]], 2, uneven, 3.0) == 30
     # of two environments each costs what was measured of it, and a third what the nearest does
     both = [(pair[0], cost), (make_job(env_id="B"), slow)]
     other = [make_job(env_id=name, seeds=(0, 1, 2)) for name in "AB"]
-    assert calibrate.makespan(other, 2, both, 0.0) == 20
-    assert calibrate.makespan([make_job(env_id="C")], 1, both, 0.0) == 7
+    assert benchmark.makespan(other, 2, both, 0.0) == 20
+    assert benchmark.makespan([make_job(env_id="C")], 1, both, 0.0) == 7
 
 
 class Clock:
@@ -126,13 +130,13 @@ class World:
 def world(monkeypatch):
     clock = Clock()
     world = World(clock, compiling=50.0)
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(calibrate.agent_file, "build", lambda *args: world)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(benchmark, "build_agent", lambda *args: world)
     return world
 
 
 def test_a_calibration_tells_the_parts_of_a_run_apart(world):
-    loop = calibrate.Loop(make_job(), world)
+    loop = benchmark.Loop(make_job(), world)
     cost = loop.warm_up(build=1.0, compiling=2.0, evaluation=3.0)
     assert (cost.build, cost.evaluation, cost.early_steps) == (1, 3, 20)
     assert cost.early_step == pytest.approx(0.001 + 0.03 + 0.002)
@@ -146,7 +150,7 @@ def test_a_calibration_tells_the_parts_of_a_run_apart(world):
 
 
 def test_a_run_that_ends_before_its_first_update_has_none(world):
-    cost = calibrate.Loop(make_job(steps=15), world).warm_up(0.0, 0.0, 0.0)
+    cost = benchmark.Loop(make_job(steps=15), world).warm_up(0.0, 0.0, 0.0)
     assert cost.early_steps == 15 and cost.update == cost.compile == 0
     assert cost.with_speed({"steps": 9, "updates": 0, "stepping": 0.9, "updating": 0.0}).speed(
         make_job()) == pytest.approx(20)
@@ -159,8 +163,8 @@ def test_an_evaluation_is_told_by_its_length_or_its_limit(monkeypatch, world, en
             agent.act(torch.zeros(1), explore=False)
             world.clock.pass_(0.009 + 5.0 * (step == 0))
 
-    monkeypatch.setattr(calibrate.rollout, "evaluate", evaluate)
-    first, whole = calibrate.sample_evaluation(world, world)
+    monkeypatch.setattr(benchmark, "evaluate", evaluate)
+    first, whole = benchmark.sample_evaluation(world, world)
     assert first == pytest.approx(5) and whole == pytest.approx(seconds)
 
 
@@ -184,11 +188,11 @@ def tried(monkeypatch):
         cost = dataclasses.replace(COST, early_steps=0, step=step, update=0.0)
         return 3.0, [cost] * len(jobs)
 
-    monkeypatch.setattr(calibrate, "run", run_fake)
-    monkeypatch.setattr(plan, "physical_cores", lambda: 4)
-    monkeypatch.setattr(plan, "can_compile", lambda: True)
+    monkeypatch.setattr(benchmark, "run", run_fake)
+    monkeypatch.setattr(candidates, "physical_cores", lambda: 4)
+    monkeypatch.setattr(candidates, "can_compile", lambda: True)
     finder = SimpleNamespace(find_spec=lambda name: name == "envpool")
-    monkeypatch.setattr(plan, "importlib", SimpleNamespace(util=finder))
+    monkeypatch.setattr(candidates, "importlib", SimpleNamespace(util=finder))
     return jobs_tried
 
 
@@ -220,7 +224,7 @@ def test_what_is_given_is_kept(tried, flags, layouts):
 
 
 def test_without_a_compiler_nothing_is_compiled(tried, monkeypatch):
-    monkeypatch.setattr(plan, "can_compile", lambda: False)
+    monkeypatch.setattr(candidates, "can_compile", lambda: False)
     plan.run([])
     assert [job.compile for job in tried] == [False, False]
 
@@ -229,7 +233,7 @@ def test_without_a_compiler_nothing_is_compiled(tried, monkeypatch):
     ([], ["cpu", "cuda", "cuda"]), (["--no-cuda"], ["cpu", "cpu"]), (["--cuda"], ["cuda", "cuda"])])
 def test_a_gpu_is_tried_where_there_is_one(tried, monkeypatch, capsys, flags, devices):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(plan.sweep, "rehearse", lambda job: None)
+    monkeypatch.setattr(candidates, "dry_run", lambda job: None)
     plan.run(["--seeds", "2", "--no-compile", "--precision", "fp32", *flags])
     assert [job.device for job in tried] == devices
     assert [len(job.seeds) for job in tried if job.device == "cuda"] in ([], [2, 1])
@@ -263,11 +267,11 @@ def test_backends_workers_and_groups_are_tried_for_many_environments(tried, caps
 def test_what_is_given_of_the_environments_is_kept(tried, flags, kept):
     plan.run(["--env", TARGET, "--no-compile", "--precision", "fp32", *flags.split()])
     assert {(job.backend, job.workers, job.groups) for job in tried} == kept
-    assert {job.num_envs for job in tried} == {arguments.NUM_ENVS}, "another N learns otherwise"
+    assert {job.num_envs for job in tried} == {NUM_ENVS}, "another N learns otherwise"
 
 
 def test_what_the_minute_has_no_time_for_is_named(tried, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "run", plan_until(2, calibrate.run))
+    monkeypatch.setattr(benchmark, "run", plan_until(2, benchmark.run))
     assert plan.run(["--seeds", "4"]) == 0
     out = capsys.readouterr().out
     assert "not measured, the minute was over: 4 processes, compiled, bf16, cpu; 4 processes" in out
@@ -287,7 +291,7 @@ def plan_until(count, measure):
 
 
 def test_a_minute_that_is_over_starts_no_process(tried, monkeypatch):
-    monkeypatch.setattr(plan, "BUDGET", -1.0)
+    monkeypatch.setattr(candidates, "BUDGET", -1.0)
     with pytest.raises(UserError, match="nothing was measured within the minute"):
         plan.run([])
     assert tried == []
@@ -296,10 +300,10 @@ def test_a_minute_that_is_over_starts_no_process(tried, monkeypatch):
 def test_a_candidate_that_does_not_fit_in_what_is_left_makes_room_for_one_that_does(
         tried, monkeypatch):
     """Each compiled one takes 30 s, each eager one 5."""
-    clock, fake = Clock(), calibrate.run
-    monkeypatch.setattr(plan, "time", SimpleNamespace(
+    clock, fake = Clock(), benchmark.run
+    monkeypatch.setattr(candidates, "time", SimpleNamespace(
         monotonic=lambda: clock.now, perf_counter=lambda: clock.now))
-    monkeypatch.setattr(calibrate, "run", lambda jobs, deadline: clock.pass_(
+    monkeypatch.setattr(benchmark, "run", lambda jobs, deadline: clock.pass_(
         30 if jobs[0].compile else 5, fake(jobs, deadline)))
     plan.run(["--seeds", "4"])
     assert [layout(job) for job in tried] == [
@@ -311,14 +315,14 @@ def test_a_candidate_that_does_not_fit_in_what_is_left_makes_room_for_one_that_d
 
 
 def test_what_is_too_large_together_is_tried_with_fewer_processes(tried, monkeypatch, capsys):
-    fake = calibrate.run
+    fake = benchmark.run
 
     def run_fake(jobs, deadline):
         if len(jobs) > 1:
             raise UserError("MemoryError: too large")
         return fake(jobs, deadline)
 
-    monkeypatch.setattr(calibrate, "run", run_fake)
+    monkeypatch.setattr(benchmark, "run", run_fake)
     assert plan.run(["--seeds", "4", "--no-compile", "--precision", "fp32"]) == 0
     out = capsys.readouterr().out
     assert out.count("MemoryError: too large") == 2 and out.count("failed") == 6
@@ -326,7 +330,7 @@ def test_what_is_too_large_together_is_tried_with_fewer_processes(tried, monkeyp
 
 
 def run(argv):
-    return command.guarded(lambda: plan.run(argv))
+    return guarded(lambda: plan.run(argv))
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -343,14 +347,14 @@ def test_bad_input_is_one_line(tried, capsys, tmp_path, argv, words):
 
 
 def test_a_plan_in_which_nothing_works_is_one_line(tried, monkeypatch, capsys):
-    monkeypatch.setattr(plan.sweep, "rehearse", lambda job: None)
+    monkeypatch.setattr(candidates, "dry_run", lambda job: None)
     assert run(["--env", TARGET, "--backend", "envpool"]) == 2
     err = capsys.readouterr().err
     assert err == "error: no plan works: envpool has no such environment\n"
 
 
 def test_a_minute_without_a_single_measurement_is_one_line(tried, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "run", plan_until(0, None))
+    monkeypatch.setattr(benchmark, "run", plan_until(0, None))
     assert run([]) == 2
     assert "no plan works: nothing was measured within the minute" in capsys.readouterr().err
 
@@ -371,15 +375,15 @@ Agent.observe = patch
     (tmp_path / "mine.py").write_text(agent)
     job = make_job(agent_path=str(tmp_path / "mine.py"), env_id="Pendulum-v1")
     with pytest.raises(UserError, match="its process ended with code -9"):
-        calibrate.run([job], deadline=calibrate.time.monotonic() + 1000)
+        benchmark.run([job], deadline=benchmark.time.monotonic() + 1000)
 
 
 # The whole
 
 
 def test_a_real_calibration_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(calibrate, "WINDOW", 0.1)
-    monkeypatch.setattr(plan, "BUDGET", 1000.0)
+    monkeypatch.setattr(benchmark, "WINDOW", 0.1)
+    monkeypatch.setattr(candidates, "BUDGET", 1000.0)
     argv = ["--env", "Pendulum-v1", "--seeds", "2", "--steps", "400", "--processes", "2", *TINY,
             "--no-compile", "--precision", "fp32", "--log", "--runs", str(tmp_path / "runs")]
     assert plan.run(argv) == 0
@@ -391,8 +395,8 @@ def test_a_real_calibration_leaves_nothing_behind(monkeypatch, capsys, tmp_path)
 
 
 def test_a_real_calibration_of_rollouts_and_workers(monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "WINDOW", 0.1)
-    monkeypatch.setattr(plan, "BUDGET", 1000.0)
+    monkeypatch.setattr(benchmark, "WINDOW", 0.1)
+    monkeypatch.setattr(candidates, "BUDGET", 1000.0)
     argv = ["agents/ppo.py", "--env", TARGET, "--num-envs", "4", "--backend", "workers",
             "--workers", "2", "--groups", "2", "--num-steps", "16", "--num-minibatches", "4",
             "--no-compile", "--precision", "fp32"]
@@ -404,28 +408,28 @@ def test_a_real_calibration_of_rollouts_and_workers(monkeypatch, capsys):
 def test_a_planned_run_uses_the_best_and_remembers_it(tried, tmp_path, capsys):
     argv = ["agents/sac.py", "--env", TARGET, "--seeds", "2", "--steps", "3", "--plan", "--log",
             "--runs", str(tmp_path), "--eval-episodes", "1", "--no-compile", *TINY]
-    assert command.run(argv) == 0
+    assert train.run(argv) == 0
     assert "it runs as: python learn_simple.py agents/sac.py" in capsys.readouterr().out
     folder, = tmp_path.glob("sac-*")
     options = json.loads((folder / "config.json").read_text())["options"]
     assert options["processes"] == 1 and options["plan"] is False, "no process for 3 steps"
     assert (options["compile"], options["precision"]) == (False, "fp32")
-    again, _ = arguments.parse(["--resume", str(folder)])
+    again, _ = parse_args(["--resume", str(folder)])
     assert again.processes == 1 and not again.plan
     count = len(tried)
-    assert command.run(argv) == 0 and len(tried) == count
+    assert train.run(argv) == 0 and len(tried) == count
     assert "planned before" in capsys.readouterr().out
-    assert command.run([*argv, "--gamma", "0.9"]) == 0 and len(tried) > count, "another question"
+    assert train.run([*argv, "--gamma", "0.9"]) == 0 and len(tried) > count, "another question"
     count = len(tried)
     (tmp_path / "plan.json").write_text("{torn")
-    assert command.run(argv) == 0 and len(tried) > count, "a broken memory is measured again"
+    assert train.run(argv) == 0 and len(tried) > count, "a broken memory is measured again"
 
 
 def test_a_plan_of_many_environments_lands_in_the_settings(tried, tmp_path):
     argv = ["agents/ppo.py", "--env", TARGET, "--steps", "64", "--plan", "--log", "--runs",
             str(tmp_path), "--num-envs", "4", "--num-steps", "8", "--num-minibatches", "4",
             "--no-compile"]
-    assert command.run(argv, arguments.Vectorised) == 0
+    assert train.run(argv, Vectorised) == 0
     folder, = tmp_path.glob("ppo-*")
     options = json.loads((folder / "config.json").read_text())["options"]
     assert (options["backend"], options["workers"], options["groups"]) == ("workers", 4, 2)
@@ -435,8 +439,8 @@ def test_a_plan_of_many_environments_lands_in_the_settings(tried, tmp_path):
 def test_bf16_is_used_only_where_it_is_given(tried, tmp_path):
     argv = ["--env", TARGET, "--seeds", "4", "--steps", "20_000", "--plan", "--runs", str(tmp_path)]
     for flags, precision in ([], "fp32"), (["--precision", "bf16"], "bf16"):
-        options, config = arguments.parse([*argv, *flags])
-        planned = plan.settle(options, config, [*argv, *flags])
+        options, config = parse_args([*argv, *flags])
+        planned = apply_plan(options, config, [*argv, *flags])
         assert planned.precision == precision and planned.compile and planned.processes == 4
 
 
@@ -451,12 +455,12 @@ def test_the_agent_may_stand_as_a_flag_or_alone(tried, capsys):
 def test_an_interrupted_plan_leaves_no_process(monkeypatch):
     pids = []
 
-    class Noting(calibrate.sweep.Processes):
+    class Noting(benchmark.Processes):
         def receive(self, timeout=None):
             pids.extend(process.pid for process, _ in self.running.values())
             os.kill(os.getpid(), signal.SIGINT)
             yield from super().receive(timeout)
 
-    monkeypatch.setattr(calibrate.sweep, "Processes", Noting)
+    monkeypatch.setattr(benchmark, "Processes", Noting)
     assert run(["--env", "Pendulum-v1", *TINY]) == 128 + signal.SIGINT
     assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from agents import ppo
-from lab import agent_file
+from lab.agent import load_agent
 from tests.conftest import AGENTS, drive, flat_state, make_agent, make_steps, same
 
 # Every agent that has the block: by hand, and measured by a clock of transitions; PPO measures at
 # each update.
-BLOCKS = [module for module in map(agent_file.load, AGENTS) if hasattr(module, "plasticity")]
+BLOCKS = [module for module in map(load_agent, AGENTS) if hasattr(module, "plasticity")]
 every_block = pytest.mark.parametrize("module", BLOCKS, ids=lambda module: module.Agent.name)
 every_agent = pytest.mark.parametrize(
     "module", [module for module in BLOCKS if hasattr(module, "PLASTICITY_EVERY")],

@@ -15,7 +15,15 @@ from scipy import stats
 
 from bench import learning, readme, speed, throughput, tuning
 from bench import plan as measured_plans
-from lab import arguments, check, command, plan, report, study, sweep, watch
+from lab import train
+from lab.check import __main__ as check
+from lab.options import SCRIPTS, Tune, Vectorised, parse_args, parse_flags, resolve_defaults
+from lab.plan import __main__ as plan
+from lab.plan import candidates
+from lab.report import __main__ as report
+from lab.training.job import make_jobs
+from lab.tuning import run as study
+from lab.watch import __main__ as watch
 
 README = Path("README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -26,18 +34,18 @@ COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines()
 def test_the_loop_that_is_quoted_is_the_loop_that_runs():
     (loop,) = (code for code in PYTHON if "agent.act" in code)
     code = textwrap.indent(loop, 8 * " ")
-    assert code in Path("lab/rollout.py").read_text()
+    assert code in Path("lab/training/loop.py").read_text()
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
 def test_every_command_can_be_read(argv, tmp_path):
     mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
     script, *argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
-    (kind,) = (kind for kind, name in arguments.SCRIPTS.items() if name == script)
-    options, config = arguments.parse(argv, kind)
-    if kind is arguments.Tune:
+    (kind,) = (kind for kind, name in SCRIPTS.items() if name == script)
+    options, config = parse_args(argv, kind)
+    if kind is Tune:
         assert study.check(options, config)
-    assert sweep.make_jobs(arguments.settle(options), {}, 2, None)
+    assert make_jobs(resolve_defaults(options), {}, 2, None)
 
 
 @pytest.mark.parametrize("module, argv", [
@@ -48,22 +56,22 @@ def test_every_module_that_is_called_can_read_its_flags(module, argv, tmp_path, 
     argv = [str(mine) if arg == "../mine.py" else arg for arg in argv]
     if module == "plan":
         planned = []
-        monkeypatch.setattr(plan, "measure", lambda options, *rest: planned.append(options))
+        monkeypatch.setattr(candidates, "measure", lambda options, *rest: planned.append(options))
         assert plan.run(argv) == 0 and planned[0].seeds > 1
     elif module == "check":
         assert check.parse(argv).config
     elif module == "report":
         assert report.parse(argv).runs
     else:
-        assert module == "watch" and arguments.parse_flags(watch.Options, argv, "").path
+        assert module == "watch" and parse_flags(watch.Options, argv, "").path
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
-    (code,) = (code for code in PYTHON if "torch_envs" in code)
+    (code,) = (code for code in PYTHON if "torch_tasks" in code)
     (tmp_path / "my_envs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     argv = "agents/ppo.py --env my_envs:torch/Push-v0 --num-envs 64 --steps 4096 --update-epochs 1"
-    assert command.run(argv.split(), arguments.Vectorised) == 0
+    assert train.run(argv.split(), Vectorised) == 0
 
 
 def test_every_path_that_is_named_exists():
@@ -202,7 +210,7 @@ def test_every_result_has_its_settings_and_its_picture():
 @pytest.mark.parametrize("name", learning.read())
 def test_a_results_settings_are_its_commands_and_can_be_taken(name):
     argv = ["--config", str(learning.RESULTS / name / "config.json")]
-    taken, command = arguments.parse(argv, learning.kind(name)), learning.settings(name)
+    taken, command = parse_args(argv, learning.kind(name)), learning.settings(name)
     assert {key: value for key, value in taken[1].items()
             if command[1][key] is not None} == {  # what a command leaves open the run has settled
         key: value for key, value in command[1].items() if value is not None}

@@ -6,9 +6,10 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import recorder, stats
-from lab.gym_envs import UserError
-from lab.recorder import AllSeeds, SeedRecorder, create_run_folder, read_metrics
+from lab import stats
+from lab.errors import UserError
+from lab.training import recorder
+from lab.training.recorder import AllSeeds, SeedRecorder, create_run_folder, read_metrics
 
 
 @pytest.fixture

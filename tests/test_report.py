@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lab import report, stats
-from lab.recorder import SeedRecorder
+from lab import stats
+from lab.report import __main__ as report
+from lab.report import curves
+from lab.training.recorder import SeedRecorder
 from tests.test_results import write_run
 
 
@@ -24,29 +26,29 @@ def test_curves_and_final_returns_are_read_from_the_rows(tmp_path):
             evaluation = {"return/eval": float(step + seed)} if step < 30 and seed == 0 else {}
             recorder.write({"step": step, "loss/qf": 1.0} | evaluation)
         recorder.close({}, None)
-    curves = report.read_curves(tmp_path, [0, 1, 2], "return/eval")
-    assert curves == {0: [(10, 10.0), (20, 20.0)], 1: [], 2: []}
-    assert report.final_returns(tmp_path, [0, 1, 2], 20) == {0: 20.0}
-    assert report.final_returns(tmp_path, [0, 1, 2], 30) == {}, "it did not get as far"
+    found = curves.read_curves(tmp_path, [0, 1, 2], "return/eval")
+    assert found == {0: [(10, 10.0), (20, 20.0)], 1: [], 2: []}
+    assert curves.final_returns(tmp_path, [0, 1, 2], 20) == {0: 20.0}
+    assert curves.final_returns(tmp_path, [0, 1, 2], 30) == {}, "it did not get as far"
 
 
 def test_the_band_holds_the_steps_of_every_seed_that_got_as_far():
     """A seed that failed at 20 leaves the others their 30; 25 is one seed's alone."""
-    curves = {0: [(10, 1.0), (20, 2.0), (25, 5.0), (30, 9.0)], 1: [(10, 3.0), (20, 6.0)], 2: [],
-              3: [(10, 2.0), (20, 4.0), (30, 7.0)]}
-    band = report.band(curves)
+    returns = {0: [(10, 1.0), (20, 2.0), (25, 5.0), (30, 9.0)], 1: [(10, 3.0), (20, 6.0)], 2: [],
+               3: [(10, 2.0), (20, 4.0), (30, 7.0)]}
+    band = curves.band(returns)
     assert [step for step, *_ in band] == [10, 20, 30]
     expected = [(1.0, 3.0, 2.0), (2.0, 6.0, 4.0), (9.0, 7.0)]
     for (_, *interval), values in zip(band, expected, strict=True):
         assert interval == pytest.approx(stats.t_interval(values))
-    assert report.band({0: [], 1: []}) == []
+    assert curves.band({0: [], 1: []}) == []
 
 
 def test_the_table_shows_each_environment_with_its_interval_and_seeds():
     returns = {"HalfCheetah-v5": {10: 3.0, 2: 1.0, 3: 2.0}, "Pendulum-v1": {0: -150.26},
                "Ant-v5": {}}
     console = Console(file=io.StringIO(), width=200)
-    console.print(report.table(returns, "a title"))
+    console.print(curves.table(returns, "a title"))
     title, _, heading, _, *lines = console.file.getvalue().splitlines()
     assert title.strip() == "a title"
     cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
@@ -62,8 +64,8 @@ def curve(seed, steps=(10, 20, 30)):
     return [(step, float(step * (seed + 1))) for step in steps]
 
 
-def draw(path, curves):
-    report.draw_learning_curves(path, curves, "a title")
+def draw(path, drawn):
+    curves.draw_learning_curves(path, drawn, "a title")
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lab import comparison, published, report_warnings, results
-from lab.gym_envs import UserError
+from lab.errors import UserError
+from lab.report import compare, published, runs
+from lab.report import warnings as found
 
 V4, V5 = "HalfCheetah-v4", "HalfCheetah-v5"
 
@@ -42,7 +43,7 @@ def seeds(*finals, first=0):
 
 
 def warnings(*arguments):
-    return report_warnings.find(results.load(list(map(str, arguments))))
+    return found.find(runs.load(list(map(str, arguments))))
 
 
 # Reading
@@ -50,7 +51,7 @@ def warnings(*arguments):
 
 def test_a_run_is_read_at_its_end(tmp_path):
     run = write_run(tmp_path / "a-20260101-120000", {"torch/Pendulum-v1": seeds(5.0, 7.0)})
-    (method,) = results.load([str(run)])
+    (method,) = runs.load([str(run)])
     assert method.name == "a"
     (result,) = method.results.values()
     assert (result.environment, result.agent, result.planned) == ("torch/Pendulum-v1", "sac", 30)
@@ -63,7 +64,7 @@ def test_a_run_is_read_at_its_end(tmp_path):
 def test_many_environments_make_large_steps(tmp_path):
     """2 000 896 steps of a run of 2 000 000 are its end; they count as 2 000 000."""
     run = write_run(tmp_path / "a", {V4: seeds(1.0, 2.0)}, steps=29.8)
-    result = results.load([str(run)])[0].results[V4]
+    result = runs.load([str(run)])[0].results[V4]
     assert result.step == 30 and result.returns(29.8) == [1, 2]
 
 
@@ -71,7 +72,7 @@ def test_a_copied_folder_needs_nothing_else(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(5.0, 7.0)}, runs="/nowhere", resume="/nowhere/a")
     (run / "config.json").unlink()
     (run / "sac.py").unlink()
-    (method,) = results.load([str(run)])
+    (method,) = runs.load([str(run)])
     assert method.results[V4].step == 30 and method.results[V4].returns(30) == [5, 7]
 
 
@@ -79,7 +80,7 @@ def test_a_torn_last_line_is_no_row(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(5.0)})
     path = run / V4 / "sac/seed_0/metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 40, "retu')
-    assert results.load([str(run)])[0].results[V4].seeds[0].reached == 30
+    assert runs.load([str(run)])[0].results[V4].seeds[0].reached == 30
 
 
 @pytest.mark.parametrize("line", [
@@ -91,7 +92,7 @@ def test_an_unreadable_row_is_named(tmp_path, line):
     path = run / V4 / "sac/seed_0/metrics.jsonl"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 6, is no row of metrics"):
-        results.load([str(run)])
+        runs.load([str(run)])
 
 
 def test_a_pause_is_not_wall_clock(tmp_path):
@@ -102,7 +103,7 @@ def test_a_pause_is_not_wall_clock(tmp_path):
     for row in rows:
         row["wall_time"] += 480 * (row["step"] >= 30) + 10_800 * (row["step"] >= 70)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seed = results.load([str(run)])[0].results[V4].seeds[0]
+    seed = runs.load([str(run)])[0].results[V4].seeds[0]
     assert seed.paused == 10_800
     assert [e.seconds for e in seed.curve] == [0, 60, 600, 660, 720, 780, 840, 900, 960]
     assert warnings(run)[-1] == (f"a in {V4} seems to have been stopped for 180 min, which its "
@@ -117,7 +118,7 @@ def test_names_are_given_or_the_folders(tmp_path):
     again = write_run(tmp_path / "a-20260102-120000-2", {V4: seeds(1.0)})
 
     def names(*arguments):
-        return [name for name, _ in results.named(list(map(str, arguments)))]
+        return [name for name, _ in runs.named(list(map(str, arguments)))]
 
     assert names(a, b) == ["a", "b"]
     assert names(a, again) == ["a-20260101-120000", "a-20260102-120000-2"]
@@ -125,21 +126,21 @@ def test_names_are_given_or_the_folders(tmp_path):
     assert names(a, f"a={again}") == ["a-20260101-120000", "a"]
     with pytest.raises(UserError, match="two runs are called 'a-20260101-120000'"):
         names(a, a)
-    methods = results.load([f"x={a}", str(b)])
+    methods = runs.load([f"x={a}", str(b)])
     for name, place in (("x", 0), (a.name, 0), (str(a), 0), ("b", 1)):
-        assert results.find(methods, name) is methods[place]
+        assert runs.find(methods, name) is methods[place]
     with pytest.raises(UserError, match="'c' is none of the runs: x, b"):
-        results.find(methods, "c")
+        runs.find(methods, "c")
 
 
 def test_one_name_pools_seeds_and_environments(tmp_path):
     a = write_run(tmp_path / "a", {V4: seeds(1.0, 2.0)})
     b = write_run(tmp_path / "b", {V4: seeds(3.0, first=2), V5: seeds(9.0)})
-    (method,) = results.load([f"x={a}", f"x={b}"])
+    (method,) = runs.load([f"x={a}", f"x={b}"])
     assert method.results[V4].returns(30) == [1, 2, 3]
     assert method.results[V5].returns(30) == [9], "v4 and v5 are never pooled"
     with pytest.raises(UserError, match="seed 0 of HalfCheetah-v5 would be twice in 'x'"):
-        results.load([f"x={b}", f"x={write_run(tmp_path / 'c', {V5: seeds(1.0)})}"])
+        runs.load([f"x={b}", f"x={write_run(tmp_path / 'c', {V5: seeds(1.0)})}"])
 
 
 # Warnings
@@ -158,20 +159,20 @@ def test_few_seeds_are_told(tmp_path):
 def test_an_unfinished_run_is_shown_as_far_as_every_seed_got(tmp_path):
     values = {n: [1.0, 2.0, 3.0][:2 + (n < 2)] for n in range(5)}
     run = write_run(tmp_path / "a", {V4: values}, steps=100)
-    result = results.load([str(run)])[0].results[V4]
+    result = runs.load([str(run)])[0].results[V4]
     assert result.step == 20 and result.returns(20) == [2] * 5
     assert warnings(run) == [f"a in {V4} is unfinished: 25 to 35 of 100 steps, shown at 20"]
 
 
 def test_a_run_without_an_evaluation_is_told(tmp_path):
     run = write_run(tmp_path / "a", {V4: {n: [] for n in range(5)}}, steps=100)
-    assert results.load([str(run)])[0].results[V4].step == 0
+    assert runs.load([str(run)])[0].results[V4].step == 0
     assert warnings(run) == [f"a in {V4} is unfinished: 0 of 100 steps, and no evaluation yet"]
 
 
 def test_a_seed_that_did_not_get_to_the_end_is_left_out_and_told(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(*range(5)) | {7: [50.0]}})
-    assert results.load([str(run)])[0].results[V4].returns(30) == [0, 1, 2, 3, 4]
+    assert runs.load([str(run)])[0].results[V4].returns(30) == [0, 1, 2, 3, 4]
     assert warnings(run) == [
         f"a in {V4}: left out are seeds that did not get to 30 steps: 7 (at 15); if they "
         "diverged, the others' mean is too good"]
@@ -309,8 +310,8 @@ def test_scores_are_0_at_random_and_1_at_the_reference():
 
 
 def load(tmp_path, **methods):
-    return results.load([f"{name}={write_run(tmp_path / name, returns)}"
-                         for name, returns in methods.items()])
+    return runs.load([f"{name}={write_run(tmp_path / name, returns)}"
+                      for name, returns in methods.items()])
 
 
 def test_environments_are_compared_at_the_last_step_that_all_reached(tmp_path):
@@ -318,14 +319,14 @@ def test_environments_are_compared_at_the_last_step_that_all_reached(tmp_path):
     methods = load(tmp_path, a={V4: seeds(5.0), "Ant-v4": seeds(5.0)},
                    b={V4: two, "Hopper-v5": seeds(1.0)})
     left_out = []
-    assert comparison.shared(methods, left_out) == [(V4, 20)]
+    assert compare.shared(methods, left_out) == [(V4, 20)]
     assert left_out == ["Ant-v4 (not in b)", "Hopper-v5 (not in a)"]
 
 
 def test_of_two_versions_of_an_environment_one_counts(tmp_path):
     methods = load(tmp_path, a={V4: seeds(1.0), V5: seeds(2.0), "Ant-v4": seeds(1.0)})
     left_out = []
-    assert comparison.shared(methods, left_out) == [("Ant-v4", 30), (V5, 30)]
+    assert compare.shared(methods, left_out) == [("Ant-v4", 30), (V5, 30)]
     assert left_out == [f"{V4} (as {V5} is another version)"]
 
 
@@ -336,7 +337,7 @@ def test_aggregates_are_of_normalised_scores(tmp_path):
     methods = load(tmp_path, a={
         "Hopper-v4": seeds(*map(hopper.at, (0.0, 0.5, 1.0))),
         "Walker2d-v4": seeds(*map(walker.at, (0.25, 0.75)))})
-    (found,) = comparison.aggregates(methods, comparison.shared(methods, []))
+    (found,) = compare.aggregates(methods, compare.shared(methods, []))
     assert found.runs == 5 and found.iqm.value == pytest.approx(0.5)
     assert 0 <= found.iqm.lower < 0.5 < found.iqm.upper <= 1
     above = dict(zip(found.scores.round(6), found.profile, strict=True))
@@ -348,7 +349,7 @@ def test_improvement_needs_no_reference_and_is_over_the_baseline(tmp_path):
     methods = load(tmp_path, base={"Walker2d-v5": seeds(1.0, 2.0), V4: seeds(1.0, 1.0)},
                    new={"Walker2d-v5": seeds(1.0, 3.0), V4: seeds(0.0, 0.0)},
                    other={"Ant-v4": seeds(1.0)})
-    (found,) = comparison.improvements(methods, methods[0])
+    (found,) = compare.improvements(methods, methods[0])
     walker = scipy.stats.mannwhitneyu([1, 3], [1, 2]).statistic / 4  # 0.625
     assert found.method == "new" and found.runs == (4, 4)
     assert found.probability.value == pytest.approx((walker + 0) / 2)
@@ -359,9 +360,9 @@ def test_steps_to_a_threshold_by_hand(tmp_path):
     """First there at 10, 30, never: the median is 30. At a height that one seed reached, the
     median seed never did."""
     (method,) = load(tmp_path, a={V4: {0: [5.0, 1.0, 9.0], 1: [0.0, 4.9, 5.0], 2: [1.0, 1.0, 1.0]}})
-    assert comparison.steps_to(method.results[V4], 5) == (2, 30)
-    assert comparison.steps_to(method.results[V4], 6) == (1, math.inf)
-    assert comparison.steps_to(method.results[V4], 0) == (3, 10)
+    assert compare.steps_to(method.results[V4], 5) == (2, 30)
+    assert compare.steps_to(method.results[V4], 6) == (1, math.inf)
+    assert compare.steps_to(method.results[V4], 0) == (3, 10)
 
 
 def test_points_of_the_same_algorithm_and_version_are_beside(tmp_path, monkeypatch):
@@ -370,5 +371,5 @@ def test_points_of_the_same_algorithm_and_version_are_beside(tmp_path, monkeypat
         ("sac", V4, 40, 300.0), ("sac", V5, 30, 400.0), ("ppo", V4, 30, 500.0)))
     monkeypatch.setattr(published, "rows", lambda: rows)
     (method,) = load(tmp_path, a={V4: seeds(5.0, 7.0)})
-    found = comparison.beside_published(method.results[V4])
+    found = compare.beside_published(method.results[V4])
     assert found == [(rows[0], 20, [4, 6]), (rows[2], 30, [5, 7])], "26 is too far from 20"

@@ -11,15 +11,25 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import agent_file, checkpoint, envs, rollout
-from lab.gym_envs import UserError
-from lab.recorder import read_metrics
-from lab.rollout import Job, due, evaluate, train
+from lab.agent import load_agent
+from lab.envs.base import EVALUATION, TRAINING, Finished
+from lab.envs.host import SyncEnvs
+from lab.envs.make import make_envs
+from lab.envs.spec import probe
+from lab.errors import UserError
+from lab.training import checkpoint
+from lab.training import evaluation as evaluation_module
+from lab.training import job as job_module
+from lab.training.evaluation import evaluate
+from lab.training.job import Job
+from lab.training.logger import due
+from lab.training.loop import train
+from lab.training.recorder import read_metrics
 from tests import probe_envs
 from tests.conftest import small_config
 
 SAC = Path("agents/sac.py").resolve()
-SMALL_SAC = dataclasses.asdict(small_config(agent_file.load(SAC)))
+SMALL_SAC = dataclasses.asdict(small_config(load_agent(SAC)))
 PPO, CEM = Path("agents/ppo.py").resolve(), Path("agents/cem.py").resolve()
 DIARY, TARGET = "lab-tests/Diary-v0", "lab-tests/Target-v0"
 ANYWHERE = f"tests.probe_envs:{DIARY}"  # a worker imports it by name
@@ -127,8 +137,8 @@ class Ones:
 
 
 def test_evaluation_is_the_mean_over_the_first_episode_of_each_environment():
-    evaluation, agent = envs.make(DIARY, [0, 1, 2], 4), Ones()
-    obs = evaluation.reset(envs.EVALUATION, 7)
+    evaluation, agent = make_envs(DIARY, [0, 1, 2], 4), Ones()
+    obs = evaluation.reset(EVALUATION, 7)
     assert len(set(obs[0, :, LENGTH].tolist())) > 1, "the environments end at different steps"
     assert evaluate(agent, evaluation, 7) == pytest.approx(obs[..., LENGTH].mean(1).tolist())
     assert agent.explored == [False] * int(obs[..., LENGTH].max())
@@ -198,8 +208,8 @@ def test_updates_are_counted_against_transitions(num_envs, replay_ratio):
 def test_a_row_holds_the_episodes_since_the_row_before(scripted):
     job = make_job(scripted, {}, env_id=DIARY, num_envs=2, steps=60, log_every=10, eval_every=60)
     rows = rows_of(run(job))
-    training, lengths = envs.make(DIARY, job.seeds, 2), [[], []]
-    training.reset(envs.TRAINING, 0)
+    training, lengths = make_envs(DIARY, job.seeds, 2), [[], []]
+    training.reset(TRAINING, 0)
     for step in range(2, 61, 2):
         t = training.step(torch.full((2, 2, 1), 3.0))
         for seed, n in (t.terminations + t.truncations).nonzero().tolist():
@@ -217,10 +227,10 @@ def test_a_row_says_what_finished_says_of_its_seed(scripted, monkeypatch):
     calls = []
 
     def finished(self):
-        calls.append(self.layout.num_envs)
-        return [envs.Finished(len(calls), 10.0 * len(calls), 7.0), envs.Finished(0, 0.0, 0.0)]
+        calls.append(self.config.num_envs)
+        return [Finished(len(calls), 10.0 * len(calls), 7.0), Finished(0, 0.0, 0.0)]
 
-    monkeypatch.setattr(envs.SyncEnvs, "finished", finished)
+    monkeypatch.setattr(SyncEnvs, "finished", finished)
     job = make_job(scripted, {}, env_id=DIARY, num_envs=3, steps=60, log_every=12, eval_every=60)
     rows = rows_of(run(job))
     assert calls == [3] * 5
@@ -237,20 +247,20 @@ def test_evaluation_has_the_backend_of_training_but_no_worker_processes(
         monkeypatch, scripted, backend, evaluates):
     if backend == "envpool":
         pytest.importorskip("envpool")
-    made, make = [], envs.make
+    made, make = [], make_envs
 
     def spy(*arguments, **settings):
         made.append(make(*arguments, **settings))
         return made[-1]
 
-    monkeypatch.setattr(envs, "make", spy)
+    monkeypatch.setattr(job_module, "make_envs", spy)
     run(make_job(scripted, {}, env_id="Pendulum-v1", num_envs=3, steps=9, backend=backend,
                  workers=1, eval_episodes=2, clip_reward=(-1.0, 1.0)))
     training, evaluation = made
     trains = "WorkerEnvs" if backend == "workers" else evaluates
     assert [type(each).__name__ for each in made] == [trains, evaluates]
     assert training.shape == (2, 3) and evaluation.shape == (2, 2)
-    assert training.layout.clip_reward == (-1, 1) and evaluation.layout.clip_reward is None
+    assert training.config.clip_reward == (-1, 1) and evaluation.config.clip_reward is None
 
 
 def test_training_with_workers_gives_the_rows_of_the_plain_loop():
@@ -271,7 +281,7 @@ def pairs_up(obs, next_obs):
 
 def test_in_groups_ppo_stores_each_environments_action_and_its_log_prob(tmp_path):
     """Three environments in groups of two and one. The reward of a Diary step is its action."""
-    module = agent_file.load(PPO)
+    module = load_agent(PPO)
     config = small_config(module, num_steps=24, norm_obs=False)
     job = make_job(PPO, dataclasses.asdict(config), env_id=ANYWHERE, num_envs=3, steps=60,
                    backend="workers", workers=2, groups=2, run=str(tmp_path))
@@ -282,7 +292,7 @@ def test_in_groups_ppo_stores_each_environments_action_and_its_log_prob(tmp_path
     obs, actions, log_probs, next_obs, rewards, _ = rollout.split([4, 1, 1, 4, 1, 2], -1)
     assert pairs_up(obs, next_obs) and torch.equal(rewards, actions)
     assert len(actions.unique()) == actions.numel() == 120
-    spec = envs.probe(DIARY)
+    spec = probe(DIARY)
     agent = module.Agent(spec, config, list(job.seeds), num_envs=3, total_steps=60)
     agent.load_state_dict(state)
     with torch.no_grad():
@@ -295,7 +305,7 @@ def test_in_groups_ppo_stores_each_environments_action_and_its_log_prob(tmp_path
 def test_in_groups_cem_stores_each_environments_action_and_keeps_its_plan(tmp_path):
     """Without noise the last plan is the last action, in units of the action's range of 100."""
     config = dataclasses.asdict(small_config(
-        agent_file.load(CEM), noise=0.0, qf_lr=0.0, samples=4, iterations=2, target_samples=2))
+        load_agent(CEM), noise=0.0, qf_lr=0.0, samples=4, iterations=2, target_samples=2))
     job = make_job(CEM, config, env_id=ANYWHERE, num_envs=3, steps=60, backend="workers", workers=2,
                    groups=2, run=str(tmp_path))
     run(job)
@@ -474,7 +484,7 @@ def test_a_job_that_cannot_work_is_refused_in_one_line_before_it_writes(tmp_path
 
 
 def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
-    monkeypatch.setattr(rollout, "ENDLESS", 50)
+    monkeypatch.setattr(evaluation_module, "ENDLESS", 50)
     monkeypatch.setattr(probe_envs.Target, "step", lambda self, action: (
         self._observe(), 0.0, False, False, {}))
     with pytest.raises(UserError, match=r"does not end in 50 steps; register .* max_episode_steps"):

@@ -14,20 +14,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lab import (
-    agent_file,
-    arguments,
-    command,
-    confirm,
-    recorder,
-    report,
-    space,
-    study,
-    study_report,
-    sweep,
-    tuning,
-)
-from lab.tuning import Journal
+from lab import train as script
+from lab.agent import load_agent
+from lab.options import Simple, Tune, parse_args
+from lab.report import curves
+from lab.training import processes, recorder
+from lab.training.processes import Failure, Processes
+from lab.tuning import run as study_run
+from lab.tuning import space, study, summary, surrogate
+from lab.tuning.study import HELD_OUT
+from lab.tuning.trials import Journal
 
 SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
          "--workers", "1", "--eval-episodes", "1", "--confirm-seeds", "3", "--name", "mine"]
@@ -41,7 +37,7 @@ def value(job, seed, step):
 
 
 class FakeProcesses:
-    """Stands in for sweep.Processes: a trial's fate is a generator of what its process tells."""
+    """Stands in for Processes: a trial's fate is a generator of what its process tells."""
 
     fates = {}  # number of the trial: a function of its job
     given = []  # the jobs, in order
@@ -62,7 +58,7 @@ class FakeProcesses:
 
     def give(self, key, job):
         type(self).given.append(job)
-        held_out = job.seeds[0] >= confirm.HELD_OUT
+        held_out = job.seeds[0] >= HELD_OUT
         fate = train if held_out else self.fates.get(key, train)
         self.running[key] = fate(job)
 
@@ -77,7 +73,7 @@ class FakeProcesses:
                 os.kill(os.getpid(), signal.SIGKILL)
             message = None
             if key in self.ended:
-                message = sweep.Failure("its process ended with code -15", "killed")
+                message = Failure("its process ended with code -15", "killed")
             else:
                 message = next(messages, None)
             if not isinstance(message, dict):
@@ -108,12 +104,12 @@ def diverges(job):
 
 def refused_settings(job):
     yield from train(job, 10)
-    yield sweep.Failure("MemoryError: too large", "settings")
+    yield Failure("MemoryError: too large", "settings")
 
 
 def crashes(job):
     yield from train(job, 20)
-    yield sweep.Failure("its process ended with code -9", "killed")
+    yield Failure("its process ended with code -9", "killed")
 
 
 def behind(job):
@@ -126,14 +122,15 @@ def behind(job):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(sweep, "Processes", FakeProcesses)
+    for module in (study, processes):
+        monkeypatch.setattr(module, "Processes", FakeProcesses)
     monkeypatch.setattr(FakeProcesses, "fates", {})
     monkeypatch.setattr(FakeProcesses, "given", [])
     monkeypatch.setattr(FakeProcesses, "told", 0)
 
 
 def tune(folder, *flags):
-    return command.run([*SMALL, "--runs", str(folder), *SPACE, *flags], arguments.Tune, study.tune)
+    return script.run([*SMALL, "--runs", str(folder), *SPACE, *flags], Tune, study_run.tune)
 
 
 def trials(folder):
@@ -159,10 +156,10 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
     assert done[4].reason == "MemoryError: too large"
     assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 4]
     assert max(done[8].evaluations) == 40, "the first evaluation after a third of the steps"
-    jobs = [job for job in FakeProcesses.given if job.seeds[0] < confirm.HELD_OUT]
+    jobs = [job for job in FakeProcesses.given if job.seeds[0] < HELD_OUT]
     assert [job.seeds[0] // 2 for job in jobs] == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
     worst = min(trial.final for trial in done if trial.state == "completed")
-    registered = {o.settings["actor_lr"]: o.value for o in tuning.observe(done)}
+    registered = {o.settings["actor_lr"]: o.value for o in surrogate.observe(done)}
     assert registered[done[1].settings["actor_lr"]] == worst
     assert registered[done[4].settings["actor_lr"]] == worst
     assert done[2].settings["actor_lr"] not in registered
@@ -207,7 +204,8 @@ def test_no_completed_trial_is_a_failure(tmp_path, capsys):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
-        patch.setattr(sweep, "Processes", FakeProcesses)
+        for module in (study, processes):
+            patch.setattr(module, "Processes", FakeProcesses)
         patch.setattr(FakeProcesses, "given", [])
         assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
         jobs = list(FakeProcesses.given)
@@ -230,10 +228,10 @@ def test_the_best_and_the_defaults_are_confirmed_on_seeds_that_no_trial_saw(fini
 def test_what_a_study_leaves(finished):
     folder = finished[0] / "studies/mine"
     best = json.loads((folder / "best.json").read_text())
-    options, config = arguments.parse(["--config", str(folder / "best.json")])
-    assert isinstance(options, arguments.Simple) and not options.log and options.seeds == 1
+    options, config = parse_args(["--config", str(folder / "best.json")])
+    assert isinstance(options, Simple) and not options.log and options.seeds == 1
     assert options.steps == 100 and config == best["config"] and config["tau"] == 0.01
-    means = {name: sum(report.final_returns(
+    means = {name: sum(curves.final_returns(
         recorder.group_folder(folder / "confirmed" / name, "Pendulum-v1", "sac"),
         best["study"]["seeds"], 100).values()) / 3
         for name in (path.name for path in (folder / "confirmed").iterdir())}
@@ -249,12 +247,12 @@ def test_the_table_by_hand():
     """In 80 columns, with more parameters than would fit beside each other."""
     names = ("actor_lr", "qf_lr", "tau", "alpha", "gamma", "batch_size")
     searched = space.read([*(f"{name}=0:0.9" for name in names[:5]), "batch_size=int:2:64"],
-                          agent_file.load("agents/sac.py").Config, "sac")
+                          load_agent("agents/sac.py").Config, "sac")
     config = dict.fromkeys(names[:5], 0.123456) | {"batch_size": 32}
     columns = [("defaults", config, None, [1.0, 2.0, 3.0]), ("trial 7", config, 4.25, [2.0, 3.0]),
                ("trial 8", config, 3.0, [5.0])]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(study_report.table(searched, columns, 3))
+    console.print(summary.table(searched, columns, 3))
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (
         line.strip("│┃").split("│") for line in console.export_text().splitlines()
         if line.startswith("│"))}
@@ -286,7 +284,7 @@ def test_a_finished_study_trains_nothing_again(finished):
     before = trials(folder)
     assert tune(folder, "--trials", "5", "--tau", "0.01") == 0
     assert not FakeProcesses.given
-    assert command.run(["--resume", str(folder / "studies/mine")], arguments.Tune, study.tune) == 0
+    assert script.run(["--resume", str(folder / "studies/mine")], Tune, study_run.tune) == 0
     assert not FakeProcesses.given and trials(folder) == before
 
 
@@ -316,7 +314,7 @@ def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch
         assert tune(folder, "--trials", "5") == 0
         assert trials(folder) == whole
         again = [job.seeds[0] // 2 for job in FakeProcesses.given
-                 if job.seeds[0] < confirm.HELD_OUT]
+                 if job.seeds[0] < HELD_OUT]
         assert again == list(range(len(ended), 5))
 
 
@@ -395,7 +393,7 @@ def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, fl
     before = contents(tmp_path)
     argv = [*SMALL, "--runs", str(tmp_path), "--trials", "1"]
     argv += [] if "--space" in flags else SPACE
-    assert command.run([*argv, *flags.split()], arguments.Tune, study.tune) == 2
+    assert script.run([*argv, *flags.split()], Tune, study_run.tune) == 2
     out, err = capsys.readouterr()
     assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
     assert not out and contents(tmp_path) == before
@@ -409,7 +407,7 @@ def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
     path.write_text(source + "\n# another\n")
     assert tune(tmp_path, str(path), "--trials", "2") == 2
     assert "is not what" in capsys.readouterr().err
-    assert command.run(["--resume", str(tmp_path / "studies/mine")]) == 2
+    assert script.run(["--resume", str(tmp_path / "studies/mine")]) == 2
     assert "is a run of hypertune.py" in capsys.readouterr().err
 
 
@@ -417,7 +415,7 @@ def test_a_study_takes_a_runs_settings_but_not_its_name_and_seeds(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"options": {"name": "run", "seeds": 8, "steps": 70, "log": False},
                                 "config": {"tau": 0.5}}))
-    options, config = arguments.parse(["--config", str(path)], arguments.Tune)
+    options, config = parse_args(["--config", str(path)], Tune)
     assert (options.name, options.seeds, options.steps, options.log) == (None, 2, 70, True)
     assert config["tau"] == 0.5
 
@@ -427,7 +425,7 @@ def test_a_study_takes_a_runs_settings_but_not_its_name_and_seeds(tmp_path):
 
 def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd):
     monkeypatch.undo()
-    begun, give, receive = [], sweep.Processes.give, sweep.Processes.receive
+    begun, give, receive = [], Processes.give, Processes.receive
 
     def note(self, key, job):
         begun.append(job)
@@ -441,8 +439,8 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
                 time.sleep(0.1)
                 begun.append(None)
 
-    monkeypatch.setattr(sweep.Processes, "give", note)
-    monkeypatch.setattr(sweep.Processes, "receive", kill_once)
+    monkeypatch.setattr(Processes, "give", note)
+    monkeypatch.setattr(Processes, "receive", kill_once)
     flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--steps", "200",
              "--eval-every", "50"]
     assert tune(tmp_path, *flags) == 0

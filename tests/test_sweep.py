@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import sweep
-from lab.rollout import Job
+from lab.training.job import Job, split_seeds
+from lab.training.processes import run_jobs
 
 SAC = Path("agents/sac.py").read_text()
 FAILURES = {
@@ -31,7 +31,7 @@ import signal
 import time
 from pathlib import Path
 
-from lab.gym_envs import UserError
+from lab.errors import UserError
 
 
 def patch(self):
@@ -65,7 +65,7 @@ def cost(largest, shares, environments, processes):
 def test_shares_cover_the_seeds_at_the_least_cost_in_the_fewest_stacks(environments, processes):
     for count in range(1, 25):
         seeds = range(100, 100 + count)
-        shares = sweep.split_seeds(seeds, environments, processes)
+        shares = split_seeds(seeds, environments, processes)
         assert [seed for share in shares for seed in share] == list(seeds)
         assert all(shares)
         ours = cost(max(map(len, shares)), len(shares), environments, processes)
@@ -80,7 +80,7 @@ def test_shares_cover_the_seeds_at_the_least_cost_in_the_fewest_stacks(environme
     (8, 1, 1, [8]), (8, 1, 2, [4, 4]), (8, 2, 2, [8]), (8, 4, 2, [8]), (8, 1, 16, [1] * 8),
     (3, 1, 2, [2, 1]), (8, 3, 2, [4, 4]), (1, 1, 4, [1])])
 def test_shares_known_by_hand(count, environments, processes, sizes):
-    assert [len(s) for s in sweep.split_seeds(range(count), environments, processes)] == sizes
+    assert [len(s) for s in split_seeds(range(count), environments, processes)] == sizes
 
 
 # One job, in this process
@@ -89,7 +89,7 @@ def test_shares_known_by_hand(count, environments, processes, sizes):
 def test_one_job_runs_in_this_process(tmp_path):
     messages = []
     job = make_job(tmp_path, "mine")
-    assert sweep.run([job], 4, lambda place, message: messages.append((place, message))) == {}
+    assert run_jobs([job], 4, lambda place, message: messages.append((place, message))) == {}
     assert {place for place, _ in messages} == {0}
     assert [message["step"] for _, message in messages] == [0, 10, 20, 30, 40]
     assert "return/eval" in messages[-1][1]["rows"][0]
@@ -98,7 +98,7 @@ def test_one_job_runs_in_this_process(tmp_path):
 @pytest.mark.parametrize("kind", ["user", "exception"])
 def test_one_job_that_fails_is_reported(tmp_path, capsys, kind):
     line, reason = FAILURES[kind]
-    failures = sweep.run([make_job(tmp_path, "mine", line)], 1, lambda *_: None)
+    failures = run_jobs([make_job(tmp_path, "mine", line)], 1, lambda *_: None)
     assert list(failures) == [0] and re.fullmatch(reason, failures[0])
     assert ("Traceback" in capsys.readouterr().err) == (kind == "exception")
 
@@ -117,7 +117,7 @@ def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
         if "rows" in message:
             rows[place].append((message["step"], sorted(message["rows"])))
 
-    failures = sweep.run(jobs, 2, report)
+    failures = run_jobs(jobs, 2, report)
     assert sorted(failures) == [0, 1, 2]
     for place, (_, reason) in enumerate(FAILURES.values()):
         assert re.fullmatch(reason, failures[place])
@@ -134,7 +134,7 @@ def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path):
     jobs = [make_job(tmp_path, name, line, run=str(tmp_path / "run"), checkpoint_every=10)
             for name, line in (("once", line), ("always", always))]
     messages = {0: [], 1: []}
-    failures = sweep.run(jobs, 2, lambda place, message: messages[place].append(message))
+    failures = run_jobs(jobs, 2, lambda place, message: messages[place].append(message))
     assert failures == {1: "its process ended with code -9"}
     told = {place: [message.get("warning", message.get("step")) for message in all_of_it
                     if "warning" in message or "rows" in message]
@@ -157,7 +157,7 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(jobs, 2, report)
+        run_jobs(jobs, 2, report)
     assert len(children) == 2 and not any(child.is_alive() for child in children)
     for place, job in enumerate(jobs):
         [step] = saved_steps(job)
@@ -178,5 +178,5 @@ def test_ctrl_c_in_a_terminal_leaves_checkpoints(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run([job, job], 1, report)
+        run_jobs([job, job], 1, report)
     assert len(saved_steps(job)) == 1

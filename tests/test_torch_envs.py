@@ -1,4 +1,4 @@
-"""lab/torch_envs.py: three environments against gymnasium's own, the quadrotor against the
+"""lab/envs/torch_tasks.py: three environments against gymnasium's own, the quadrotor against the
 definition of a rigid body, and the machinery that they share."""
 
 import itertools
@@ -16,9 +16,12 @@ from scipy.stats import ks_2samp
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lab import envs, torch_envs
-from lab.gym_envs import UserError
-from lab.torch_envs import BLOCK, ENVS, Quadrotor, TorchEnv, rotation
+from lab.envs import torch_tasks
+from lab.envs.make import make_envs
+from lab.envs.spec import EnvSpec
+from lab.envs.torch_tasks import ENVS, Quadrotor, TorchEnv, rotation
+from lab.envs.torch_vec import BLOCK
+from lab.errors import UserError
 from tests.conftest import needs_compiler, needs_cuda
 
 GYMNASIUM = {"Pendulum-v1": "Pendulum-v1", "MountainCarContinuous-v0": "MountainCarContinuous-v0",
@@ -104,7 +107,7 @@ def test_a_cart_is_pushed_in_proportion_to_the_action_up_to_its_limit():
 
 @pytest.mark.parametrize("name", GYMNASIUM)
 def test_the_spec_equals_gymnasiums(name):
-    env, spec = gymnasium.make(GYMNASIUM[name]), envs.make(f"torch/{name}", [0]).spec
+    env, spec = gymnasium.make(GYMNASIUM[name]), make_envs(f"torch/{name}", [0]).spec
     assert spec.id == f"torch/{name}"
     assert (spec.obs_dim,) == env.observation_space.shape
     assert spec.max_episode_steps == env.spec.max_episode_steps
@@ -418,7 +421,7 @@ def test_the_quadrotors_observation_has_22_entries_and_hides_the_body():
                           torch.from_numpy(turned).flatten(1), 0.1 * parts["angular"],
                           2 * parts["motors"] - 1], -1)
     torch.testing.assert_close(obs[0], expected)
-    spec = envs.make("torch/Quadrotor-v0", [0]).spec
+    spec = make_envs("torch/Quadrotor-v0", [0]).spec
     assert obs.shape[-1] == spec.obs_dim == 22 and spec.action_dim == 4
     hidden = {name: 2 * parts[name] for name in list(PARTS)[5:]}
     assert torch.equal(Quadrotor().observe(pack({**parts, **hidden})), obs)
@@ -490,7 +493,7 @@ def diary(monkeypatch):
     monkeypatch.setitem(ENVS, "Blink-v0", Blink)
 
     def make(seeds=(0, 1), num_envs=3, name="Diary-v0", **settings):
-        return envs.make(f"torch/{name}", list(seeds), num_envs, **settings)
+        return make_envs(f"torch/{name}", list(seeds), num_envs, **settings)
 
     return make
 
@@ -524,7 +527,7 @@ def test_episodes_end_by_termination_or_else_by_time_and_then_begin_anew(diary):
 
 @pytest.mark.parametrize("name", ENVS)
 def test_a_reset_leaves_the_states_of_running_episodes_untouched(name):
-    stack = envs.make(f"torch/{name}", [0, 1], 8)
+    stack = make_envs(f"torch/{name}", [0, 1], 8)
     stack.reset()
     stack.running[0, :, ::2] = stack.spec.max_episode_steps - 10  # so that some end by time
     ends = 0
@@ -595,7 +598,7 @@ def test_finished_episodes_have_raw_returns_and_lengths_and_are_told_once(diary)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ENVS)
 def test_actions_that_are_not_finite_count_as_zero(name, bad):
-    calm, broken = (envs.make(f"torch/{name}", [0, 1], 2) for _ in range(2))
+    calm, broken = (make_envs(f"torch/{name}", [0, 1], 2) for _ in range(2))
     calm.reset()
     broken.reset()
     for actions in noise(calm, 5):
@@ -623,7 +626,7 @@ class NoWaiting(TorchDispatchMode):
 def test_a_step_reads_no_value_and_copies_no_constant_to_the_device(name):
     """Either would make the host wait; this tells it without a GPU, where the next test needs one.
     Tensors on "meta" have no values."""
-    stack = envs.make(f"torch/{name}", [0, 1], 2, clip_reward=(-1, 1))
+    stack = make_envs(f"torch/{name}", [0, 1], 2, clip_reward=(-1, 1))
     stack.reset()
     actions = noise(stack, 1)[0]
     with NoWaiting():
@@ -636,7 +639,7 @@ def test_a_step_reads_no_value_and_copies_no_constant_to_the_device(name):
 @needs_cuda
 @pytest.mark.parametrize("name", ENVS)
 def test_the_host_waits_for_nothing_between_two_finished_on_cuda(name):
-    stack = envs.make(f"torch/{name}", [0, 1], 16, device="cuda", clip_reward=(-1, 1))
+    stack = make_envs(f"torch/{name}", [0, 1], 16, device="cuda", clip_reward=(-1, 1))
     stack.reset()
     actions = noise(stack, 2 * BLOCK).cuda()
     torch.cuda.set_sync_debug_mode("error")
@@ -656,7 +659,7 @@ def test_the_host_waits_for_nothing_between_two_finished_on_cuda(name):
 def test_compiled_and_eager_steps_agree(name, device):
     """From equal seeds, over the ends of episodes, to 1e-4. All steps are one compiled graph."""
     counters.clear()
-    eager, compiled = (envs.make(f"torch/{name}", [0, 1], 4, device=device, compile=compile)
+    eager, compiled = (make_envs(f"torch/{name}", [0, 1], 4, device=device, compile=compile)
                        for compile in (False, True))
     torch.testing.assert_close(compiled.reset(), eager.reset())
     ends = 0
@@ -671,22 +674,22 @@ def test_compiled_and_eager_steps_agree(name, device):
 
 def test_an_environment_of_the_users_works_by_name_and_with_its_module(
         diary, tmp_path, monkeypatch):
-    assert diary().spec == envs.EnvSpec("torch/Diary-v0", 2, 1, (-9.0,), (9.0,), 4)
-    monkeypatch.setattr(torch_envs, "ENVS", dict(ENVS))
+    assert diary().spec == EnvSpec("torch/Diary-v0", 2, 1, (-9.0,), (9.0,), 4)
+    monkeypatch.setattr(torch_tasks, "ENVS", dict(ENVS))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tests_of_users.py").write_text(
-        "from lab import torch_envs\n"
-        "class Own(torch_envs.Pendulum):\n    max_episode_steps = 3\n"
-        "torch_envs.ENVS['Own-v0'] = Own\n")
+        "from lab.envs import torch_tasks\n"
+        "class Own(torch_tasks.Pendulum):\n    max_episode_steps = 3\n"
+        "torch_tasks.ENVS['Own-v0'] = Own\n")
     try:
-        stack = envs.make("tests_of_users:torch/Own-v0", [0])
+        stack = make_envs("tests_of_users:torch/Own-v0", [0])
     finally:
         sys.modules.pop("tests_of_users", None)
     assert stack.spec.id == "torch/Own-v0" and stack.spec.max_episode_steps == 3
     stack.reset()
     assert [float(stack.step(a).truncations) for a in noise(stack, 6)] == [0, 0, 1, 0, 0, 1]
     with pytest.raises(UserError, match="no_such_module"):
-        envs.make("no_such_module:torch/Own-v0", [0])
+        make_envs("no_such_module:torch/Own-v0", [0])
 
 
 @pytest.mark.parametrize("env_id, backend, near", [
@@ -695,7 +698,7 @@ def test_an_environment_of_the_users_works_by_name_and_with_its_module(
     ("Pendulum-v2", "torch", "torch/Pendulum-v1")])
 def test_an_unknown_id_is_named_in_one_line_with_those_that_exist(env_id, backend, near):
     with pytest.raises(UserError) as caught:
-        envs.make(env_id, [0], backend=backend)
+        make_envs(env_id, [0], backend=backend)
     line = str(caught.value)
     unknown, known = line.split(";")
     assert "\n" not in line and unknown.endswith("torch/" + env_id.removeprefix("torch/"))

@@ -9,9 +9,10 @@ import pytest
 from scipy.optimize import minimize
 from scipy.stats import lognorm
 
-from lab import space, tuning
-from lab.gym_envs import UserError
-from lab.tuning import Journal, Trial
+from lab.errors import UserError
+from lab.tuning import space, surrogate
+from lab.tuning.pruner import prune
+from lab.tuning.trials import Journal, Trial
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def test_what_each_state_registers_by_hand():
               make(5, {1: [5, 5]}, "diverged"), make(6, {}, "diverged"), make(7, {}, "running"),
               make(8, {1: [9, 9]}, "failed")]
     seen = {trial.number: seen for trial, seen in zip(
-        [t for t in trials if t.state != "failed"], tuning.observe(trials), strict=True)}
+        [t for t in trials if t.state != "failed"], surrogate.observe(trials), strict=True)}
     values = {number: observation.value for number, observation in seen.items()}
     gain = np.median([6, 4, 30])
     assert gain == 6
@@ -123,12 +124,12 @@ def test_what_each_state_registers_by_hand():
 
 
 def test_nothing_is_registered_before_one_has_completed():
-    assert tuning.observe([make(0, {1: [1, 2]}, "pruned"), make(1, {}, "running")]) == []
+    assert surrogate.observe([make(0, {1: [1, 2]}, "pruned"), make(1, {}, "running")]) == []
 
 
 def test_noise_is_assumed_where_one_seed_cannot_show_it():
     trials = [make(0, {1: [0]}), make(1, {1: [10]})]
-    assert [o.variance for o in tuning.observe(trials)] == [2.5, 2.5]
+    assert [o.variance for o in surrogate.observe(trials)] == [2.5, 2.5]
 
 
 # The surrogate
@@ -137,7 +138,7 @@ def test_noise_is_assumed_where_one_seed_cannot_show_it():
 def drawn(searched, objective, count, noise, seed=0, seeds=3):
     rng, trials = np.random.default_rng(seed), []
     for number in range(count):
-        settings = tuning.ask(searched, trials, seed)
+        settings = surrogate.ask(searched, trials, seed)
         returns = objective(settings) + noise * rng.normal(size=seeds)
         trials.append(Trial(number, settings, "completed", {1: returns.tolist()}))
     return trials
@@ -147,11 +148,11 @@ def test_the_same_trials_give_the_same_suggestion_and_others_another():
     searched = read("lr=log:1e-5:1e-2", "size=int:16:512")
     trials = drawn(searched, lambda s: -abs(math.log10(s["lr"]) + 3), 6, 0.1)
     assert len({json.dumps(trial.settings) for trial in trials}) == 6
-    asked = tuning.ask(searched, trials, 0)
-    assert tuning.ask(searched, [Trial(**vars(trial)) for trial in trials], 0) == asked
-    assert tuning.ask(searched, trials, 1) != asked
+    asked = surrogate.ask(searched, trials, 0)
+    assert surrogate.ask(searched, [Trial(**vars(trial)) for trial in trials], 0) == asked
+    assert surrogate.ask(searched, trials, 1) != asked
     running = [*trials, Trial(6, asked)]
-    again = tuning.ask(searched, running, 0)
+    again = surrogate.ask(searched, running, 0)
     far = np.abs(searched.encode(again) - searched.encode(asked)).max()
     assert far > 0.05, "what runs is asked for again"
 
@@ -160,7 +161,7 @@ def test_it_starts_with_sobol_points_and_falls_back_to_them():
     searched = read("lr=0:1", "limit=0:1")
     trials = []
     for number in range(8):  # none of them completes
-        trials.append(Trial(number, tuning.ask(searched, trials, 0), "failed"))
+        trials.append(Trial(number, surrogate.ask(searched, trials, 0), "failed"))
     cells = {(int(t.settings["lr"] * 2), int(t.settings["limit"] * 2)) for t in trials[:4]}
     assert len(cells) == 4, "four points of a Sobol sequence lie one in each quarter"
     assert len({t.settings["lr"] for t in trials}) == 8
@@ -172,7 +173,7 @@ def test_it_closes_in_on_a_learning_rate_in_noise():
     trials = drawn(searched, lambda s: -(math.log10(s["lr"]) + 3) ** 2, 12, 0.6)
     distances = [abs(math.log10(trial.settings["lr"]) + 3) for trial in trials]
     assert np.median(distances[6:]) < 0.75
-    assert abs(math.log10(tuning.ranked(searched, trials)[0][0].settings["lr"]) + 3) < 0.5
+    assert abs(math.log10(surrogate.ranked(searched, trials)[0][0].settings["lr"]) + 3) < 0.5
 
 
 def test_a_lucky_trial_is_not_the_best():
@@ -182,7 +183,7 @@ def test_a_lucky_trial_is_not_the_best():
               for i, x in enumerate((0.0, 0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0))]
     trials.append(make(9, {1: [0.0, 22.0]}, settings={"lr": 0.25}))
     assert max(trials, key=lambda trial: trial.final).number == 9
-    best, mean = tuning.ranked(searched, trials)[0]
+    best, mean = surrogate.ranked(searched, trials)[0]
     assert best.number == 8 and mean == pytest.approx(10, abs=2)
 
 
@@ -196,7 +197,7 @@ def test_length_scales_are_the_most_probable(size):
         return 5 * np.sum((theta - wanted) ** 2), 10 * (theta - wanted)
 
     bounds = np.tile(np.log([0.05, 20]), (size, 1))
-    theta, loss = tuning.most_probable(likelihood, np.zeros(size), bounds)
+    theta, loss = surrogate.most_probable(likelihood, np.zeros(size), bounds)
     prior = lognorm(s=3**0.5, scale=np.exp(2**0.5) * size**0.5)
 
     def slow(theta):
@@ -212,36 +213,36 @@ def test_what_is_recommended_may_lie_between_the_trials():
     searched = read("lr=0:1")
     trials = [make(i, {1: [y - 0.01, y + 0.01]}, settings={"lr": x}) for i, (x, y) in enumerate(
         (x, -(x - 0.5) ** 2) for x in (0.0, 0.2, 0.4, 0.6, 0.9, 1.0))]
-    best, second = tuning.recommend(searched, trials, 2)
+    best, second = surrogate.recommend(searched, trials, 2)
     assert best.name == "optimum of 6" and best.settings["lr"] == pytest.approx(0.5, abs=0.05)
     assert second.name in ("trial 2", "trial 3") and best.mean > second.mean
-    assert tuning.recommend(searched, trials, 2) == [best, second], "a study that goes on agrees"
-    assert tuning.ask(searched, trials, 0) != best.settings
+    assert surrogate.recommend(searched, trials, 2) == [best, second], "a study that goes on agrees"
+    assert surrogate.ask(searched, trials, 0) != best.settings
 
 
 def test_an_optimum_that_was_tried_is_a_trial():
     searched = read("size=cat:1,2")
     trials = [make(i, {1: [i, i + 1.0]}, settings={"size": 1 + i}) for i in range(2)]
-    assert [c.name for c in tuning.recommend(searched, trials, 3)] == ["trial 1", "trial 0"]
-    assert tuning.recommend(searched, [], 3) == []
+    assert [c.name for c in surrogate.recommend(searched, trials, 3)] == ["trial 1", "trial 0"]
+    assert surrogate.recommend(searched, [], 3) == []
 
 
 def test_a_setting_that_was_tried_again_is_one_point_and_surer(capsys):
     searched = read("size=cat:1,2")
     trials = [make(i, {1: [y, y + 4]}, settings={"size": 1 + i % 2})
               for i, y in enumerate((0, 10, 2, 10, 1, 10))]
-    once, thrice = (tuning.Surrogate(searched, some, 0) for some in (trials[:2], trials))
-    assert len(thrice.optimizer.space) == 2 and len(tuning.ranked(searched, trials)) == 2
+    once, thrice = (surrogate.Surrogate(searched, some, 0) for some in (trials[:2], trials))
+    assert len(thrice.optimizer.space) == 2 and len(surrogate.ranked(searched, trials)) == 2
     assert thrice.predict([searched.encode({"size": 1})])[1] < once.predict(
         [searched.encode({"size": 1})])[1]
-    assert tuning.ask(searched, trials, 0)["size"] in (1, 2)
+    assert surrogate.ask(searched, trials, 0)["size"] in (1, 2)
     assert not capsys.readouterr().out, "bayes_opt prints what it does not like"
 
 
 def test_a_parameter_that_matters_is_told_from_one_that_does_not():
     searched = read("lr=log:1e-5:1e-2", "size=int:16:512", "kind=cat:a,b,c")
     trials = drawn(searched, lambda s: 10 * (s["kind"] == "b") + math.log10(s["lr"]), 10, 0.1)
-    importance = tuning.Surrogate(searched, trials, 0).importance()
+    importance = surrogate.Surrogate(searched, trials, 0).importance()
     assert importance["kind"] > importance["lr"] > 5 * importance["size"]
     assert sum(importance.values()) == pytest.approx(1)
 
@@ -275,8 +276,8 @@ FIVE = [make(i, {10 * (k + 1): [v] for k, v in enumerate(curve)}) for i, curve i
 def test_the_median_rule_by_hand(curve, settings, pruned):
     trial = make(9, {10 * (k + 1): [value] for k, value in enumerate(curve)}, "running")
     others = [make(10, {10: [99]}, "pruned"), make(11, {10: [99]}, "diverged"), trial]
-    assert tuning.prune(trial, FIVE + others, **settings) == pruned
-    assert not tuning.prune(trial, FIVE[1:] + others, **settings), "four have completed"
+    assert prune(trial, FIVE + others, **settings) == pruned
+    assert not prune(trial, FIVE[1:] + others, **settings), "four have completed"
 
 
 # The journal

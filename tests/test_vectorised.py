@@ -9,8 +9,12 @@ import time
 
 import pytest
 
-from lab import agent_file, arguments, checkpoint, command, sweep
-from lab.recorder import read_metrics
+from lab import train
+from lab.agent import load_agent
+from lab.options import Vectorised, parse_args, resolve_defaults
+from lab.training import checkpoint
+from lab.training.job import make_jobs
+from lab.training.recorder import read_metrics
 from tests.conftest import AGENTS, SMALL, needs_cuda
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
@@ -18,22 +22,22 @@ TARGET = "tests.probe_envs:lab-tests/Target-v0"
 
 
 def parse(*argv):
-    return arguments.parse(argv, arguments.Vectorised)
+    return parse_args(argv, Vectorised)
 
 
 def run(*argv):
-    return command.run(list(map(str, argv)), arguments.Vectorised)
+    return train.run(list(map(str, argv)), Vectorised)
 
 
 def small(path):
-    fields = agent_file.load(path).Config.__dataclass_fields__
+    fields = load_agent(path).Config.__dataclass_fields__
     return [word for name, value in SMALL.items() if name in fields
             for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def test_no_argument_is_ppo_on_an_environment_in_torch():
     options, config = parse()
-    (job,) = sweep.make_jobs(arguments.settle(options), config, 1, None)
+    (job,) = make_jobs(resolve_defaults(options), config, 1, None)
     assert job.agent_path == "agents/ppo.py" and job.env_id.startswith("torch/")
     assert job.num_envs > 8 and job.backend is None and job.seeds == (0,)
 
@@ -78,12 +82,12 @@ def test_envpool_that_is_missing_says_how_to_get_it(monkeypatch, capsys):
 def test_each_script_resumes_its_own_runs(tmp_path, capsys):
     short = ["--env", TARGET, "--steps", "64", "--log", "--runs", str(tmp_path),
              *small("agents/ppo.py")]
-    assert command.run(["agents/ppo.py", *short, "--name", "simple"]) == 0
+    assert train.run(["agents/ppo.py", *short, "--name", "simple"]) == 0
     assert run("agents/ppo.py", *short, "--name", "many", "--num-envs", 4) == 0
     simple, many = (next(tmp_path.glob(f"{name}-*")) for name in ("simple", "many"))
     assert run("--resume", simple) == 2
     assert "is a run of learn_simple.py" in capsys.readouterr().err
-    assert command.run(["--resume", str(many)]) == 2
+    assert train.run(["--resume", str(many)]) == 2
     assert "is a run of learn_vectorised.py" in capsys.readouterr().err
     assert run("--resume", many) == 0
     options, _ = parse("--config", str(simple / "config.json"))

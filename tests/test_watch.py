@@ -16,21 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import (
-    agent_file,
-    arguments,
-    camera,
-    checkpoint,
-    command,
-    envs,
-    film,
-    recorder,
-    rollout,
-    sweep,
-    watch,
-)
-from lab.gym_envs import UserError, make_one, seed_of
-from lab.torch_envs import TorchEnvs
+from lab import train as script
+from lab.agent import build_agent
+from lab.envs.base import EVALUATION
+from lab.envs.shard import seed_of
+from lab.envs.spec import make_one, probe
+from lab.envs.torch_vec import TorchEnvs
+from lab.errors import UserError, guarded
+from lab.options import Simple, parse_args
+from lab.training import checkpoint, loop, recorder
+from lab.training.job import make_jobs
+from lab.watch import __main__ as watch
+from lab.watch import camera, film
 from tests import probe_envs
 from tests.conftest import AGENTS, SMALL
 
@@ -43,11 +40,11 @@ def environment(monkeypatch):
     """What a film sets is forgotten after it."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))
-    monkeypatch.setattr(rollout.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 
 @pytest.fixture
-def no_rehearsal(monkeypatch):
+def no_dry_run(monkeypatch):
     """Drawing in a process of its own takes seconds."""
     monkeypatch.setattr(camera, "check", lambda env_id: None)
 
@@ -55,16 +52,16 @@ def no_rehearsal(monkeypatch):
 def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,
           stop=None):
     """A run of stacks, trained in this process -> its folder."""
-    _, config = arguments.parse([str(agent)])
+    _, config = parse_args([str(agent)])
     config |= {k: v for k, v in SMALL.items() if k in config}
-    options = arguments.Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
-                               eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
+    options = Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
+                     eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
     options = dataclasses.replace(options, **dict(flags))
     run = recorder.create_run_folder(folder, "film", Path(agent),
-                                     command.describe(options, config, "film"))
-    for place, job in enumerate(sweep.make_jobs(options, config, processes, run)):
+                                     script.describe(options, config, "film"))
+    for place, job in enumerate(make_jobs(options, config, processes, run)):
         if place != stop:
-            rollout.train(job, lambda message: None)
+            loop.train(job, lambda message: None)
     return run
 
 
@@ -85,7 +82,7 @@ def group(run, env_id=PAINTED):
 
 def filmed(capsys, *argv):
     """-> the returns that are printed, (episodes, seeds), and the rest of the lines."""
-    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 0
+    assert guarded(lambda: watch.run([str(arg) for arg in argv])) == 0
     out, err = capsys.readouterr()
     assert not err and "\x1b" not in out
     rows = [line.split()[2:-1] for line in out.splitlines() if line.startswith("episode ")]
@@ -93,7 +90,7 @@ def filmed(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    assert command.guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
+    assert guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
     return err
@@ -115,14 +112,14 @@ def episodes(run, seeds, stack):
     members = range(stack[0], stack[1] + 1)
     folder = group(run) / f"stack_{stack[0]}_{stack[1]}"
     config = json.loads((run / "config.json").read_text())["config"]
-    spec = envs.probe(PAINTED)
-    agent = agent_file.build("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
+    spec = probe(PAINTED)
+    agent = build_agent("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
     agent.load_state_dict(checkpoint.load_latest(folder)["agent"])
     returns, colours = np.zeros((EPISODES, len(seeds))), {}
     for n in range(EPISODES):
         for i, seed in enumerate(seeds):
             env = gymnasium.make(PAINTED)
-            obs, _ = env.reset(seed=seed_of(seed, (envs.EVALUATION, STEPS), n))
+            obs, _ = env.reset(seed=seed_of(seed, (EVALUATION, STEPS), n))
             colours[n, seed], end = [env.unwrapped.colour()], False
             while not end:
                 every = torch.as_tensor(obs).expand(len(members), 1, -1)
@@ -137,7 +134,7 @@ def episodes(run, seeds, stack):
 # What is seen
 
 
-def test_the_returns_are_a_plain_loops_and_the_runs_own_evaluations(run, capsys, no_rehearsal):
+def test_the_returns_are_a_plain_loops_and_the_runs_own_evaluations(run, capsys, no_dry_run):
     shown, out = filmed(capsys, run, "--seeds", 4, "--episodes", EPISODES)
     assert out.startswith(f"sac on {PAINTED}, after {STEPS} steps\n")
     one, two = (episodes(run, seeds, seeds)[0] for seeds in ((0, 1), (2, 3)))
@@ -150,7 +147,7 @@ def test_the_returns_are_a_plain_loops_and_the_runs_own_evaluations(run, capsys,
     assert float(means[4]) == pytest.approx(shown.mean(), abs=0.11)
 
 
-def test_a_film_has_every_second_step_of_every_seed_in_its_tile(run, capsys, no_rehearsal):
+def test_a_film_has_every_second_step_of_every_seed_in_its_tile(run, capsys, no_dry_run):
     """50 steps a second: every second one is seen, and the last, which the tile holds, paler."""
     filmed(capsys, run, "--seeds", 2, "--episodes", EPISODES, "--width", 60)
     _, colours = episodes(run, (0, 1), (0, 1))
@@ -180,9 +177,9 @@ def test_a_tile_says_its_seed_and_its_return():
     wall = types.SimpleNamespace(
         show=lambda picture, seconds: shown.append(np.asarray(picture, int)))
     for seeds, value in (([0], 1.0), ([0], 1.0), ([3], 1.0), ([0], 2.0)):
-        look = film.Film(wall, seeds, 25, 100, None).episode(
+        on_step = film.Film(wall, seeds, 25, 100, None).episode(
             lambda place, running: np.zeros((10, 10, 3), np.uint8))
-        look(torch.tensor([[value]]), torch.tensor([[True]]))
+        on_step(torch.tensor([[value]]), torch.tensor([[True]]))
     assert np.array_equal(shown[0], shown[1])
     middle = shown[0].shape[1] // 2
     for other, here in ((shown[2], np.s_[:, :middle]), (shown[3], np.s_[:, middle:])):
@@ -207,10 +204,10 @@ def test_a_gif_runs_in_real_time(tmp_path, fps):
     gif = film.Gif(tmp_path / "a.gif")
     shown = film.Film(gif, [0], fps, 50, None)
     draw = iter(range(10_000))
-    look = shown.episode(lambda *_: np.full((10, 10, 3), next(draw) % 250, np.uint8))
+    on_step = shown.episode(lambda *_: np.full((10, 10, 3), next(draw) % 250, np.uint8))
     steps = 4 * fps
     for step in range(steps + 1):
-        look(torch.zeros(1, 1), torch.tensor([[step < steps]]))
+        on_step(torch.zeros(1, 1), torch.tensor([[step < steps]]))
     gif.close()
     times = [length for _, length in pictures(tmp_path / "a.gif")]
     assert min(times) >= 30 and sum(times) / 1000 == pytest.approx(shown.seconds, abs=0.01)
@@ -223,9 +220,9 @@ def test_a_long_episode_is_cut_in_the_film(length, seen, cut):
     shown = []
     wall = types.SimpleNamespace(show=lambda picture, seconds: shown.append(seconds))
     one = film.Film(wall, [0], 50, 50, 1.0)
-    look = one.episode(lambda *_: np.zeros((10, 10, 3), np.uint8))
+    on_step = one.episode(lambda *_: np.zeros((10, 10, 3), np.uint8))
     for step in range(length + 1):
-        look(torch.zeros(1, 1), torch.tensor([[step < length]]))
+        on_step(torch.zeros(1, 1), torch.tensor([[step < length]]))
     assert len(shown) == seen and one.cut == cut
     assert shown == pytest.approx([0.04] * (seen - 1) + [0.04 + film.PAUSE])
 
@@ -233,7 +230,7 @@ def test_a_long_episode_is_cut_in_the_film(length, seen, cut):
 @pytest.mark.parametrize("where, seeds, out", [
     ("", (0, 1, 2), "{group}"), ("{env}", (0, 1, 2), "{group}"),
     ("{env}/sac", (0, 1, 2), "{group}"), ("{env}/sac/seed_3", (3,), "{group}/seed_3")])
-def test_a_folder_means_what_lies_in_it(run, capsys, no_rehearsal, where, seeds, out):
+def test_a_folder_means_what_lies_in_it(run, capsys, no_dry_run, where, seeds, out):
     path = run / where.format(env=group(run).parent.name)
     _, words = filmed(capsys, path, "--episodes", 1)
     assert words.splitlines()[1].split() == [
@@ -241,7 +238,7 @@ def test_a_folder_means_what_lies_in_it(run, capsys, no_rehearsal, where, seeds,
     assert (Path(out.format(group=group(run))) / "watch.gif").stat().st_size > 100
 
 
-def test_each_environment_has_its_film(tmp_path, capsys, no_rehearsal):
+def test_each_environment_has_its_film(tmp_path, capsys, no_dry_run):
     run = train(tmp_path, env=(PAINTED, "Pendulum-v1"), processes=1)
     _, out = filmed(capsys, run, "--episodes", 1, "--max-seconds", 0.5)
     assert "(--max-seconds 0.5 of each episode)" in out
@@ -250,7 +247,7 @@ def test_each_environment_has_its_film(tmp_path, capsys, no_rehearsal):
     assert "--out is one film" in refused(capsys, run, "--out", tmp_path / "a.gif")
 
 
-def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_rehearsal):
+def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_dry_run):
     settings = json.loads((run / "config.json").read_text())
     settings["options"]["steps"] = 2 * STEPS
     settings["config"]["buffer_size"] = STEPS  # or the replay has another shape
@@ -262,13 +259,13 @@ def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_rehearsal):
 
 
 def test_a_seed_that_failed_is_named():
-    cast = watch.Cast([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
-                       watch.Part(None, range(1), [0], 9, [])])
+    cast = watch.PolicyStack([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
+                              watch.Part(None, range(1), [0], 9, [])])
     assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
-def test_every_agent_is_filmed(tmp_path, capsys, no_rehearsal, path):
+def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
     run = train(tmp_path, agent=path, processes=1)
     returns, _ = filmed(capsys, run, "--seeds", 2)
     rows = recorder.read_metrics(run / group(run).parent.name / path.stem / "seed_1/metrics.jsonl")
@@ -280,16 +277,16 @@ def test_every_agent_is_filmed(tmp_path, capsys, no_rehearsal, path):
                                   "ContinuousCartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
-    stage = watch.set_stage(f"torch/{name}", [0, 1], False)
-    plain = TorchEnvs(stage.layout)
-    stage.env.max_episode_steps = plain.env.max_episode_steps = 40
-    twin = make_one(stage.env.twin, render_mode="rgb_array")
+    view = watch.make_view(f"torch/{name}", [0, 1], False)
+    plain = TorchEnvs(view.config)
+    view.env.max_episode_steps = plain.env.max_episode_steps = 40
+    twin = make_one(view.env.twin, render_mode="rgb_array")
     twin.reset()
-    assert torch.equal(stage.reset(1), plain.reset(1))
+    assert torch.equal(view.reset(1), plain.reset(1))
     ended = 0
     for _ in range(45):
         actions = torch.ones(2, 1, 1)
-        step, seen = stage.step(actions), plain.step(actions)
+        step, seen = view.step(actions), plain.step(actions)
         assert torch.equal(step.obs, seen.obs)
         last = bool(step.terminations[1] + step.truncations[1])
         if last or not ended:
@@ -297,11 +294,11 @@ def test_a_torch_environment_is_drawn_by_its_twin(name):
             if name == "Pendulum-v1":
                 state = np.array([math.atan2(state[1], state[0]), state[2]])
             twin.unwrapped.state = state
-            drawn = stage.draw(1, not last).astype(int)
+            drawn = view.draw(1, not last).astype(int)
             assert np.abs(drawn - twin.render()).mean() < 0.5
         ended += last
     assert ended
-    stage.close()
+    view.close()
 
 
 def test_a_run_in_torch_is_filmed(tmp_path, capsys):
@@ -312,7 +309,7 @@ def test_a_run_in_torch_is_filmed(tmp_path, capsys):
         capsys, train(tmp_path, env=("torch/Quadrotor-v0",), processes=1))
 
 
-def test_an_mp4_has_the_same_pictures(run, capsys, no_rehearsal, monkeypatch, tmp_path):
+def test_an_mp4_has_the_same_pictures(run, capsys, no_dry_run, monkeypatch, tmp_path):
     frames = []
 
     def write_frames(path, size, fps, **settings):
@@ -334,7 +331,7 @@ def test_an_mp4_has_the_same_pictures(run, capsys, no_rehearsal, monkeypatch, tm
     assert np.abs(first - gif[0][0]).mean() < 5
 
 
-def test_a_window_shows_whole_episodes_and_may_be_closed(run, capsys, no_rehearsal, monkeypatch):
+def test_a_window_shows_whole_episodes_and_may_be_closed(run, capsys, no_dry_run, monkeypatch):
     import pygame
 
     before = sorted(run.rglob("*"))
@@ -385,7 +382,7 @@ def test_mujoco_moves_in_a_film_as_elsewhere(tmp_path, capsys, monkeypatch):
     ("{run} --agent {tmp}/none.py", "no agent file '{tmp}/none.py'"),
     ("{run} --agent agents/ppo.py", "config.json does not fit agents/ppo.py"),
 ])
-def test_bad_input_is_one_line(run, capsys, no_rehearsal, monkeypatch, argv, words):
+def test_bad_input_is_one_line(run, capsys, no_dry_run, monkeypatch, argv, words):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     (group(run) / "seed_8").mkdir()
     before = sorted(run.rglob("*"))
@@ -408,7 +405,7 @@ def test_a_window_without_a_display_is_one_line(run, capsys, monkeypatch):
     assert "--window: there is no display here" in refused(capsys, run, "--window")
 
 
-def test_a_changed_agent_runs_only_if_it_is_named(trained, run, capsys, no_rehearsal, tmp_path):
+def test_a_changed_agent_runs_only_if_it_is_named(trained, run, capsys, no_dry_run, tmp_path):
     copy = run / "sac.py"
     copy.write_text(copy.read_text() + "\n# as it was then\n")
     line = refused(capsys, run)
@@ -417,7 +414,7 @@ def test_a_changed_agent_runs_only_if_it_is_named(trained, run, capsys, no_rehea
     assert np.array_equal(returns, filmed(capsys, trained, "--out", tmp_path / "a.gif")[0])
 
 
-def test_a_checkpoint_of_other_networks_is_one_line(run, capsys, no_rehearsal):
+def test_a_checkpoint_of_other_networks_is_one_line(run, capsys, no_dry_run):
     settings = json.loads((run / "config.json").read_text())
     settings["config"]["qf_width"] = 8
     (run / "config.json").write_text(json.dumps(settings))

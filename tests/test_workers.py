@@ -17,11 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import agent_file, checkpoint, envs, workers
-from lab.gym_envs import UserError
-from lab.recorder import read_metrics
-from lab.rollout import Job, train
-from lab.workers import WorkerError
+from lab.agent import load_agent
+from lab.envs import pool
+from lab.envs.make import make_envs
+from lab.envs.pool import WorkerError
+from lab.errors import UserError
+from lab.training import checkpoint
+from lab.training.job import Job
+from lab.training.loop import train
+from lab.training.recorder import read_metrics
 from tests.conftest import runs, small_config
 from tests.probe_envs import EXITS, KILLED, RAISES, SLEEPS
 
@@ -37,7 +41,7 @@ def make():
     made = []
 
     def make(env_id=FAULTY, seeds=(0,), num_envs=3, **settings):
-        made.append(envs.make(env_id, seeds, num_envs, "workers", **{"workers": 3} | settings))
+        made.append(make_envs(env_id, seeds, num_envs, "workers", **{"workers": 3} | settings))
         return made[-1]
 
     yield make
@@ -128,7 +132,7 @@ def test_a_worker_does_not_import_torch(make):
 
 
 def test_the_environments_alone_do_not_import_torch():
-    code = "import sys, lab.gym_envs, tests.probe_envs; print('torch' in sys.modules)"
+    code = "import sys, lab.envs.worker, tests.probe_envs; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           check=True).stdout == "False\n"
 
@@ -204,7 +208,7 @@ def test_a_stopped_worker_is_a_timeout(make, monkeypatch):
     stack = make()
     stack.reset()
     pids = pids_of(stack)
-    monkeypatch.setattr(workers, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(pool, "STEP_SECONDS", 1.0)
     os.kill(pids[0], signal.SIGSTOP)
     with fails(pids, 1, "did not answer to a step for 1 s"):
         stack.step(act(1.0, 1.0))
@@ -212,7 +216,7 @@ def test_a_stopped_worker_is_a_timeout(make, monkeypatch):
 
 
 def test_a_step_that_does_not_end_is_a_timeout(make, monkeypatch):
-    monkeypatch.setattr(workers, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(pool, "STEP_SECONDS", 1.0)
     stack = make()
     stack.reset()
     pids = pids_of(stack)
@@ -222,10 +226,10 @@ def test_a_step_that_does_not_end_is_a_timeout(make, monkeypatch):
 
 
 def test_a_worker_stopped_before_a_reset_is_a_timeout(make, monkeypatch):
-    monkeypatch.setattr(workers, "STEP_SECONDS", 600.0)
+    monkeypatch.setattr(pool, "STEP_SECONDS", 600.0)
     stack = make(workers=2)
     pids = pids_of(stack)
-    monkeypatch.setattr(workers, "START_SECONDS", 1.0)
+    monkeypatch.setattr(pool, "START_SECONDS", 1.0)
     os.kill(pids[0], signal.SIGSTOP)
     with fails(pids, 1, "did not answer to a reset for 1 s"):
         stack.reset()
@@ -233,7 +237,7 @@ def test_a_worker_stopped_before_a_reset_is_a_timeout(make, monkeypatch):
 
 
 def test_a_worker_that_does_not_start_is_a_timeout(make, monkeypatch):
-    monkeypatch.setattr(workers, "START_SECONDS", 0.01)  # sooner than an interpreter starts
+    monkeypatch.setattr(pool, "START_SECONDS", 0.01)  # sooner than an interpreter starts
     with pytest.raises(WorkerError, match=r"worker 1 of 2 \(process \d+\) did not answer to a "
                        "start for 0 s$"):
         make()
@@ -301,8 +305,11 @@ def running(script):
 MAKES = f"""
 import time
 import torch
-from lab import envs
-stacks = [envs.make({FAULTY!r}, [0], 2, "workers", workers=2) for _ in range(2)]
+from lab.agent import load_agent
+from lab.envs import pool
+from lab.envs.make import make_envs
+from lab.training import checkpoint
+stacks = [make_envs({FAULTY!r}, [0], 2, "workers", workers=2) for _ in range(2)]
 for stack in stacks:
     stack.reset()
     stack.step(torch.ones(1, 2, 1))
@@ -331,7 +338,7 @@ def test_a_program_that_does_not_close_its_workers_ends_all_the_same():
 
 
 def make_job(folder, **settings):
-    small = small_config(agent_file.load(SAC), buffer_size=40)
+    small = small_config(load_agent(SAC), buffer_size=40)
     return Job(**{"agent_path": str(SAC), "config": dataclasses.asdict(small), "env_id": DIARY,
                   "seeds": (0, 1), "steps": 100, "eval_every": 50, "log_every": 10,
                   "checkpoint_every": 0, "eval_episodes": 1, "num_envs": 2, "backend": "workers",
@@ -374,7 +381,8 @@ def test_an_interrupt_of_the_whole_group_leaves_a_checkpoint_and_no_orphan(tmp_p
     job = make_job(tmp_path, steps=10_000_000, eval_every=10_000_000)
     script = f"""
 import multiprocessing
-from lab.rollout import Job, train
+from lab.training.job import Job
+from lab.training.loop import train
 
 def emit(message):
     if message["step"] == 40:

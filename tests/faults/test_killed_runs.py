@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lab import checkpoint
+from lab.training import checkpoint
 from tests.conftest import flat_state, same
 
 SMALL = "--batch-size 32 --learning-starts 100 --qf-width 32 --actor-width 32"

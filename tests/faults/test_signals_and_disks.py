@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from lab import checkpoint
-from lab.recorder import read_metrics
+from lab.training import checkpoint
+from lab.training.recorder import read_metrics
 from tests.conftest import runs
 
 SMALL = ["--batch-size", "8", "--learning-starts", "20", "--qf-width", "8", "--actor-width", "8",
@@ -50,7 +50,7 @@ def test_killed_between_write_and_rename_the_checkpoint_before_is_there(tmp_path
 import os, signal
 from pathlib import Path
 import torch
-from lab import checkpoint
+from lab.training import checkpoint
 
 checkpoint.BLOCK = 1024
 folder, state = Path({str(tmp_path)!r}), {{"rows": torch.arange(1000.0)}}

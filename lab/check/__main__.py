@@ -1,0 +1,94 @@
+"""Whether an agent's file keeps the contract and falls into none of the known traps.
+
+    python -m lab.check agents/mine.py                        one line for each check
+    python -m lab.check agents/mine.py --tau 0.01 --cuda      its own settings are flags
+
+The agent is seen through its five verbs alone. It is made small, where its Config has fields of
+usual names; flags win over that. Exit code 0: all passed, 1: some failed, 2: bad input.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lab.accelerate import check_device, prepare_process
+from lab.agent import load_agent
+from lab.check.checks import CHECKS, Check, Failed
+from lab.check.driver import AgentUnderTest, small
+from lab.errors import UserError, guarded
+from lab.options import find_agent, read_flags
+
+
+@dataclass(frozen=True)
+class Options:
+    agent: tyro.conf.Positional[str] = "agents/sac.py"  # the agent's file
+    cuda: bool = False  # check it on the GPU
+
+
+def parse(argv: Sequence[str]) -> AgentUnderTest:
+    """Small, unless the agent refuses such settings. UserError on flags that it refuses."""
+    index = find_agent(argv)
+    path = Options.agent if index is None else argv[index]
+    module = load_agent(path)
+    try:
+        defaults = module.Config()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: every field of Config needs a default: {error}") from error
+    reduced = small(dataclasses.asdict(defaults))
+    try:
+        return _subject(argv, index, dataclasses.replace(defaults, **reduced))
+    except ValueError:
+        return _subject(argv, index, defaults)
+
+
+def _subject(argv: Sequence[str], index: int | None, defaults: Any) -> AgentUnderTest:
+    options, config = read_flags(argv, index, Options(), defaults, __doc__)
+    device = "cuda" if options.cuda else "cpu"
+    check_device(device)
+    subject = AgentUnderTest(options.agent, config, device)
+    try:
+        subject.make()
+    except UserError:
+        raise
+    except Exception:
+        pass  # the checks will say it
+    return subject
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check, print -> exit code."""
+    prepare_process()
+    subject, begun, passed = parse(argv), time.monotonic(), 0
+    defaults = dataclasses.asdict(load_agent(subject.path).Config())
+    changed = [f"{name} {x}" for name, x in subject.config.items() if x != defaults[name]]
+    print(f"{subject.path} with {', '.join(changed) or 'its own settings'}", flush=True)
+    live = sys.stdout.isatty()
+    for name, fn in CHECKS.items():
+        print(f"        {name} ...\r" if live else "", end="", flush=True)
+        reason = failure(fn, subject)
+        passed += reason is None
+        line = f"FAILED  {name}: {reason}" if reason else f"passed  {name}"
+        print(line + "    " * live, flush=True)
+    print(f"{passed} of {len(CHECKS)} checks passed in {time.monotonic() - begun:.0f} s")
+    return 0 if passed == len(CHECKS) else 1
+
+
+def failure(fn: Check, subject: AgentUnderTest) -> str | None:
+    """Why the check fails, in one line; None if it passes."""
+    try:
+        fn(subject)
+        return None
+    except (Failed, UserError) as error:
+        return str(error).removeprefix(f"{Path(subject.path).name} breaks the contract: ")
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__}: {line}"
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: run(sys.argv[1:])))

@@ -1,0 +1,173 @@
+"""An agent driven through its five verbs alone, to see what it does: for lab/check/ and the
+tests."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lab.agent import build_agent
+from lab.envs import probes
+from lab.envs.make import make_envs
+from lab.envs.spec import EnvSpec
+
+Metrics = dict[str, torch.Tensor]
+Step = tuple[torch.Tensor, ...]  # obs, rewards, next_obs, terminations, truncations
+
+SPEC = EnvSpec("check", 3, 2, (-1.0, 0.0), (1.0, 4.0), None)
+NUM_ENVS, STEPS = 4, 60  # of a seed, where it is driven by made-up transitions
+ACTIONS = {"the action": False, "the exploring action": True}
+SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # where it trains on a probe environment
+RING_ROWS = 2 * PROBE_ENVS
+
+# Settings that keep this short, by patterns of their names; those of another type are left alone.
+SMALL: dict[str, int | float] = {
+    r"(\w+_)?batch_size": 64, r"(\w+_)?(width|units|hidden_(dim|size))": 32,
+    r"(\w+_)?(lr|learning_rate)": 3e-3, "gamma": 0.8, "tau": 0.02, "learning_starts": 100,
+    "replay_ratio": 0.25, "policy_delay": 1, "num_steps": 8, "num_minibatches": 4,
+    "update_epochs": 10}
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that SMALL knows, with its values."""
+    return {name: value for name, old in config.items() for pattern, value in SMALL.items()
+            if re.fullmatch(pattern, name) and (old is None or type(old) is type(value))}
+
+
+@dataclass
+class AgentUnderTest:
+    """The agent at `path`, to be made again and again."""
+
+    path: str
+    config: dict[str, Any]
+    device: str = "cpu"
+
+    def make(self, seeds: Sequence[int] = (0, 1), num_envs: int = NUM_ENVS,
+             total_steps: int = NUM_ENVS * STEPS, spec: EnvSpec = SPEC, **settings: Any) -> Any:
+        """Settings that its Config lacks are dropped. UserError if it refuses the others."""
+        config = self.config | {k: v for k, v in settings.items() if k in self.config}
+        return build_agent(self.path, config, spec, seeds, num_envs, total_steps,
+                           self.device, lambda fn: fn)
+
+    def steps(self, seeds: Sequence[int], count: int = STEPS) -> list[Step]:
+        return [tuple(x.to(self.device) for x in step)
+                for step in make_steps(seeds, NUM_ENVS, count)]
+
+    def trained(self, seeds: Sequence[int], nan_seed: int | None = None) -> tuple[Any, Metrics]:
+        """-> an agent after its first updates, and its last metrics and actions, (S, ...) each."""
+        agent = self.make(seeds)
+        *_, last = [{}, *drive(agent, self.steps(seeds), nan_seed)]
+        return agent, last | self.acts(agent, len(seeds))
+
+    def acts(self, agent: Any, stack: int) -> Metrics:
+        """On the same observations for every seed, (S, N, A)."""
+        obs = torch.linspace(-1, 1, NUM_ENVS * SPEC.obs_dim).view(1, NUM_ENVS, -1)
+        obs = obs.repeat(stack, 1, 1).to(self.device)
+        return {name: agent.act(obs, explore=explore) for name, explore in ACTIONS.items()}
+
+    def train(self, env_id: str, done: Callable[[Any], bool], **settings: Any) -> bool:
+        """Until `done(agent)`, which is asked sixteen times -> whether it was."""
+        training = make_envs(env_id, SEEDS, PROBE_ENVS, device=self.device)
+        agent = self.make(SEEDS, PROBE_ENVS, PROBE_STEPS, training.spec, **settings)
+        obs = training.reset()
+        for step in range(1, PROBE_STEPS // PROBE_ENVS + 1):
+            actions = agent.act(obs)
+            agent.update()
+            t = training.step(actions)
+            agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+            obs = t.obs
+            if step * PROBE_ENVS % (PROBE_STEPS // 16) < PROBE_ENVS and done(agent):
+                return True
+        return False
+
+    @functools.cached_property
+    def decisions(self) -> tuple[list[float], int]:
+        """After training on Fork -> its decisions there, from -1, wrong, to 1, best, each the mean
+        over the seeds; and the rows of its replay, 0 without one.
+
+        The replay is to hold two steps: half of the time the newest and the oldest are neighbours.
+        """
+        space, reached, rows = probes.Fork.action_space, list[float](), 0
+        low, high = float(space.low[0]), float(space.high[0])
+
+        def decided(agent: Any) -> bool:
+            nonlocal rows
+            obs = torch.eye(probes.PRIZE + 1, device=self.device)[: len(probes.BEST)]
+            actions = agent.act(obs.repeat(len(SEEDS), 1, 1), explore=False).squeeze(-1)
+            scaled = (2 * (actions - low) / (high - low) - 1).mean(0).tolist()
+            reached[:] = [u * best for u, best in zip(scaled, probes.BEST, strict=True)]
+            replay = flat_state(agent.state_dict().get("replay", {})).values()
+            rows = max((x.shape[1] for x in replay if getattr(x, "ndim", 0) > 1), default=0)
+            return min(reached) > 0.4
+
+        self.train("lab/Fork-v0", decided, buffer_size=RING_ROWS)
+        return reached, rows
+
+
+def make_steps(seeds: Sequence[int], num_envs: int, count: int, obs_dim: int = 3) -> list[Step]:
+    """Transitions of made-up environments, each seed's its own whatever the stack: a list of
+    (obs, rewards, next_obs, terminations, truncations)."""
+    generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.stack([torch.rand(num_envs, *shape, generator=g) for g in generators])
+
+    obs, steps = draw(obs_dim), list[Step]()
+    for _ in range(count):
+        next_obs, ends = draw(obs_dim), draw()
+        steps.append((obs, draw(), next_obs, (ends < 0.1).float(), (ends > 0.9).float()))
+        obs = torch.where(((ends < 0.1) | (ends > 0.9))[..., None], draw(obs_dim), next_obs)
+    return steps
+
+
+def drive(agent: Any, steps: Sequence[Step], nan_seed: int | None = None) -> list[Metrics]:
+    """The loop of training/loop.py on made-up transitions -> the metrics of every update.
+
+    `nan_seed` puts a NaN into the rewards of that index in the stack."""
+    history = []
+    for obs, rewards, next_obs, terminations, truncations in steps:
+        actions = agent.act(obs)
+        metrics = agent.update()
+        if metrics:
+            history.append({name: value.clone() for name, value in metrics.items()})
+        if nan_seed is not None:
+            rewards = rewards.clone()
+            rewards[nan_seed] = float("nan")
+        agent.observe(obs, actions, rewards, next_obs, terminations, truncations)
+    return history
+
+
+def flat_state(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a state_dict by its path."""
+    if isinstance(state, dict) or hasattr(state, "items"):
+        return {k: v for key, value in state.items()
+                for k, v in flat_state(value, f"{prefix}{key}/").items()}
+    if isinstance(state, list | tuple):
+        return flat_state(dict(enumerate(state)), prefix)
+    return {prefix[:-1]: state}
+
+
+def seed_slices(trained: tuple[Any, Metrics], index: int, stack: int) -> Metrics:
+    """What belongs to the seed at `index`: of each stacked tensor of an agent's state, and of its
+    metrics and actions."""
+    agent, seen = trained
+    return {name: x[index] for name, x in (flat_state(agent.state_dict()) | seen).items()
+            if isinstance(x, torch.Tensor) and x.shape[:1] == (stack,)}
+
+
+def same(a: Any, b: Any) -> bool:
+    """To the bit on a CPU; a GPU may add in another order."""
+    if not isinstance(a, torch.Tensor):
+        return a == b
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return torch.equal(a, b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """The names of what is not the same."""
+    yield from sorted(a.keys() ^ b.keys())
+    yield from (name for name in a if name in b and not same(a[name], b[name]))

@@ -1,0 +1,172 @@
+"""Gymnasium environments behind the batch interface, stepped through arrays on the host."""
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from lab.envs.base import TRAINING, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.shard import (
+    REPLAY_ACTIONS,
+    RESET,
+    RESTORE_START,
+    SEEDED,
+    UNKNOWN,
+    EnvShard,
+    handle_command,
+    seed_of,
+    seeded,
+)
+from lab.envs.spec import EnvSpec, make_one, probe
+
+REMEMBERED = 10_000  # steps of an episode at most, to take them again
+
+
+class HostEnvs(VectorEnvs):
+    """Environments that write their steps into arrays on the host, as EnvShard says."""
+
+    def __init__(self, config: VecEnvConfig, spec: EnvSpec):
+        super().__init__(config)
+        self.spec = spec
+        total = self.shape[0] * self.shape[1]
+        self.env_keys = [(seed, n) for seed in config.seeds for n in range(config.num_envs)]
+        self.order = torch.arange(total)  # the row of each key, seed by seed
+        self.actions = np.zeros((total, spec.action_dim), np.float32)
+        self.rows = np.zeros((total, 2 * spec.obs_dim + 3), np.float32)
+        self.returns = np.zeros((total, 2))
+        self.origins = np.zeros((total, 7), np.uint64)
+        # the running episodes: their lengths, and the actions since the oldest began
+        self.ages = np.zeros(total, np.int64)
+        self.history: deque[np.ndarray] = deque(maxlen=REMEMBERED)
+        self.sums = np.zeros((3, self.shape[0]))  # count, returns, lengths of finished episodes
+        pinned = self.device.type == "cuda"
+        self.staged = torch.zeros(self.rows.shape, pin_memory=pinned) if pinned else None
+
+    def reset(self, *stream: int) -> torch.Tensor:
+        self.rows[:] = self.sums[:] = self.ages[:] = 0
+        self.history.clear()
+        self.command(bytes([RESET]) + json.dumps(stream or (TRAINING,)).encode())
+        return self.transition().obs
+
+    def put_actions(self, actions: torch.Tensor, rows: Any = slice(None)) -> None:
+        """Into the array, rows of it; the host waits for the device here."""
+        flat = actions.cpu().numpy().reshape(-1, self.spec.action_dim)
+        # a broken seed must not break a simulator's process
+        self.actions[rows] = np.where(np.isfinite(flat), flat, 0)
+
+    def stepped(self) -> Transition:
+        """After a step of all environments."""
+        self.history.append(self.actions.copy())
+        self.ages += 1
+        ended = self.rows[:, -2] + self.rows[:, -1] > 0
+        if ended.any():
+            self.ages[ended] = 0
+            longest = self.ages.max()
+            while len(self.history) > longest:
+                self.history.popleft()
+            order = self.order.numpy()
+            done = np.concatenate([np.ones((len(order), 1)), self.returns], 1)
+            done = np.where(ended[:, None], done, 0)  # not a product: an old return may be NaN
+            self.sums += done[order].reshape(*self.shape, 3).sum(1).T
+        return self.transition()
+
+    def transition(self) -> Transition:
+        """From the rows, by one copy, of which nothing else holds a part."""
+        rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
+        rows = rows.to(self.device, non_blocking=True)  # pinned: overwritten only after actions.cpu
+        O = self.spec.obs_dim
+        next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
+        rewards, terminations, truncations = flags.unbind(-1)
+        if self.config.clip_reward:
+            rewards = rewards.clamp(*self.config.clip_reward)
+        return Transition(next_obs, rewards, terminations, truncations, obs)
+
+    def finished(self) -> list[Finished]:
+        sums, self.sums = self.sums, np.zeros_like(self.sums)
+        return [summary(column) for column in sums.T.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name) for name in ("rows", "ages", "sums")}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | {
+            "origins": torch.from_numpy(self.origins.view(np.int64).copy()),
+            "actions": torch.from_numpy(
+                np.array(self.history, np.float32).reshape(-1, *self.actions.shape))}
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
+        """The episodes begin as they did and take the same actions again."""
+        saved = {name: tensor.cpu().numpy() for name, tensor in state.items()}
+        ages, past, O = saved["ages"], saved["actions"], self.spec.obs_dim
+        self.origins[:] = saved["origins"].view(np.uint64)
+        known = (self.origins[:, 0] != UNKNOWN) & (ages <= len(past))
+        self._again(RESTORE_START, known, 0)
+        for back in range(len(past), 0, -1):
+            self._again(REPLAY_ACTIONS, known & (ages >= back), past[-back])
+        again, before = (rows.copy().view(np.int32) for rows in (self.rows, saved["rows"]))
+        again[ages == 0, :O] = before[ages == 0, :O]  # of an episode that has ended
+        again[ages == 0, 2 * O :] = before[ages == 0, 2 * O :]
+        self.rows[:], self.sums[:] = saved["rows"], saved["sums"]
+        lost = (again != before).any(1) | ~known
+        if lost.any():
+            keys = self.row_keys()
+            for row in np.flatnonzero(lost):
+                seed, n = keys[row]
+                self.origins[row] = seeded(seed_of(seed, stream, n))
+            self._again(RESTORE_START, lost, 0)
+        self.ages[:] = np.where(lost, 0, ages)
+        self.history.clear()
+        self.history.extend(past)
+        return self.transition().obs, int(lost.sum())
+
+    def can_restore_exactly(self) -> bool | None:
+        """Tried on one environment that is no longer in its first, seeded, episode."""
+        later = np.flatnonzero(self.origins[:, 0] != SEEDED)
+        if not len(later):
+            return None
+        state, row = self.state_dict(), later[:1]
+        part = {name: state[name][row] for name in ("rows", "ages", "origins")}
+        part |= {"actions": state["actions"][:, row], "sums": torch.zeros(3, 1)}
+        with contextlib.closing(SyncEnvs(VecEnvConfig(self.config.env_id, [0]))) as twin:
+            return twin.load_state_dict(part)[1] == 0
+
+    def row_keys(self) -> list[tuple[int, int]]:
+        """(seed, n) of each row."""
+        keys = [(0, 0)] * len(self.env_keys)
+        for key, row in zip(self.env_keys, self.order.tolist(), strict=True):
+            keys[row] = key
+        return keys
+
+    def _again(self, command: int, which: np.ndarray, actions: Any) -> None:
+        """A command for those environments, which know by their actions that they are meant."""
+        self.actions[:] = np.where(which[:, None], actions, np.nan)
+        self.command(bytes([command]))
+
+    def command(self, command: bytes) -> None:
+        """To every EnvShard."""
+        raise NotImplementedError
+
+
+class SyncEnvs(HostEnvs):
+    """The plain loop over gymnasium environments, in this process."""
+
+    def __init__(self, config: VecEnvConfig, make: Callable[[str], gymnasium.Env] = make_one):
+        super().__init__(config, probe(config.env_id))
+        self.shard = EnvShard(config.env_id, self.env_keys, self.actions, self.rows, self.returns,
+                              self.origins, make=make)
+
+    def command(self, command: bytes) -> None:
+        handle_command(self.shard, command)
+
+    def send(self, actions: torch.Tensor, group: int = 0) -> None:
+        self.put_actions(actions)
+
+    def receive(self) -> Transition:
+        self.shard.step()
+        return self.stepped()
+
+    def close(self) -> None:
+        self.shard.close()

@@ -1,0 +1,101 @@
+"""What an agent may know of its environment, and one gymnasium environment by its id. No torch."""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+
+from lab.errors import UserError
+
+# Modules that the ids of older runs name
+MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_tasks"}
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an agent may know of its environment. Bounds have shape (A,), environment units."""
+
+    id: str
+    obs_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    max_episode_steps: int | None
+
+
+def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
+    """One gymnasium environment, or a UserError that names similar ids."""
+    try:
+        redirect_mujoco_warnings()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
+            warnings.filterwarnings("ignore", message=".*latest versioned environment")
+            module, colon, name = env_id.rpartition(":")
+            env = gymnasium.make(MOVED.get(module, module) + colon + name,
+                                 disable_env_checker=True, **settings)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
+        ids = list(gymnasium.registry)
+        by_lower = {name.lower(): name for name in ids}
+        near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
+        if env_id in ids or not near:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot make environment {env_id!r}: {reason}") from error
+        names = ", ".join(by_lower[name] for name in near)
+        raise UserError(f"unknown environment {env_id!r}; did you mean {names}?") from error
+    if env.spec and env.spec.id != env_id.split(":")[-1]:
+        raise UserError(f"environment {env_id!r} names no version; say {env.spec.id!r}")
+    return env
+
+
+def import_prefix(env_id: str) -> str:
+    """Import what "module:Name-v0" begins with, as gymnasium does -> the rest of the id."""
+    module, colon, name = env_id.rpartition(":")
+    try:
+        if colon:
+            importlib.import_module(MOVED.get(module, module))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot make environment {env_id!r}: {error}") from error
+    return name
+
+
+@functools.cache
+def redirect_mujoco_warnings() -> None:
+    """MuJoCo prints its warnings and leaves a MUJOCO_LOG.TXT where one stands: make them Python's,
+    but for one about an attribute in gymnasium's own models, which comes with every environment."""
+    try:
+        import mujoco
+    except ImportError:
+        return
+
+    def warn(message: str) -> None:
+        if "settotalmass" not in message:
+            warnings.warn(f"MuJoCo: {message.strip()}", RuntimeWarning, stacklevel=2)
+
+    mujoco.set_mju_user_warning(warn)
+
+
+def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
+    """UserError unless observations and actions are flat boxes."""
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
+        space = " ".join(str(action_space).split())
+        raise UserError(f"{env_id} has actions {space}; the lab is for continuous control "
+                        "and needs a one-dimensional Box")
+    if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
+        space = " ".join(str(obs_space).split())
+        raise UserError(f"{env_id} has observations {space}; the lab needs a one-dimensional "
+                        "Box: register it with gymnasium's FlattenObservation")
+    limit = getattr(env.spec, "max_episode_steps", None)  # without a spec there is none
+    low, high = (tuple(float(x) for x in bound) for bound in (action_space.low, action_space.high))
+    return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
+
+
+def probe(env_id: str) -> EnvSpec:
+    """The spec of a gymnasium environment. UserError if the lab cannot use it."""
+    with contextlib.closing(make_one(env_id)) as env:
+        return spec_of(env, env_id)

@@ -1,0 +1,98 @@
+"""The environments of torch_tasks.py behind the batch interface."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lab.accelerate import Accelerator
+from lab.envs import torch_tasks
+from lab.envs.base import TORCH, TRAINING, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.spec import EnvSpec, import_prefix
+from lab.errors import UserError
+
+BLOCK = 64  # steps for which the random numbers of new episodes are drawn at once
+
+
+class TorchEnvs(VectorEnvs):
+    """S x N instances of one of ENVS. Between two `finished` the host waits for nothing."""
+
+    STATE = ("state", "running", "sums", "block")
+
+    def __init__(self, config: VecEnvConfig):
+        super().__init__(config)
+        name = import_prefix(config.env_id).removeprefix(TORCH)
+        if name not in torch_tasks.ENVS:
+            raise UserError(f"no environment {TORCH}{name}; there are "
+                            + ", ".join(TORCH + known for known in torch_tasks.ENVS))
+        self.env = torch_tasks.ENVS[name]()
+        low, high = (tuple(float(x) for x in bound)
+                     for bound in (self.env.action_low, self.env.action_high))
+        self.spec = EnvSpec(TORCH + name, self.env.obs_dim, len(low), low, high,
+                            self.env.max_episode_steps)
+        self.advance = Accelerator(config.compile, "fp32", config.device)(self._advance)
+
+    def reset(self, *stream: int) -> Tensor:
+        seeds = [np.random.SeedSequence([seed, *(stream or (TRAINING,))]).generate_state(1)[0]
+                 for seed in self.config.seeds]
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
+        self.drawn = 0
+        self.block = torch.empty(0)
+        self.state = self.env.initial(self._uniform())
+        # of the running episodes: length, return; of the finished ones: count, returns, lengths
+        self.running = torch.zeros(2, *self.shape, device=self.device, dtype=torch.float64)
+        self.sums = torch.zeros(3, self.shape[0], device=self.device, dtype=torch.float64)
+        return self.env.observe(self.state)
+
+    def send(self, actions: Tensor, group: int = 0) -> None:
+        self.actions = actions
+
+    def receive(self) -> Transition:
+        self.state, self.running, self.sums, *transition = self.advance(
+            self.state, self.running, self.sums, self.actions, self._uniform())
+        return Transition(*transition)
+
+    def finished(self) -> list[Finished]:
+        sums, self.sums = self.sums.T.tolist(), torch.zeros_like(self.sums)  # the host waits
+        return [summary(row) for row in sums]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.STATE} | {
+            "drawn": self.drawn, "generators": [g.get_state() for g in self.generators]}
+
+    def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[Tensor, int]:
+        self.reset(*stream)
+        for name in self.STATE:
+            setattr(self, name, state[name].to(self.device))
+        self.drawn = state["drawn"]
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())
+        return self.env.observe(self.state), 0
+
+    def _uniform(self) -> Tensor:
+        """(S, N, randoms) for the episodes that begin at this step, each seed's its own."""
+        index = self.drawn % BLOCK
+        if index == 0:
+            shape = BLOCK, self.shape[1], self.env.randoms
+            self.block = torch.stack([torch.rand(shape, generator=g, device=self.device)
+                                      for g in self.generators], 1)
+        self.drawn += 1
+        return self.block[index]
+
+    def _advance(self, state: Tensor, running: Tensor, sums: Tensor, actions: Tensor,
+                 uniform: Tensor) -> tuple[Tensor, ...]:
+        actions = actions.nan_to_num(0, 0, 0)  # a broken seed's, as in the other backends
+        state, rewards, terminated = self.env.step(state, actions)
+        running = running + torch.stack([torch.ones_like(rewards), rewards])
+        truncated = (running[0] >= self.env.max_episode_steps) & ~terminated
+        ended = terminated | truncated
+        done = torch.cat([torch.ones_like(running[:1]), running.flip(0)])
+        sums = sums + torch.where(ended, done, 0).sum(2)
+        next_obs = self.env.observe(state)
+        state = torch.where(ended[..., None], self.env.initial(uniform), state)
+        obs = torch.where(ended[..., None], self.env.observe(state), next_obs)
+        if self.config.clip_reward:
+            rewards = rewards.clamp(*self.config.clip_reward)
+        return (state, torch.where(ended, 0, running), sums, next_obs, rewards,
+                terminated.to(rewards.dtype), truncated.to(rewards.dtype), obs)

@@ -1,0 +1,34 @@
+"""What the user is told, and the exit code of a program."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(ValueError):
+    """What the user gave cannot work. The message is one line: what is wrong and what to do."""
+
+
+def guarded(do: Callable[[], int]) -> int:
+    """-> the exit code of `do`, or 2 for a UserError, which is printed, or 128 + signal."""
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return do()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Terminated:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise Terminated

@@ -1,0 +1,240 @@
+"""The flags of the scripts: what each takes, and how they are read."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typeguard
+import tyro
+
+from lab.accelerate import physical_cores
+from lab.agent import load_agent
+from lab.envs.base import TORCH, is_torch
+from lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    # What to train
+    agent: tyro.conf.Positional[str] = "agents/sac.py"  # the agent's file
+    env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids
+    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 1  # number of seeds: 0, 1, 2, ...
+    steps: int = 6_000  # environment steps of one seed
+    clip_reward: tuple[float, float] | None = None  # LOW HIGH, in training only; tables declare it
+    # What to keep
+    log: bool = False  # leave a run folder: metrics, TensorBoard, checkpoints, picture
+    name: str | None = None  # of the run's folder; none: the agent's
+    runs: Path = Path("runs")  # where run folders go
+    eval_every: int | None = None  # steps between evaluations; none: ten a run
+    eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
+    log_every: int | None = None  # steps between logged rows; none: a hundred a run
+    checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
+    # How to run
+    compile: bool = False  # torch.compile the update
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
+    cuda: bool = False  # train on the GPU
+    config: Path | None = None  # take the settings of a run's config.json; flags win over it
+    resume: Path | None = None  # continue this run folder from its last checkpoints
+
+
+@dataclass(frozen=True)
+class Simple(Options):
+    """Of learn_simple.py."""
+
+    processes: int | None = None  # parallel processes; none: one for each physical core
+    plan: bool = False  # measure first how it runs fastest here; the same maths, remembered
+
+
+@dataclass(frozen=True)
+class Vectorised(Options):
+    """Of learn_vectorised.py."""
+
+    agent: tyro.conf.Positional[str] = "agents/ppo.py"  # the agent's file
+    env: tuple[str, ...] = ("torch/ContinuousCartPole-v1",)  # gymnasium ids, or torch/ ones
+    steps: int = 100_000  # environment steps of one seed, over all its environments
+    # The environments of one seed
+    num_envs: int | None = None  # of one seed; none: 32
+    backend: Literal["sync", "workers", "envpool", "torch"] | None = None  # none: torch or sync
+    workers: int | None = None  # that step, this process among them, or threads; none: cores
+    groups: int | None = None  # of environments: one steps while the next is acted on; none: 1
+    plan: bool = False  # measure first how it runs fastest here; the same maths, remembered
+
+
+@dataclass(frozen=True)
+class Tune(Options):
+    """Of hypertune.py. Flags of the agent's settings hold for every trial."""
+
+    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # of each trial, its own
+    steps: int = 2_000  # environment steps of one seed
+    log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
+    # What to try
+    space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
+        "qf_lr=log:3e-4:1e-2", "batch_size=logint:32:128")
+    trials: int = 8  # to try
+    workers: int | None = None  # processes, one trial each; none: one for each physical core
+    study_seed: int = 0  # another one: another study of the same space
+    # Trials that fall behind the median of the completed are pruned
+    prune: bool = True
+    n_startup_trials: int = 5  # that complete before any is pruned
+    n_warmup_steps: int | None = None  # of each trial, which are spared; none: a third of them
+    # At the end the best three settings and the defaults are trained afresh
+    confirm_seeds: int = 8  # none of them is a trial's
+
+
+NUM_ENVS = 32  # of a seed, unless said
+SCRIPTS: dict[type[Options], str] = {
+    Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
+OWN = ("name", "log", "seeds", "workers")  # of a study, whatever run it takes its settings from
+
+
+def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
+    """-> the options, and the agent's settings: every field of its Config is a flag."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
+    source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
+    before = _read_settings(source) if source else {"options": {}, "config": {}}
+    if resume and len(words) > 2:
+        raise UserError("--resume takes every setting from the run; give no other flag")
+    dropped = ["config", "resume", "autotune", *(() if resume else ("processes",)),
+               *(OWN if kind is Tune and not resume else ())]
+    kept = {k: v for k, v in before["options"].items() if k not in dropped}
+    index = find_agent(argv)
+    if source:
+        _refuse_its_code(source, kept if index is None else {**kept, "agent": ""})
+    path = kept.get("agent", kind.agent) if index is None else argv[index]
+    module = load_agent(path)
+    names = {field.name for field in dataclasses.fields(kind)}
+    begun_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
+    if resume and kind is not begun_by:
+        raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
+    others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
+    kept = {key: value for key, value in kept.items() if key not in others}
+    try:
+        kept["agent"] = path
+        kept["runs"] = Path(kept.get("runs", kind.runs))
+        defaults = kind(**kept), module.Config(**before["config"])
+        for default in defaults:
+            for name, hint in get_type_hints(type(default)).items():
+                _check_type(name, getattr(default, name), hint)
+    except TypeError as error:
+        raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
+    return read_flags(argv, index, *defaults, module.__doc__)
+
+
+def find_agent(argv: Sequence[str]) -> int | None:
+    """The index of the agent's file among the arguments."""
+    return next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
+                 and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
+
+
+def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any,
+               description: str | None) -> tuple[Any, dict[str, Any]]:
+    """-> options and the agent's settings, from two dataclasses with their defaults. UserError on
+    unknown flags and on a field that both have."""
+    taken = {field.name for field in dataclasses.fields(options)}
+    for field in dataclasses.fields(config):
+        if field.name in taken:
+            raise UserError(f"{options.agent}: Config's {field.name!r} is already a flag of the "
+                            "script's; give it another name")
+    both = dataclasses.make_dataclass("Both", [("options", type(options), options),
+                                               ("config", type(config), config)], frozen=True)
+    if index is not None:  # the file first: after `--env A B` it would be a third environment
+        argv = [argv[index], *argv[:index], *argv[index + 1:]]
+    flags = parse_flags(both, argv, description)
+    return flags.options, dataclasses.asdict(flags.config)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    try:
+        typeguard.check_type(value, kind)
+    except typeguard.TypeCheckError as error:
+        raise TypeError(f"{name}: {error}") from error
+
+
+def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
+    """tyro's parser; the box in which it puts an error becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,),
+                            description=description)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        plain = re.sub(r"\x1b\[[\d;]*m", "", box.getvalue())
+        lines = [line.strip("│| ") for line in plain.splitlines()]
+        words = " ".join(line for line in lines[1:] if line.strip("─╰╯-+"))  # lines[0] is the title
+        raise UserError(re.split(" Argument helptext:| For full helptext", words)[0]) from end
+
+
+def _value_after(words: Sequence[str], flag: str) -> str | None:
+    return next((value for word, value in itertools.pairwise(words) if word == flag), None)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+        return {part: {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
+                       for key, value in dict(settings[part]).items()}
+                for part in ("options", "config")}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{path} is no run's config.json: {reason}") from error
+
+
+def _refuse_its_code(source: Path, options: dict[str, Any]) -> None:
+    """A run's folder may be a stranger's: code that lies in it runs only if the user names it."""
+    names = [env_id.rpartition(":")[0] for env_id in options.get("env", ())]
+    modules = [Path(entry or ".", *name.split(".")) for name in names if name for entry in sys.path]
+    folder = source.parent.resolve()
+    agent = options.get("agent", "")
+    for path in [*([Path(agent)] if agent else []), *modules]:
+        if path.resolve().is_relative_to(folder):
+            raise UserError(f"{source} names code that lies beside it, {path}: to run what came "
+                            "with it, copy it elsewhere and name it yourself")
+
+
+def check_options(options: Options) -> None:
+    """UserError on nonsense that needs no environment to see."""
+    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
+                 "num_envs", "workers", "groups", "trials", "n_startup_trials", "confirm_seeds"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if options.checkpoint_every is not None and options.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
+    if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
+        low, high = options.clip_reward
+        raise UserError(f"--clip-reward needs LOW below HIGH, not {low} {high}")
+    if len(set(options.env)) < len(options.env) or not options.env:
+        given = " ".join(options.env) or "none"
+        raise UserError(f"--env needs different environments, not {given}")
+
+
+def resolve_defaults(options: Options) -> Options:
+    """With a value for what was left open, so that a config.json says what was done: the number of
+    processes or of environments, and the ids of --backend torch."""
+    check_options(options)
+    if isinstance(options, Simple):
+        return dataclasses.replace(options, processes=options.processes or physical_cores())
+    if isinstance(options, Vectorised):
+        ids = tuple(env_id if options.backend != "torch" or is_torch(env_id)
+                    else TORCH + env_id for env_id in options.env)
+        return dataclasses.replace(options, env=ids, num_envs=options.num_envs or NUM_ENVS)
+    return options
+
+
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """The names of the options whose flags stand there, --no-compile as compile."""
+    words = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
+    return {word.replace("-", "_").removeprefix("no_") for word in words}

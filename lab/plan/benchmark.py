@@ -1,0 +1,205 @@
+"""What the parts of a training run cost here: each of them runs for a moment, with a clock.
+
+A run is its start, the steps before the first update, the steps and updates after it, and the
+evaluations. Environments, agent and order of a step are the real run's; only the way to the first
+updates is shortened, by observing one transition again and again.
+"""
+
+import contextlib
+import heapq
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lab.accelerate import Accelerator, CudaGraph
+from lab.agent import build_agent
+from lab.envs.base import TRAINING, VectorEnvs
+from lab.errors import UserError
+from lab.training.evaluation import ENDLESS, evaluate
+from lab.training.job import Emit, Job, make_evaluation, make_training
+from lab.training.processes import Processes
+
+EARLY, EVALUATION, TELL = 0.2, 0.3, 0.2  # seconds: of early steps, of evaluation, between messages
+WINDOW = 2.5  # seconds of steps and updates
+PATIENCE = 30  # updates, in which all that is to be compiled has been
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process, in seconds. A step is one of all its environments, an update a call of
+    update() that learns."""
+
+    build: float  # environments and agent
+    compile: float  # what the first acts and updates take longer than later ones
+    early_steps: int  # before the first update
+    early_step: float
+    period: float  # later steps for each update; inf: the run has none
+    evaluation: float  # a whole one
+    update: float
+    step: float = 0.0  # a later one, without the update
+
+    def with_speed(self, done: Mapping[str, float]) -> "Cost":
+        """After steps and updates that were counted."""
+        updates, steps = done["updates"], done["steps"]
+        period = steps / updates if updates >= 10 else self.period  # or a few whole rollouts
+        update = done["updating"] / updates if updates else self.update
+        return replace(self, step=done["stepping"] / steps, update=update, period=period)
+
+    def speed(self, job: Job) -> float:
+        """Steps/s once it learns, summed over seeds."""
+        return len(job.seeds) * job.num_envs / (self.step + self.update / self.period)
+
+    def total(self, job: Job) -> float:
+        """Of the whole job, imports aside. Checkpoints are left out: less than a hundredth of a
+        run (bench/results/checkpoints.json)."""
+        steps = math.ceil(job.steps / job.num_envs)
+        early = min(self.early_steps, steps)
+        evaluations = math.ceil(job.steps / job.eval_every)
+        return (self.build + self.compile + early * self.early_step
+                + (steps - early) * (self.step + self.update / self.period)
+                + evaluations * self.evaluation)
+
+
+def run(jobs: Sequence[Job], deadline: float) -> tuple[float, list[Cost]]:
+    """All at once, each in a process -> seconds of their imports, and what each costs while all of
+    them step and update. UserError if one fails, TimeoutError at the deadline."""
+    imports, costs, done = 0.0, dict[int, Cost](), [Counter[str]() for _ in jobs]
+    with Processes(measure) as pool:
+        begun = time.monotonic()
+        for key, job in enumerate(jobs):
+            pool.start(key)
+            pool.give(key, job)
+        while min(each["stepping"] + each["updating"] for each in done) < WINDOW:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            for key, message in pool.receive(0.5):
+                if not isinstance(message, dict):
+                    raise UserError(message.reason if message else "its process ended")
+                if "cost" in message:
+                    costs[key] = message["cost"]
+                elif not message:
+                    imports = time.monotonic() - begun
+                elif len(costs) == len(jobs):
+                    done[key].update(message)
+    return imports, [costs[key].with_speed(each) for key, each in enumerate(done)]
+
+
+def makespan(jobs: Sequence[Job], processes: int, measured: Sequence[tuple[Job, Cost]],
+             waiting: float) -> float:
+    """Seconds in which the processes work through the jobs, each after `waiting` for its imports. A
+    job that was not measured costs what the one nearest to it does."""
+    free = [0.0] * processes
+    for job in jobs:
+        def distance(pair: tuple[Job, Cost], job: Job = job) -> tuple[bool, bool, int]:
+            other = pair[0]
+            return other != job, other.env_id != job.env_id, abs(len(other.seeds) - len(job.seeds))
+
+        _, cost = min(measured, key=distance)
+        heapq.heapreplace(free, free[0] + waiting + cost.total(job))
+    return max(free)
+
+
+def measure(job: Job, emit: Emit) -> None:
+    """Emits {} when imports are over, then {"cost": Cost}, then until its process is ended what
+    was done since the last message: {"steps", "updates", "stepping", "updating"}, in seconds."""
+    emit({})
+    begun = time.perf_counter()
+    training, evaluation = make_training(job), make_evaluation(job)
+    with contextlib.closing(training), contextlib.closing(evaluation):
+        loop = Loop(job, training)
+        build = time.perf_counter() - begun
+        compiling, evaluating = sample_evaluation(loop.agent, evaluation)
+        emit({"cost": loop.warm_up(build, compiling, evaluating)})
+        while True:
+            loop.done.clear()
+            while loop.done["stepping"] + loop.done["updating"] < TELL:
+                loop.step()
+            emit(dict(loop.done))
+
+
+class Loop:
+    """Training's loop with a clock."""
+
+    def __init__(self, job: Job, training: VectorEnvs):
+        self.job, self.training = job, training
+        self.accelerate = Accelerator(job.compile, job.precision, job.device)
+        self.agent = build_agent(job.agent_path, job.config, training.spec, job.seeds,
+                                 job.num_envs, job.steps, job.device, self.accelerate)
+        self.obs = training.reset(TRAINING, 0)
+        self.t: Any = None  # the last transition
+        self.done: Any = Counter()
+
+    def step(self, live: bool = True) -> tuple[float, float]:
+        """One step, or the last one's outcome again -> seconds of all, and of an update or 0."""
+        begun = time.perf_counter()
+        if live:
+            actions = self.training.send_groups(self.agent.act, self.obs)
+        else:
+            actions = self.agent.act(self.obs)
+        sent = time.perf_counter()
+        learns = bool(self.agent.update())
+        if not live and self.job.device != "cpu":
+            torch.cuda.synchronize()
+        updating = time.perf_counter() - sent if learns else 0.0
+        t = self.t = self.training.receive() if live else self.t
+        self.agent.observe(self.obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+        self.obs = t.obs
+        seconds = time.perf_counter() - begun
+        self.done.update({"steps": 1, "updates": int(learns)})
+        self.done["stepping"] += seconds - updating
+        self.done["updating"] += updating
+        return seconds, updating
+
+    def warm_up(self, build: float, compiling: float, evaluation: float) -> Cost:
+        """Up to where every update costs the same -> the costs, among them the three given."""
+        early = list[float]()
+        updates = list[tuple[float, float, float]]()  # steps so far; seconds: the step, its update
+        while not self._warm(len(updates)):
+            live = sum(early) < EARLY
+            seconds, updating = self.step(live)
+            if updating:
+                updates.append((self.done["steps"], seconds, updating))
+            elif live and not updates:
+                early.append(seconds)
+        none = self.done["steps"] + 1, 0.0, 0.0
+        first, last = (updates or [none])[0], (updates or [none])[-1]
+        return Cost(
+            build=build, evaluation=evaluation,
+            compile=compiling + max(0.0, sum(seconds - last[1] for _, seconds, _ in updates)),
+            early_steps=round(first[0]) - 1, early_step=sum(early) / max(1, len(early)),
+            period=(last[0] - first[0]) / (len(updates) - 1) if len(updates) > 1 else math.inf,
+            update=last[2])
+
+    def _warm(self, updates: int) -> bool:
+        calls = 1
+        if self.accelerate.compiled:
+            calls = 3 if self.job.device == "cpu" else CudaGraph.WARM_UP + 2
+        compiled = all(count >= calls for count in self.accelerate.calls)
+        over = self.done["steps"] * self.job.num_envs >= self.job.steps
+        return over or updates >= PATIENCE or (updates > 1 and compiled)
+
+
+def sample_evaluation(agent: Any, evaluation: VectorEnvs) -> tuple[float, float]:
+    """-> what the first act takes longer than later ones, and seconds of a whole evaluation. If
+    episodes have not ended soon, they are expected to last until their limit."""
+    times = list[float]()
+
+    def act(obs: torch.Tensor, explore: bool) -> torch.Tensor:
+        times.append(time.perf_counter())
+        if len(times) > 2 and times[-1] - times[1] > EVALUATION:
+            raise TimeoutError
+        return agent.act(obs, explore=explore)
+
+    steps = evaluation.spec.max_episode_steps or ENDLESS
+    with contextlib.suppress(TimeoutError):
+        evaluate(SimpleNamespace(act=act), evaluation)
+        times.append(time.perf_counter())
+        steps = len(times) - 1
+    step = (times[-1] - times[1]) / max(1, len(times) - 2) or times[1] - times[0]
+    return max(0.0, times[1] - times[0] - step), steps * step

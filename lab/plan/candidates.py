@@ -1,0 +1,276 @@
+"""What --plan chooses from: the ways in which a run can be made here, measured one by one."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lab.accelerate import can_compile, physical_cores, prepare_process
+from lab.envs.base import is_torch
+from lab.envs.make import choose_backend
+from lab.errors import UserError
+from lab.options import (
+    SCRIPTS,
+    Options,
+    Simple,
+    Vectorised,
+    find_agent,
+    given_flags,
+    resolve_defaults,
+)
+from lab.plan import benchmark
+from lab.training.job import dry_run, make_jobs
+from lab.training.recorder import processor
+
+BUDGET = 48.0  # seconds, of the minute: imports, the last processes' end and the table take some
+LEAST = 4.0  # seconds that anything needs
+LAYOUT = ("processes", "compile", "precision", "cuda", "backend", "workers", "groups")
+
+
+class Row(NamedTuple):
+    """A candidate, and what it costs or why it does not work."""
+
+    options: Options
+    seeds: int = 0  # of each process
+    speed: float = 0.0  # steps/s, summed over seeds and processes
+    start: float = 0.0  # seconds until learning, compilation included
+    seconds: float = math.inf  # of the whole run
+    failure: str = ""
+
+
+def apply_plan(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
+    """The options with the best plan for them on this machine: the remembered one, or else
+    measured and remembered. `argv` is where they come from. UserError if none works."""
+    memory = options.runs / "plan.json"
+    known, key = _remembered(memory), _key(options, config, argv)
+    if key in known:
+        print(f"planned before (forget it: rm {memory})")
+    else:
+        best = measure(options, config, argv)
+        known[key] = {name: getattr(best, name) for name in _open(options, argv)}
+        with contextlib.suppress(OSError):  # it is measured again next time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            whole = memory.with_name(f"plan.json.{os.getpid()}.tmp")
+            whole.write_text(json.dumps(known, indent=1) + "\n")
+            whole.replace(memory)
+    settled = dataclasses.replace(options, **{"plan": False} | known[key])
+    print(f"it runs as: {command(settled, options, argv)}", flush=True)
+    return settled
+
+
+def _key(options: Options, config: dict[str, Any], argv: Sequence[str]) -> str:
+    """What a plan depends on, in words."""
+    others = ("name", "runs", "log", "config", "plan")
+    settings = {name: str(value) for name, value in dataclasses.asdict(options).items()
+                if name not in others}
+    machine = processor(), physical_cores(), torch.cuda.is_available(), torch.__version__
+    return json.dumps([machine, settings, config, _open(options, argv)])
+
+
+def _remembered(memory: Path) -> dict[str, dict[str, Any]]:
+    try:
+        known = dict(json.loads(memory.read_text()))
+        return {key: value for key, value in known.items() if set(value) <= set(LAYOUT)}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _open(options: Options, argv: Sequence[str]) -> list[str]:
+    """The names of what a plan may choose: neither given nor the settings' of a --config."""
+    given = given_flags(argv)
+    return [name for name in LAYOUT if hasattr(options, name) and name not in given
+            and getattr(options, name) in (None, False, "fp32")]
+
+
+def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
+    """Measure within a minute, print the table -> the best. UserError if no candidate works."""
+    prepare_process()
+    deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
+    settled, free = resolve_defaults(options), _open(options, argv)
+    for job in make_jobs(settled, config, 1, None):
+        dry_run(job)
+    dry_run_seconds = time.perf_counter() - begun
+    rows, skipped = list[Row](), list[str]()
+    needs = {False: LEAST, True: LEAST}  # seconds, by whether it is compiled
+    for candidate in candidates(settled, free, rows):
+        if candidate in [row.options for row in rows]:
+            continue
+        before = time.monotonic()
+        try:
+            if before + needs[candidate.compile] > deadline:
+                raise TimeoutError
+            rows.append(try_out(candidate, config, dry_run_seconds, deadline))
+            needs[candidate.compile] = time.monotonic() - before
+        except TimeoutError:
+            skipped.append(describe(candidate))
+            continue
+        except UserError as error:
+            rows.append(Row(candidate, failure=str(error)))
+        what = rows[-1].failure or f"about {duration(rows[-1].seconds)}"
+        print(f"{describe(candidate)}: {what}", flush=True)
+    best, fast = fastest(rows, options), min(rows, key=lambda row: row.seconds)
+    show(rows, best, skipped, options)
+    if fast.seconds < best.seconds:
+        print("in bf16, which rounds the products of the update (README.md, Results), and which "
+              f"--plan leaves to you:\n  {command(fast.options, options, argv)}")
+    print(f"fastest in {options.precision}:\n  {command(best.options, options, argv)}")
+    return best.options
+
+
+def fastest(rows: Sequence[Row], options: Options) -> Row:
+    """Of those that leave the precision what it is. UserError if there is none."""
+    working = [row for row in rows
+               if not row.failure and row.options.precision == options.precision]
+    if not working:
+        reasons = "; ".join(dict.fromkeys(row.failure for row in rows if row.failure))
+        raise UserError(f"no plan works: {reasons or 'nothing was measured within the minute'}")
+    return min(working, key=lambda row: row.seconds)
+
+
+def candidates(options: Options, free: Sequence[str], rows: Sequence[Row]) -> Iterator[Options]:
+    """The likeliest first: a layout on each device, then on the faster one backends, compilation,
+    bf16, other numbers of processes while they get faster. `rows` fills while this is read; of what
+    is not free, there is only what the options say. UserError once nothing works."""
+    both = "cuda" in free and torch.cuda.is_available()
+    chains = {cuda: [dataclasses.replace(options, cuda=cuda, **layout)
+                     for layout in layouts(options, free, cuda)]
+              for cuda in ([False, True] if both else [options.cuda])}
+    for chain in chains.values():
+        yield chain[0]
+    if all(row.failure for row in rows):  # too large together, or no such environment
+        yield from itertools.chain(*chains.values())
+    others = chains[fastest(rows, options).options.cuda][1:]
+    if isinstance(options, Vectorised):
+        yield from others
+    eager = fastest(rows, options)
+    compiler = "compile" in free and (eager.options.cuda or can_compile())
+    if compiler:
+        yield dataclasses.replace(eager.options, compile=True)
+    if "precision" in free:
+        best = fastest(rows, options).options
+        for choice in [best.compile, not best.compile][: 2 if compiler else 1]:
+            yield dataclasses.replace(best, compile=choice, precision="bf16")
+    if isinstance(options, Simple):
+        fewer = eager
+        for candidate in others:
+            yield candidate
+            if rows[-1].options != candidate or rows[-1].seconds > fewer.seconds:
+                break
+            fewer = rows[-1]
+        if compiler and fewer != eager:
+            yield dataclasses.replace(fewer.options, compile=True)
+
+
+def layouts(options: Options, free: Sequence[str], cuda: bool) -> list[dict[str, Any]]:
+    """Processes for learn_simple.py, from most to one on a CPU, from one to most on a GPU; backends
+    with workers and groups for learn_vectorised.py."""
+    cores = physical_cores()
+    if isinstance(options, Simple):
+        if "processes" not in free:
+            return [{}]
+        most = min(cores, len(options.env) * options.seeds)
+        numbers = [most >> halvings for halvings in range(most.bit_length())]
+        return [{"processes": n} for n in (reversed(numbers) if cuda else numbers)]
+    assert isinstance(options, Vectorised)
+    if not options.backend and any(map(is_torch, options.env)):
+        return [{}]
+    installed = ["envpool"] if importlib.util.find_spec("envpool") else []
+    backends = [options.backend] if options.backend else ["sync", "workers", *installed]
+    numbers = list(dict.fromkeys((max(2, cores), max(2, cores - 1), 2 * cores)))
+    numbers = numbers if "workers" in free else [options.workers or cores]
+    groups = [1, 2] if "groups" in free else [options.groups or 1]
+    found: list[dict[str, Any]] = [{"backend": name} for name in backends
+                                   if name in ("sync", "torch")]
+    for workers, group, name in itertools.product(numbers, groups, backends):
+        if name == "workers":
+            found.append({"backend": name, "workers": workers, "groups": group})
+        elif name == "envpool" and group == groups[0]:
+            found.append({"backend": name, "workers": workers})
+    return found
+
+
+def try_out(candidate: Options, config: dict[str, Any], dry_run_seconds: float, deadline: float
+            ) -> Row:
+    """Run the first jobs of a candidate, as many at once as the run would. UserError if they fail,
+    TimeoutError at the deadline."""
+    processes = getattr(candidate, "processes", 1)
+    jobs = make_jobs(candidate, config, processes, None)
+    shares = len(jobs) // len(candidate.env)
+    first = [job for share in range(shares) for job in jobs[share::shares]][:processes]
+    imports, costs = benchmark.run(first, deadline)
+    measured = list(zip(first, costs, strict=True))
+    before = imports + dry_run_seconds
+    waiting = imports if len(jobs) > 1 else 0.0  # a job alone runs in the process of the command
+    return Row(
+        candidate, seeds=max(len(job.seeds) for job in jobs),
+        speed=sum(cost.speed(job) for job, cost in measured),
+        start=before + waiting + max(cost.build + cost.compile for cost in costs),
+        seconds=before + benchmark.makespan(jobs, processes, measured, waiting))
+
+
+def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Options) -> None:
+    """The table, from fast to slow, and what it leaves out."""
+    several = ("environments", "workers", "groups") if isinstance(options, Vectorised) else ()
+    table = Table(title=f"{Path(options.agent).stem} on {', '.join(options.env)}, seeds: "
+                        f"{options.seeds}, steps of each: {options.steps:,}",
+                  title_justify="left", box=box.SIMPLE, collapse_padding=True)
+    for heading in ("processes", "seeds\nof each", "compile", "precision", "device", "backend",
+                    *several, "steps/s", "start-up", "estimated\ntime"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: row.seconds):
+        o: Any = row.options
+        cells = [getattr(o, "processes", 1), row.seeds or "", "yes" if o.compile else "no",
+                 o.precision, "cuda" if o.cuda else "cpu",
+                 getattr(o, "backend", None) or choose_backend(o.env[0], None)]
+        cells += [o.num_envs, o.workers or "", o.groups or ""] if several else []
+        cells += [f"{row.speed:,.0f}", duration(row.start), duration(row.seconds)]
+        table.add_row(*["failed" if row.failure and i > 5 + len(several) else str(cell)
+                        for i, cell in enumerate(cells)], style="bold" if row == best else None)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if getattr(best.options, "processes", 1) < len(options.env):
+        print("Environments without a process of their own count as much as those that have one.")
+    if skipped:
+        print(f"not measured, the minute was over: {'; '.join(skipped)} (flags that you give leave "
+              "more of it to the rest)")
+
+
+def describe(options: Options) -> str:
+    """What a candidate chose, in words."""
+    o: Any = options
+    words = [f"{o.processes} processes" if isinstance(o, Simple) else o.backend or "torch"]
+    words += [f"{o.workers} workers"] if getattr(o, "workers", None) else []
+    words += [f"{o.groups} groups"] if getattr(o, "groups", None) else []
+    return ", ".join([*words, "compiled" if o.compile else "eager", o.precision,
+                      "cuda" if o.cuda else "cpu"])
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def command(planned: Options, options: Options, argv: Sequence[str]) -> str:
+    """The whole command line that runs what was planned."""
+    index = find_agent(argv)
+    words = [] if index is None else [argv[index]]
+    words += [word for i, word in enumerate(argv) if i != index and word != "--plan"]
+    for name in _open(options, argv):
+        value = getattr(planned, name)
+        if value not in (None, False, "fp32"):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(["python", SCRIPTS[type(options)], *words])

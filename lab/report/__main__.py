@@ -1,0 +1,59 @@
+"""Any number of runs, compared: tables, intervals and curves.
+
+    python -m lab.report runs/a runs/b --against a
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lab.errors import UserError
+from lab.report import contents, page, runs
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Not with lab/options.py's parser: importing torch takes longer than a report."""
+    parser = _Parser("python -m lab.report", description=(
+        "Compare finished or unfinished runs: in the terminal, as Markdown and as one HTML page."))
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help=(
+        "a run's folder; folders of one NAME are pooled as one method"))
+    parser.add_argument("--against", metavar="NAME", help=(
+        "the method, or a folder of it, that the others are compared with"))
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER",
+                        help="where report.md, report.html and the pictures go (default: report)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """-> exit code: 0, or 2 for bad input, told in one line."""
+    try:
+        options = parse(argv)
+        methods = runs.load(options.runs)
+        baseline = runs.find(methods, options.against) if options.against else None
+        names = [method.name for method in methods]
+        title = f"Report on {', '.join(names) if len(names) < 5 else f'{len(names)} methods'}"
+        options.out.mkdir(parents=True, exist_ok=True)
+        blocks = contents.blocks(methods, baseline, options.out)
+        markdown, html = options.out / "report.md", options.out / "report.html"
+        markdown.write_text(page.markdown(title, blocks))
+        html.write_text(page.page(title, blocks))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    page.show(title, blocks)
+    print(f"\nreport: {markdown}\n        {html}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,82 @@
+"""What a person sees of one run: the table at the end and the learning curves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lab import stats
+from lab.training import recorder
+
+Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
+
+
+def final_returns(group: Path, seeds: Sequence[int], steps: int) -> dict[int, float]:
+    """The last evaluation return of each seed that got as far as `steps`."""
+    curves = read_curves(group, seeds, "return/eval")
+    return {seed: curve[-1][1] for seed, curve in curves.items() if curve and curve[-1][0] >= steps}
+
+
+def read_curves(group: Path, seeds: Sequence[int], tag: str) -> Curves:
+    return {seed: [(row["step"], row[tag])
+                   for row in recorder.read_metrics(group / f"seed_{seed}" / "metrics.jsonl")
+                   if tag in row] for seed in seeds}
+
+
+def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
+    """environment -> seed -> final return, as a table with intervals."""
+    result = Table(title=title, title_justify="left")
+    for heading in ("environment", "n", "mean", "95% t interval", "IQM", "each seed"):
+        name = heading == "environment"
+        result.add_column(heading, justify="left" if name else "right", no_wrap=name)
+    for env_id, by_seed in returns.items():
+        values = list(by_seed.values())
+        mean, lower, upper = stats.t_interval(values)
+        interval = "needs 2 seeds" if math.isnan(lower) else f"{lower:.1f} to {upper:.1f}"
+        each = " ".join(f"{seed}:{value:.1f}" for seed, value in sorted(by_seed.items()))
+        result.add_row(env_id, str(len(values)), f"{mean:.1f}", interval,
+                       f"{stats.iqm(values):.1f}", each)
+    return result
+
+
+def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -> None:
+    """One panel for each environment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False,
+                                   layout="constrained")
+    for axis, (env_id, by_seed) in zip(axes[0], curves.items(), strict=True):
+        draw_curve(axis, by_seed, "tab:blue")
+        axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
+                 ylabel="evaluation return")
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{title} (each seed thin, mean and 95% t interval)")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_curve(axis: Any, by_seed: Curves, color: str, label: str | None = None) -> None:
+    """Every seed thin, their mean thick, its 95% t interval."""
+    for curve in by_seed.values():
+        steps, returns = zip(*curve, strict=True) if curve else ((), ())
+        axis.plot(steps, returns, color=color, linewidth=0.8, alpha=0.4)
+    points = band(by_seed)
+    steps, means, lower, upper = zip(*points, strict=True) if points else [()] * 4
+    axis.plot(steps, means, color=color, linewidth=2.2, label=label)
+    axis.fill_between(steps, lower, upper, color=color, alpha=0.15, linewidth=0)
+
+
+def band(by_seed: Curves) -> list[tuple[int, float, float, float]]:
+    """(step, mean, lower, upper) at the steps that every seed has which got as far."""
+    at_step: dict[int, list[float]] = {}
+    for curve in by_seed.values():
+        for step, value in curve:
+            at_step.setdefault(step, []).append(value)
+    ends = [curve[-1][0] for curve in by_seed.values() if curve]
+    return [(step, *stats.t_interval(values)) for step, values in sorted(at_step.items())
+            if len(values) == sum(end >= step for end in ends)]

@@ -1,0 +1,201 @@
+"""What run folders hold: every evaluation of every seed, by method and environment.
+
+A method is one run's folder, or several that the user puts under one name. Nothing outside the
+folders is read and no code in them runs, so that they may be unfinished, or come from elsewhere.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lab.errors import UserError
+from lab.training import recorder
+
+# Options that change what is learnt or how it is measured, beside the agent's own settings
+SHARED = ("clip_reward", "precision", "num_envs", "eval_episodes")
+LATE = 1.01  # an evaluation may lie so much after a step: many environments make large steps
+STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # of a run's folder
+PAUSE = 60.0, 10.0  # rows that lie so many seconds, and medians, apart: the run was stopped
+
+
+class Evaluation(NamedTuple):
+    step: int
+    value: float  # return
+    seconds: float  # of wall-clock since the seed's first row
+
+
+@dataclass(frozen=True)
+class Seed:
+    curve: list[Evaluation]
+    reached: int  # steps
+    paused: float  # seconds, which no evaluation's hold
+
+
+@dataclass
+class Result:
+    """One method in one environment."""
+
+    method: str
+    environment: str
+    agent: str
+    seeds: dict[int, Seed] = field(default_factory=dict)
+    planned: int = 0  # steps
+
+    @property
+    def step(self) -> int:
+        """Where it is read off: at the end, if a seed got there, else at the last evaluation that
+        every seed has; 0 if there is none yet."""
+        ends = [seed.curve[-1].step for seed in self.seeds.values() if seed.curve]
+        finished = [end for end in ends if end >= self.planned]
+        return min(finished or ends, default=0)
+
+    def at(self, step: int) -> dict[int, Evaluation]:
+        """The last evaluation up to `step` of each seed that got so far."""
+        found = {}
+        for n, seed in sorted(self.seeds.items()):
+            before = [e for e in seed.curve if e.step <= LATE * step]
+            if before and seed.curve[-1].step >= step:
+                found[n] = before[-1]
+        return found
+
+    def returns(self, step: int) -> list[float]:
+        return [evaluation.value for evaluation in self.at(step).values()]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    options: dict[str, Any]  # of config.json; {} without one, as the next two
+    config: dict[str, Any]
+    settings: dict[str, Any]  # all that must be equal where runs are pooled
+
+
+@dataclass
+class Method:
+    name: str
+    runs: list[Run] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)  # by environment
+
+
+def load(arguments: Sequence[str]) -> list[Method]:
+    """Of run folders, each FOLDER or NAME=FOLDER; one name pools its folders. UserError if a
+    folder or a row cannot be read, or a seed would be there twice."""
+    methods: dict[str, Method] = {}
+    for name, folder in named(arguments):
+        add_run(methods.setdefault(name, Method(name)), folder)
+    return list(methods.values())
+
+
+def named(arguments: Sequence[str]) -> list[tuple[str, Path]]:
+    """Each folder with the name given, or its own without the stamp, or, where another run has
+    that, its own. UserError if another has even that."""
+    pairs = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        given = bool(equals) and not Path(argument).exists()
+        pairs.append((name, Path(path)) if given else ("", Path(argument)))
+    for dropped in (STAMP, ""):
+        names = [name or re.sub(dropped, "", folder.resolve().name) for name, folder in pairs]
+        twice = [own for own, (name, _) in zip(names, pairs, strict=True)
+                 if not name and names.count(own) > 1]
+        if not twice:
+            return [(name, folder) for name, (_, folder) in zip(names, pairs, strict=True)]
+    raise UserError(f"two runs are called {twice[0]!r}: give them as NAME=FOLDER, where one name "
+                    "for both pools them")
+
+
+def find(methods: Sequence[Method], name: str) -> Method:
+    """By its name or one of its folders."""
+    for method in methods:
+        folders = [run.folder.resolve() for run in method.runs]
+        if name in (method.name, *(f.name for f in folders)) or Path(name).resolve() in folders:
+            return method
+    raise UserError(f"{name!r} is none of the runs: {', '.join(m.name for m in methods)}")
+
+
+def add_run(method: Method, folder: Path) -> None:
+    options, config = read_config(folder)
+    ids = {recorder.group_folder(folder, env_id, "").name: env_id
+           for env_id in options.get("env", ())}
+    paths = {path: int(match[1]) for path in sorted(folder.glob("*/*/seed_*/metrics.jsonl"))
+             if (match := re.fullmatch(r"seed_(\d+)", path.parent.name))}
+    if not paths:
+        raise UserError(f"{folder} holds no metrics: <environment>/<agent>/seed_<n>/metrics.jsonl")
+    agents = set()
+    for path, number in paths.items():
+        environment, agent, *_ = path.relative_to(folder).parts
+        environment = ids.get(environment, environment)
+        agents.add(agent)
+        result = method.results.setdefault(environment, Result(method.name, environment, agent))
+        if number in result.seeds:
+            raise UserError(f"seed {number} of {environment} would be twice in {method.name!r}: "
+                            f"{folder} has it too")
+        seed = result.seeds[number] = read_seed(path)
+        result.planned = max(result.planned, options.get("steps", seed.reached))
+    settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
+    if options:
+        source = folder / Path(options["agent"]).name
+        if source.is_file():
+            settings["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+        settings |= {name: options.get(name) for name in SHARED} | config
+    method.runs.append(Run(folder, options, config, settings))
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-> options and the agent's config, empty without a config.json, as in a study's trials."""
+    if not folder.is_dir():
+        raise UserError(f"no such run folder: {folder}")
+    path = folder / "config.json"
+    if not path.exists():
+        return {}, {}
+    try:
+        content = json.loads(path.read_text())
+        return {"agent": "", **content["options"]}, dict(content["config"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no run's config.json: {error!r}") from error
+
+
+def read_seed(path: Path) -> Seed:
+    rows = list(read_rows(path))
+    gaps = [max(0.0, now - before)
+            for (_, before, _), (_, now, _) in itertools.pairwise(rows)]
+    usual = statistics.median(gaps) if gaps else 0.0
+    longest = max(PAUSE[0], PAUSE[1] * usual)
+    curve, seconds, paused = [], 0.0, 0.0
+    for (step, _, value), gap in zip(rows, [0.0, *gaps], strict=False):
+        if gap > longest:
+            paused += gap - usual
+            gap = usual
+        seconds += gap
+        if value is not None:
+            curve.append(Evaluation(step, value, seconds))
+    return Seed(curve, rows[-1][0] if rows else 0, paused)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, float, float | None]]:
+    """step, wall time, evaluation return if there was one. UserError at a row that is none; a torn
+    last line, left by a kill or still being written, is no row."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
+        try:
+            row = json.loads(line)
+            value = float(row["return/eval"]) if "return/eval" in row else None
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"return/eval {value}")
+            yield int(row["step"]), float(row["wall_time"]), value
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}, is no row of metrics: {error!r}") from error

@@ -1,0 +1,121 @@
+"""What a reader must know before the numbers of a report."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lab.report.runs import Method, Result, Run
+from lab.training import recorder
+
+FEW = 5  # seeds; with fewer an interval says little
+
+
+def find(methods: Sequence[Method]) -> list[str]:
+    results = [result for method in methods for result in method.results.values()]
+    few = [f"{result.method} in {result.environment} ({n})" for result in results
+           if 0 < (n := len(result.at(result.step))) < FEW]
+    found = [f"fewer than {FEW} seeds, whose intervals say little: {', '.join(few)}"] if few else []
+    found += [line for result in results for line in unfinished(result)]
+    found += different_steps(results)
+    for method in methods:
+        found += different_settings(method)
+        for run in method.runs:
+            found += clipped(method, run)
+            found += tuned_on(method, run)
+    return found
+
+
+def unfinished(result: Result) -> Iterator[str]:
+    name, step = f"{result.method} in {result.environment}", result.step
+    reached = [seed.reached for seed in result.seeds.values()]
+    span = " to ".join(f"{n:,}" for n in sorted({min(reached), max(reached)}))
+    if max(reached) < result.planned:
+        yield (f"{name} is unfinished: {span} of {result.planned:,} steps, "
+               + (f"shown at {step:,}" if step else "and no evaluation yet"))
+    lost = sorted(result.seeds.keys() - result.at(step).keys()) if step else []
+    if lost:
+        each = ", ".join(f"{n} (at {result.seeds[n].reached:,})" for n in lost)
+        yield (f"{name}: left out are seeds that did not get to {step:,} steps: {each}; if they "
+               "diverged, the others' mean is too good")
+    paused = max(seed.paused for seed in result.seeds.values())
+    if paused:
+        yield (f"{name} seems to have been stopped for {paused / 60:.0f} min, which its wall-clock "
+               "leaves out")
+
+
+def different_steps(results: Sequence[Result]) -> Iterator[str]:
+    for environment in sorted({result.environment for result in results}):
+        steps = {r.method: r.step for r in results if r.environment == environment and r.step}
+        if len(set(steps.values())) > 1:
+            each = ", ".join(f"{name} at {step:,}" for name, step in steps.items())
+            yield (f"{environment}: final returns are at different steps ({each}); across "
+                   "environments methods are compared at equal steps")
+
+
+def different_settings(method: Method) -> Iterator[str]:
+    """Of runs that are pooled under one name."""
+    given = [run.settings for run in method.runs]
+    names = list(dict.fromkeys(name for settings in given for name in settings))
+    for name in names:
+        values = list(dict.fromkeys(
+            json.dumps(settings[name]) for settings in given if name in settings))
+        if len(values) > 1:
+            yield f"{method.name} pools runs with different {name}: {', '.join(values)}"
+
+
+def clipped(method: Method, run: Run) -> Iterator[str]:
+    if run.options.get("clip_reward"):
+        low, high = run.options["clip_reward"]
+        yield (f"{method.name} was trained on rewards clipped to [{low}, {high}] ({run.folder}); "
+               "returns are raw")
+
+
+class Study(NamedTuple):
+    folder: Path
+    agent: str
+    environment: str
+    seeds: range  # that its trials trained
+    best: dict[str, Any] | None  # the settings of its best.json; None: the defaults
+
+
+def read_study(folder: Path) -> Study | None:
+    """None if there is no study that has ended."""
+    try:
+        best = json.loads((folder / "best.json").read_text())
+        header, *events = recorder.read_metrics(folder / "trials.jsonl")
+        trials = 1 + max(event["trial"] for event in events)
+        return Study(folder, Path(header["agent"]).stem, header["env"][0],
+                     range(trials * header["seeds"]),
+                     None if best["study"]["is"] == "defaults" else best["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tuned_on(method: Method, run: Run) -> Iterator[str]:
+    """Settings look good on the seeds that chose them. A run has the settings of a study if it was
+    given the study's best.json, has the same settings as one in a study beside it, or is one of a
+    study's own."""
+    given = Path(run.options.get("config") or "")
+    home = run.folder.absolute().parent
+    origins = [given.parent.absolute()] if given.name == "best.json" else []
+    own = [*origins, home.parent]
+    studies = [study for folder in dict.fromkeys((*own, *sorted((home / "studies").glob("*"))))
+               if (study := read_study(folder))]
+    studies = [study for study in studies if study.folder in own or study.best == run.config]
+    if origins and not studies:
+        yield (f"{method.name} has the settings of {given}, a study that is not to be found: "
+               "whether it was tuned on the seeds that are reported is not known")
+    for study in studies:
+        result = method.results.get(study.environment)
+        if study.best is None or result is None or result.agent != study.agent:
+            continue
+        if overlap := sorted(result.seeds.keys() & set(study.seeds)):
+            yield (f"{method.name} in {study.environment} is reported on seeds that the study "
+                   f"{study.folder.name} had tuned its settings on ({_span(overlap)}), so it looks "
+                   f"better than it is: {study.folder / 'confirmed'} holds held-out seeds")
+
+
+def _span(seeds: Sequence[int]) -> str:
+    whole = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))

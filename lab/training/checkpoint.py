@@ -1,0 +1,179 @@
+"""Checkpoints that are whole or absent: step_<step>-<sha256>.pt, the last two are kept.
+
+Written beside their final name, flushed to the disk, then renamed: a kill at any moment leaves the
+checkpoint before. The name carries the hash of the bytes, because torch.load does not notice
+flipped ones; the file itself is what torch.save wrote. Loading never runs code (weights_only).
+
+A large tensor, as a replay is, lies in blocks/, each named by its hash: what has not changed since
+the last checkpoint is not written again.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from lab.errors import UserError
+
+KEPT = 2
+LOCK_SECONDS = 30.0
+BLOCK = 2**22  # bytes; a tensor with fewer stays in the file
+NAME = re.compile(r"step_(\d+)-([0-9a-f]{64})\.pt")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone. UserError if it is another's, which does not end soon, as
+    it does when its parent was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not locked(file):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process trains in {folder}: wait until it has ended")
+            time.sleep(0.1)
+        yield
+
+
+def locked(file: IO[bytes]) -> bool:
+    """Whether it is now this process's, until it closes the file or ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True  # not on this system
+    except OSError:
+        return False
+    return True
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` (tensors, numbers, strings in dicts and lists) -> its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = folder / "blocks"
+    for left_behind in (*folder.glob("*.tmp"), *blocks.glob("*.tmp")):
+        left_behind.unlink()
+    state = pytree.tree_map_only(
+        torch.Tensor, lambda x: _put(blocks, x) if x.nbytes >= BLOCK else x, state)
+    temporary = folder / f"unfinished_{step}.tmp"
+    with open(temporary, "w+b") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    final = folder / f"step_{step:012d}-{digest}.pt"
+    os.replace(temporary, final)
+    _sync(folder)
+    others = _newest_first(folder)
+    kept = [p for p in others if p.name <= final.name][:KEPT]  # later ones were broken: passed over
+    for old in set(others) - set(kept):
+        old.unlink()
+    if blocks.exists():
+        _sweep(blocks, kept)
+    return final
+
+
+def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
+    """The newest whole checkpoint, or None. A broken one is named on stderr and passed over."""
+    for path in _newest_first(folder):
+        try:
+            with open(path, "rb") as file:
+                match = NAME.fullmatch(path.name)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if match is None or match[2] != digest:
+                    raise ValueError("its bytes are not those that were written")
+                file.seek(0)
+                state: Any = torch.load(file, map_location=device, weights_only=True)
+            return pytree.tree_map(
+                lambda x: _get(folder / "blocks", x, device) if _in_blocks(x) else x, state,
+                is_leaf=_in_blocks)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            print(f"checkpoint {path} is passed over: {reason}", file=sys.stderr)
+    return None
+
+
+def _put(blocks: Path, tensor: torch.Tensor) -> dict[str, Any]:
+    """-> what stands for the tensor in the file."""
+    blocks.mkdir(exist_ok=True)
+    content, digests = _bytes_of(tensor.detach().cpu().contiguous()), []
+    for start in range(0, len(content), BLOCK):
+        block = content[start : start + BLOCK]
+        digests.append(hashlib.sha256(block).hexdigest())
+        path = blocks / digests[-1]
+        if not path.exists() or path.stat().st_size != len(block):
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    _sync(blocks)
+    return {"blocks": digests, "block": BLOCK, "like": torch.empty(0, dtype=tensor.dtype),
+            "shape": list(tensor.shape)}
+
+
+def _in_blocks(x: Any) -> bool:
+    return isinstance(x, dict) and x.keys() == {"blocks", "block", "like", "shape"}
+
+
+def _get(blocks: Path, x: dict[str, Any], device: str) -> torch.Tensor:
+    size, length = math.prod(x["shape"]) * x["like"].element_size(), x["block"]
+    if math.ceil(size / length) != len(x["blocks"]):
+        raise ValueError("blocks are missing")
+    tensor = torch.empty(x["shape"], dtype=x["like"].dtype)
+    content = _bytes_of(tensor)
+    for number, digest in enumerate(x["blocks"]):
+        block, path = content[number * length :][:length], blocks / Path(digest).name
+        with open(path, "rb") as file:
+            whole = file.readinto(block) == len(block)
+        if not whole or hashlib.sha256(block).hexdigest() != digest:
+            path.unlink()  # so that the next checkpoint writes it again
+            raise ValueError(f"block {path.name[:8]} is not what was written")
+    return tensor.to(device)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _sweep(blocks: Path, kept: list[Path]) -> None:
+    """Remove the blocks that no checkpoint names; none, should one of them be unreadable."""
+    try:
+        named = {digest for path in kept for digest in _named_by(
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True))}
+    except Exception:
+        return
+    for block in blocks.iterdir():
+        if block.name not in named:
+            block.unlink()
+
+
+def _named_by(state: Any) -> Iterator[str]:
+    for x in pytree.tree_leaves(state, is_leaf=_in_blocks):
+        if _in_blocks(x):
+            yield from x["blocks"]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step_*.pt") if NAME.fullmatch(p.name)), reverse=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

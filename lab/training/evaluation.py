@@ -1,0 +1,34 @@
+"""The evaluation loop."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lab.envs.base import EVALUATION, VectorEnvs
+from lab.errors import UserError
+
+OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N): returns so far; who has not ended
+ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
+
+
+def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep = lambda *_: None
+             ) -> list[float]:
+    """Mean return of each seed over one deterministic episode in each of its environments.
+    UserError if an episode does not end. `on_step` is called before the first step and after
+    each."""
+    obs = evaluation.reset(EVALUATION, *stream)
+    returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
+    running = torch.ones_like(returns, dtype=torch.bool)
+    limit = evaluation.spec.max_episode_steps or ENDLESS
+    on_step(returns, running)
+    for _ in range(limit):
+        t = evaluation.step(agent.act(obs, explore=False))
+        obs = t.obs
+        returns += torch.where(running, t.rewards, 0)
+        running &= (t.terminations + t.truncations) == 0
+        on_step(returns, running)
+        if not running.any():  # the host waits for the device
+            return returns.mean(1).tolist()
+    raise UserError(f"{evaluation.spec.id}: an evaluation episode does not end in {limit} steps; "
+                    "register the environment with max_episode_steps")

@@ -1,0 +1,120 @@
+"""What one process trains, and the jobs that a script's options ask for."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.accelerate import check_device
+from lab.agent import check_contract
+from lab.envs.base import VectorEnvs
+from lab.envs.make import choose_backend, make_envs
+from lab.envs.spec import EnvSpec
+from lab.options import Options, Vectorised, check_options
+from lab.training.recorder import group_folder
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains: a stack of seeds on one environment."""
+
+    agent_path: str
+    config: dict[str, Any]  # the agent's
+    env_id: str
+    seeds: tuple[int, ...]
+    steps: int  # transitions of one seed, like all that follow
+    eval_every: int
+    log_every: int
+    checkpoint_every: int | None  # none: a tenth of the run or five minutes; 0: only at the end
+    eval_episodes: int = 5  # of one seed, at each evaluation
+    num_envs: int = 1
+    backend: str | None = None  # none: torch for a torch/ id, else sync
+    workers: int | None = None  # processes or threads of the backend; none: physical cores
+    groups: int = 1  # of environments, that step in turn
+    device: str = "cpu"
+    compile: bool = False
+    precision: str = "fp32"
+    clip_reward: tuple[float, float] | None = None  # in training; evaluation is on the raw reward
+    run: str | None = None  # the run's folder; None: leave no files
+    name: str = ""  # of the run, in the words given
+
+    @property
+    def group(self) -> Path | None:
+        """The folder of this environment and agent."""
+        name = Path(self.agent_path).stem
+        return group_folder(Path(self.run), self.env_id, name) if self.run else None
+
+    @property
+    def checkpoints(self) -> Path | None:
+        return self.group / f"stack_{self.seeds[0]}_{self.seeds[-1]}" if self.group else None
+
+    @property
+    def eval_backend(self) -> str | None:
+        """Without processes of its own, which are worth their start only where there are many
+        steps."""
+        return "sync" if self.backend == "workers" else self.backend
+
+
+def make_training(job: Job) -> VectorEnvs:
+    return make_envs(
+        job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
+        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
+
+
+def make_evaluation(job: Job) -> VectorEnvs:
+    return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device)
+
+
+def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
+              ) -> list[Job]:
+    """UserError on nonsense; nothing is written before every job has been checked."""
+    check_options(options)
+    device = "cuda" if options.cuda else "cpu"
+    check_device(device)
+    vectorised: dict[str, Any] = {}
+    if isinstance(options, Vectorised):
+        vectorised = {"num_envs": options.num_envs, "backend": options.backend,
+                      "workers": options.workers, "groups": options.groups or 1}
+        for env_id in options.env:
+            choose_backend(env_id, options.backend, vectorised["groups"])
+
+    def every(steps: int | None, parts: int) -> int:
+        return max(1, options.steps // parts) if steps is None else steps
+
+    shares = split_seeds(range(options.seeds), len(options.env), processes)
+    return [Job(
+        agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
+        eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
+        checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
+        device=device, compile=options.compile, precision=options.precision,
+        clip_reward=options.clip_reward, **vectorised,
+        run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
+    ) for env_id in options.env for share in shares]
+
+
+def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list[tuple[int, ...]]:
+    """Shares of the seeds, one stack each, so that the processes end early and stacks stay large.
+
+    A share of size n costs about n; the processes work through environments x shares of them.
+    """
+    def cost(shares: int) -> int:
+        rounds = math.ceil(environments * shares / processes)
+        return rounds * math.ceil(len(seeds) / shares)
+
+    shares = min(range(1, len(seeds) + 1), key=lambda n: (cost(n), n))
+    bounds = [round(i * len(seeds) / shares) for i in range(shares + 1)]
+    return [tuple(seeds[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def dry_run(job: Job) -> EnvSpec:
+    """The agent's first steps on made-up observations -> its environment's spec. UserError if
+    either cannot work; nothing is written."""
+    with contextlib.closing(make_envs(job.env_id, [0], 1, job.eval_backend, job.device)) as one:
+        spec = one.spec
+    check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    return spec

@@ -1,0 +1,160 @@
+"""When a run logs, evaluates and saves, so that loop.py stays the algorithm's."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.accelerate import Accelerator
+from lab.envs.base import TRAINING, VectorEnvs
+from lab.errors import UserError
+from lab.training import checkpoint
+from lab.training.evaluation import evaluate
+from lab.training.job import Emit, Job, make_evaluation
+from lab.training.recorder import SeedRecorder
+
+CHECKPOINT_SECONDS = 300
+
+
+def due(step: int, every: int, num_envs: int) -> bool:
+    """Whether the last num_envs transitions crossed a multiple of `every`; 0 is never."""
+    return bool(every) and step // every > (step - num_envs) // every
+
+
+class TrainLogger:
+    """When to log, evaluate and checkpoint, so that the loop stays the algorithm's."""
+
+    def __init__(self, job: Job, accelerate: Accelerator, training: VectorEnvs, emit: Emit):
+        self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
+        self.evaluation = make_evaluation(job)
+        self.recorders: list[SeedRecorder] = []
+        self.metrics: dict[str, torch.Tensor] = {}
+        self.failed: set[int] = set()
+        self.last_eval: list[float] = []
+        self.clock = self.beat = self.saved = time.perf_counter()
+        self.tried = False  # whether the environments can be put back
+        self.logged_step = self.logged_updates = 0
+        self.speed: dict[str, float] = {}
+
+    def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
+        """At the start, or where the last checkpoint was written -> the step, obs (S, N, O)."""
+        if self.job.group is None or self.job.checkpoints is None:
+            return 0, self.training.reset(TRAINING, 0)
+        state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
+        self._check_settings(state or {})
+        step = 0 if state is None else state["step"]
+        if step < self.job.steps:  # or else what is there is whole
+            self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
+                              for seed in self.job.seeds]
+        if state is None:
+            return 0, self.training.reset(TRAINING, 0)
+        agent.load_state_dict(state["agent"])
+        self.last_eval, self.failed = state["last_eval"], set(state["failed"])
+        self.metrics, self.logged_step = state["metrics"], step
+        for index in self.failed:
+            self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
+        if step >= self.job.steps:
+            return step, torch.empty(0)
+        obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
+        if lost:
+            self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes begin "
+                       "anew: their environment cannot be put back where it was"})
+        return step, obs
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """UserError if the run was begun with others: its result would be of neither."""
+        now = self._settings()
+        for name, value in state.get("settings", now).items():
+            if now.get(name) != value:
+                raise UserError(f"{self.job.run} began with {name} = {value}, not {now.get(name)}: "
+                                "put it back, or begin a new run")
+
+    def _settings(self) -> dict[str, str]:
+        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward")
+        return {name: repr(value) for name, value in (
+            self.job.config | {name: getattr(self.job, name) for name in others}).items()}
+
+    def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
+        """After every step of the environments."""
+        job, end = self.job, step >= self.job.steps
+        self.metrics.update(metrics)
+        evaluating = end or due(step, job.eval_every, job.num_envs)
+        if evaluating or due(step, job.log_every, job.num_envs):
+            self.write_rows(step, agent, evaluating)
+        elif time.perf_counter() - self.beat > 1:
+            self.beat = time.perf_counter()
+            self.emit({"step": step})
+        every = job.checkpoint_every
+        late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
+        if end or late or due(step, job.steps // 10 if every is None else every, job.num_envs):
+            self.save(step, agent)
+
+    def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
+        """One row for each seed: the last losses, the episodes since the last row, the speed."""
+        now = time.perf_counter()
+        updates = self.accelerate.updates - self.logged_updates
+        if updates or not self.speed:  # a rollout without its update would seem too fast
+            per_second = len(self.job.seeds) / (now - self.clock)
+            self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
+                          "perf/updates_per_s": updates * per_second}
+            self.clock, self.logged_step = now, step
+            self.logged_updates = self.accelerate.updates
+        if evaluating:
+            self.last_eval = evaluate(agent, self.evaluation, step)
+        columns = {}
+        if self.metrics:  # here and in finished() the host waits for the device
+            values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
+            columns = dict(zip(self.metrics, values, strict=True))
+            self.metrics = {}  # or the rows until the next update would repeat them
+        rows, finished = {}, self.training.finished()
+        for index, seed in enumerate(self.job.seeds):
+            row = {tag: values[index] for tag, values in columns.items()}
+            if finished[index].episodes:
+                row["return/train"] = finished[index].episode_return
+                row["length/train"] = finished[index].length
+            if evaluating:
+                row["return/eval"] = self.last_eval[index]
+            broken = [tag for tag, value in row.items() if not math.isfinite(value)]
+            if broken and index not in self.failed:
+                self.failed.add(index)
+                self.emit({"failed_seed": seed, "step": step,
+                           "reason": f"{broken[0]} is not finite"})
+            if index not in self.failed:
+                rows[seed] = row
+                if self.recorders:
+                    self.recorders[index].write({"step": step} | row | self.speed)
+        self.emit({"step": step, "rows": rows, **self.speed})
+        self.beat = time.perf_counter()
+        self.clock += self.beat - now  # evaluation is not training
+
+    def save(self, step: int, agent: Any) -> None:
+        if self.job.checkpoints is not None:
+            try:
+                checkpoint.save(self.job.checkpoints, step, {
+                    "step": step, "agent": agent.state_dict(), "envs": self.training.state_dict(),
+                    "metrics": self.metrics, "settings": self._settings(),
+                    "failed": sorted(self.failed), "last_eval": self.last_eval})
+            except OSError as error:
+                self.emit({"step": step, "warning": f"no checkpoint: {error}"})
+            if not self.tried:
+                exact = self.training.can_restore_exactly()
+                self.tried = exact is not None
+                if exact is False:
+                    self.emit({"step": step, "warning": "the environment cannot be put back where "
+                               "it was: a resumed run begins new episodes"})
+        self.saved = time.perf_counter()
+        for recorder in self.recorders:
+            recorder.board.flush()
+
+    def close(self) -> None:
+        settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
+                    "env": self.job.env_id, **self.job.config}
+        if self.job.clip_reward:
+            settings["clip_reward"] = "{} to {}".format(*self.job.clip_reward)
+        for index, recorder in enumerate(self.recorders):
+            final = self.last_eval[index] if self.last_eval else None
+            recorder.close(settings | {"seed": self.job.seeds[index]},
+                           None if index in self.failed else final)
+        self.evaluation.close()

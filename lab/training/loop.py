@@ -1,0 +1,59 @@
+"""The training loop."""
+
+import contextlib
+import signal
+from typing import Any
+
+from lab.accelerate import Accelerator
+from lab.agent import build_agent
+from lab.training import checkpoint
+from lab.training.job import Emit, Job, make_training
+from lab.training.logger import TrainLogger
+
+
+def train(job: Job, emit: Emit) -> None:
+    """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
+    accelerate = Accelerator(job.compile, job.precision, job.device)
+    training = make_training(job)
+    with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
+        agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
+                            job.steps, job.device, accelerate)
+        log = TrainLogger(job, accelerate, training, emit)
+        if job.checkpoints:
+            held.enter_context(checkpoint.lock(job.checkpoints))
+        step, obs = log.begin(agent)
+        emit({"step": step})
+        while step < job.steps:
+            actions = training.send_groups(agent.act, obs)
+            metrics = agent.update()  # on a GPU it runs while the environments step
+            t = training.receive()
+            agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+            obs = t.obs
+            step += job.num_envs
+            log.step(step, metrics, agent)
+            if interrupts.received:
+                log.save(step, agent)
+                break
+        log.close()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once.
+
+    At the end the signal goes on to the handler that it was meant for."""
+
+    def __enter__(self) -> "Interrupts":
+        self.received: list[int] = []
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in self.received:
+            raise KeyboardInterrupt
+        self.received.append(number)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received and kind is None:
+            signal.raise_signal(self.received[0])

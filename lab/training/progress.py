@@ -1,0 +1,81 @@
+"""Live progress of a sweep, one line for each environment; plain lines when not a terminal."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lab.training.job import Job
+
+PLAIN_SECONDS = 10.0  # between two plain lines of an environment
+
+
+class SweepProgress:
+    """Feed it every job's messages; use it as a context."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs, self.console = jobs, Console()
+        self.steps = [0] * len(jobs)
+        self.begun: dict[str, float] = {}  # when each environment's first job began
+        self.resumed: dict[int, int] = {}  # the step from which each job goes on
+        self.speeds: list[tuple[float, float]] = [(0.0, 0.0)] * len(jobs)
+        self.returns: dict[str, dict[int, float]] = {job.env_id: {} for job in jobs}
+        self.totals = {e: sum(j.steps * len(j.seeds) for j in jobs if j.env_id == e)
+                       for e in self.returns}
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
+                            MofNCompleteColumn(), TimeRemainingColumn(),
+                            TextColumn("{task.fields[state]}"), console=self.console,
+                            disable=not self.console.is_terminal)
+        self.tasks = {e: self.bar.add_task(e, total=total, state="starting")
+                      for e, total in self.totals.items()}
+        self.printed = dict.fromkeys(self.returns, time.monotonic())
+
+    def __enter__(self) -> "SweepProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, index: int, message: dict[str, Any]) -> None:
+        job = self.jobs[index]
+        for kind in ("warning", "failed_seed"):
+            if kind in message:
+                text = message.get("reason") or message[kind]
+                seed = f" seed {message[kind]}" if kind == "failed_seed" else ""
+                at = f" at step {message['step']}" if "step" in message else ""
+                self.console.print(f"{job.env_id}{seed}: {text}{at}", highlight=False)
+        if "step" not in message or "failed_seed" in message:
+            return
+        self.steps[index] = message["step"]
+        self.begun.setdefault(job.env_id, time.monotonic())
+        self.resumed.setdefault(index, message["step"])
+        if "rows" in message:
+            self.speeds[index] = message["perf/steps_per_s"], message["perf/updates_per_s"]
+            for seed, row in message["rows"].items():
+                if "return/train" in row:
+                    self.returns[job.env_id][seed] = row["return/train"]
+        self._show(job.env_id)
+
+    def _show(self, env_id: str) -> None:
+        indices = [i for i, job in enumerate(self.jobs) if job.env_id == env_id]
+        done = sum(min(self.steps[i], self.jobs[i].steps) * len(self.jobs[i].seeds)
+                   for i in indices)
+        alive = [i for i in indices if self.steps[i] < self.jobs[i].steps] or indices
+        speed, updates = (sum(self.speeds[i][k] for i in alive) for k in (0, 1))
+        values = list(self.returns[env_id].values())
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        reached = f"return {np.mean(values):.1f}{spread}" if values else "no episode yet"
+        state = f"{speed:.0f} steps/s, {updates:.0f} updates/s, {reached}"
+        self.bar.update(self.tasks[env_id], completed=done, state=state)
+        now, total = time.monotonic(), self.totals[env_id]
+        before = sum(self.resumed.get(i, 0) * len(self.jobs[i].seeds) for i in indices)
+        finished = done >= total and self.printed[env_id] != float("inf")
+        if not self.console.is_terminal and (
+                finished or (done > before and now - self.printed[env_id] >= PLAIN_SECONDS)):
+            self.printed[env_id] = float("inf") if finished else now
+            left = (total - done) * (now - self.begun[env_id]) / max(done - before, 1)
+            print(f"{env_id}: {done}/{total} steps, ETA {left:.0f} s, {state}", flush=True)

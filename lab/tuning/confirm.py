@@ -1,0 +1,76 @@
+"""The end of a study: its best settings and the defaults on seeds that no trial has seen."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lab import stats
+from lab.report import curves
+from lab.training import recorder
+from lab.training.job import Job, split_seeds
+from lab.training.processes import run_jobs
+from lab.training.progress import SweepProgress
+from lab.tuning import summary
+from lab.tuning.study import HELD_OUT, Study
+from lab.tuning.surrogate import Candidate
+
+
+def train(study: Study, best: Sequence[Candidate]) -> list[str]:
+    """Train the best and the defaults on seeds that no trial has seen -> what failed."""
+    seeds = held_out(study)
+    jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
+            for run, config in entries(study, best).items()
+            for share in split_seeds(seeds, 1 + len(best), study.workers)]
+    jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # confirmed before
+    names = ", ".join(candidate.name for candidate in best)
+    print(f"the defaults, {names}, afresh on {len(seeds)} held-out seeds:", flush=True)
+    with SweepProgress(jobs) as progress:
+        failures = run_jobs(jobs, study.workers, progress.update) if jobs else {}
+    lost = [f"{Path(jobs[index].run or '').name}: {why}" for index, why in failures.items()]
+    diverged = [job for index, job in enumerate(jobs) if index not in failures
+                and len(finals(job)) < len(job.seeds)]
+    return lost + [f"{Path(job.run or '').name}: a seed is not finite" for job in diverged]
+
+
+def held_out(study: Study) -> range:
+    return range(HELD_OUT, HELD_OUT + study.options.confirm_seeds)
+
+
+def entries(study: Study, best: Sequence[Candidate]) -> dict[Path, dict[str, Any]]:
+    """The folder of each confirmation, and the agent's config: the defaults, then the best."""
+    folder, config = study.folder / "confirmed", study.defaults.config
+    return {folder / "defaults": config} | {
+        folder / name.replace(" ", "_"): config | settings for name, settings, _ in best}
+
+
+def finals(job: Job) -> dict[int, float]:
+    """The final return of each of its seeds that has got there."""
+    return curves.final_returns(job.group, job.seeds, job.steps) if job.group else {}
+
+
+def show(study: Study, best: Sequence[Candidate]) -> None:
+    """The table, best.json and the picture."""
+    options, seeds = study.options, tuple(held_out(study))
+    jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
+            for run in entries(study, best)]
+    confirmed = [list(finals(job).values()) for job in jobs]
+    rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
+        (name, study.defaults.config | settings, mean, returns)
+        for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
+    Console().print(summary.table(study.space, rows, len(seeds)))
+    named = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
+    kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",
+            "precision", "cuda")
+    recorder.write_json(study.folder / "best.json", {
+        "name": f"best of {study.defaults.name}",
+        "options": {key: getattr(options, key) for key in kept}, "config": named[1],
+        "study": {"is": named[0], "confirmed": named[3], "seeds": list(seeds)}})
+    picture = study.folder / "study.png"
+    summary.draw(picture, study.space, study.trials, f"{study.defaults.name}: "
+                 f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
+    verdict = "nothing beat the defaults" if named[0] == "defaults" else f"best: {named[0]}"
+    print(f"{verdict} on the held-out seeds\npicture: {picture}\ntrain it: python learn_simple.py "
+          f"--config {study.folder / 'best.json'} --seeds 4 --log")

@@ -1,0 +1,118 @@
+"""A study from its options to its table: trials in processes, confirmation, what is left behind.
+
+    runs/studies/<name>/            no name: the agent's, with a stamp
+        trials.jsonl                the truth, see trials.Journal
+        config.json  versions.json  <agent>.py  best.json  study.png
+        trials/<n>/                 what a run leaves, its checkpoints until it ended
+        confirmed/<its name>/       what a run leaves
+        tensorboard/trial_<n>/      TensorBoard: the HParams row and the curve of a trial
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lab.agent import build_agent, load_agent
+from lab.errors import UserError
+from lab.options import Tune
+from lab.train import check_source, describe
+from lab.training import recorder
+from lab.training.job import Job, dry_run, make_jobs
+from lab.tuning import confirm, space, surrogate
+from lab.tuning.space import Space
+from lab.tuning.study import HELD_OUT, Study
+from lab.tuning.trials import Journal
+
+TOP = 3  # settings that are confirmed
+# What may differ when a study goes on
+FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
+        "config", "resume", "log", "space")
+
+
+def tune(options: Tune, config: dict[str, Any]) -> int:
+    """-> exit code: 0; 1 if no trial completed, or a confirmation failed."""
+    searched, job = check(options, config)
+    folder, journal = open_study(options, config, searched, job)
+    with contextlib.closing(journal):
+        study = Study(options, searched, job, folder, journal)
+        print(f"study folder: {folder}\nafter a stop: python hypertune.py --resume {folder}\n"
+              f"watch it:     tensorboard --logdir {folder / 'tensorboard'}", flush=True)
+        study.run()
+        lost = [f"trial {trial.number}: {trial.reason}" for trial in study.trials
+                if trial.state == "failed"]
+        best = surrogate.recommend(searched, study.trials, TOP)
+        if best:
+            failures = confirm.train(study, best)
+            confirm.show(study, best)
+        else:
+            failures = ["no trial completed"]
+    for reason in lost + failures:
+        print(f"FAILED {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
+    """-> the space, and the job of the defaults. UserError on all that can be known beforehand;
+    nothing is written."""
+    [job, *_] = make_jobs(options, config, 1, None)
+    if len(options.env) != 1:
+        raise UserError(f"a study is of one environment, not {' '.join(options.env)}")
+    searched = space.read(options.space, load_agent(options.agent).Config, options.agent)
+    if job.eval_every > options.steps:
+        raise UserError(f"--steps {options.steps} is less than one evaluation: --eval-every is "
+                        f"{job.eval_every}")
+    if (options.n_warmup_steps or 0) < 0:
+        raise UserError(f"--n-warmup-steps must be 0 or more, not {options.n_warmup_steps}")
+    if options.trials * options.seeds > HELD_OUT:
+        raise UserError(f"--trials {options.trials} of --seeds {options.seeds} would train on "
+                        f"held-out seeds, which start at {HELD_OUT}")
+    spec = dry_run(job)
+    for parameter in searched.parameters:
+        for value in parameter.bounds():  # the agent itself knows what it takes
+            build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
+                        job.device, lambda fn: fn)
+    return searched, job
+
+
+def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
+               ) -> tuple[Path, Journal]:
+    """-> its folder and its journal, new or to be gone on with. UserError if it is another's, or
+    began with other settings."""
+    described = describe(options, config, job.name)
+    agent, root = Path(options.agent), options.runs / "studies"
+    if not options.name and not options.resume:
+        folder = recorder.new_folder(root, job.name)
+    else:
+        folder = options.resume or root / recorder.safe_name(job.name)
+    with recorder.writable(root):
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = Journal(folder / "trials.jsonl")
+    try:
+        fixed = {key: value for key, value in described["options"].items()
+                 if key not in FREE}
+        header = json.loads(json.dumps({"space": searched.texts(), "config": config} | fixed))
+        if journal.header:
+            _compare(folder, journal.header, header)
+            check_source(folder, agent)
+            recorder.write_json(folder / "config.json", described)
+        else:
+            recorder.describe_run(folder, agent, described)
+            journal.append(header)
+    except BaseException:
+        journal.close()
+        raise
+    return folder, journal
+
+
+def _compare(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now.items():
+        before = begun.get(key)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            before, value = (" ".join(f"{k}={v}" for k, v in a.items() if b.get(k) != v) or "less"
+                             for a, b in ((before, value), (value, before)))
+        raise UserError(f"{folder} is a study with another {key}: {before}, not {value}; give "
+                        "another --name")

@@ -1,0 +1,150 @@
+"""A study's trials, in processes."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lab.accelerate import physical_cores
+from lab.options import Tune
+from lab.report.curves import read_curves
+from lab.training import recorder
+from lab.training.job import Job
+from lab.training.processes import RETRIES, Failure, Processes
+from lab.tuning import pruner, surrogate
+from lab.tuning.progress import StudyProgress
+from lab.tuning.space import Space
+from lab.tuning.trials import Journal, Trial
+
+HELD_OUT = 1_000_000  # the first held-out seed; those of the trials lie below
+
+
+class Study:
+    """Its trials, and the processes that train them."""
+
+    def __init__(self, options: Tune, searched: Space, job: Job, folder: Path, journal: Journal):
+        self.options, self.space, self.folder = options, searched, folder
+        self.defaults, self.journal = job, journal
+        self.workers = options.workers or physical_cores()
+        self.trials = journal.trials()
+        self.waiting = [trial for trial in self.trials if trial.state == "running"]
+        self.retries = Counter[int]()
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # a view, made anew
+        for trial in self.trials:
+            self.draw_board(trial)
+
+    def job(self, trial: Trial) -> Job:
+        """Each trial has seeds of its own, so that one tried again tells something new."""
+        first = trial.number * self.options.seeds
+        return dataclasses.replace(
+            self.defaults, config=self.defaults.config | trial.settings,
+            seeds=tuple(range(first, first + self.options.seeds)),
+            run=str(self.folder / "trials" / f"{trial.number:03}"))
+
+    def run(self) -> None:
+        """Until every trial has ended. KeyboardInterrupt leaves a study that can go on."""
+        ranked = -1
+        with Processes() as pool, StudyProgress(self.options, self.trials) as progress:
+            while True:
+                while len(pool.running) < self.workers and (
+                        self.waiting or len(self.trials) < self.options.trials):
+                    key = self.waiting[0].number if self.waiting else len(self.trials)
+                    pool.start(key)  # it takes longer to start than the surrogate to think
+                    trial = self.waiting.pop(0) if self.waiting else self.ask()
+                    pool.give(key, self.job(trial))
+                if not pool.running:
+                    return
+                ended = sum(trial.state != "running" for trial in self.trials)
+                if ended > ranked:
+                    ranked, best = ended, surrogate.ranked(self.space, self.trials)
+                    progress.best = best[0] if best else None
+                progress.show()
+                for key, message in pool.receive():
+                    self.receive(self.trials[key], message, pool, progress)
+
+    def ask(self) -> Trial:
+        """A new trial; it stands in the journal before it trains."""
+        settings = surrogate.ask(self.space, self.trials, self.options.study_seed)
+        trial = Trial(len(self.trials), settings)
+        self.journal.append({"trial": trial.number, "settings": settings})
+        self.trials.append(trial)
+        return trial
+
+    def receive(self, trial: Trial, message: dict[str, Any] | Failure | None,
+                pool: Processes, progress: StudyProgress) -> None:
+        if not isinstance(message, dict):
+            self.over(trial, message, progress)
+        elif trial.state != "running":
+            return  # it has been told to end
+        elif "failed_seed" in message:
+            self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
+            pool.end(trial.number)
+        else:
+            if "step" in message:
+                progress.reach(trial.number, message["step"])
+            returns = [row["return/eval"] for row in message.get("rows", {}).values()
+                       if "return/eval" in row]
+            if returns:
+                self.evaluate(trial, message["step"], returns)
+                if trial.state == "running" and self.falls_behind(trial, message["step"]):
+                    self.end(trial, "pruned")
+                    pool.end(trial.number)
+
+    def evaluate(self, trial: Trial, step: int, returns: list[float]) -> None:
+        """A trial that goes on from its checkpoint may tell again what stands in the journal."""
+        if step not in trial.evaluations:
+            self.journal.append({"trial": trial.number, "step": step, "returns": returns})
+            trial.evaluations[step] = returns
+        if step >= self.options.steps:
+            self.end(trial, "completed")
+
+    def falls_behind(self, trial: Trial, step: int) -> bool:
+        given, steps = self.options.n_warmup_steps, self.options.steps
+        return self.options.prune and step == max(trial.evaluations) and pruner.prune(
+            trial, self.trials, self.options.n_startup_trials,
+            steps // 3 if given is None else given)
+
+    def end(self, trial: Trial, state: str, reason: str = "") -> None:
+        self.journal.append({"trial": trial.number, "state": state, "reason": reason})
+        trial.state, trial.reason = state, reason
+        self.draw_board(trial)
+
+    def over(self, trial: Trial, failure: Failure | None, progress: StudyProgress) -> None:
+        """Its process has ended, in whatever state."""
+        if trial.state == "running":
+            if failure is None:
+                self.catch_up(trial)
+            elif failure.cause == "settings":
+                self.end(trial, "diverged", failure.reason)
+            elif self.retries[trial.number] < RETRIES:
+                self.retries[trial.number] += 1
+                self.waiting.insert(0, trial)
+                progress.say(f"trial {trial.number}: {failure.reason}; it is tried again")
+                return
+            else:
+                self.end(trial, "failed", failure.reason)
+        if trial.reason:
+            progress.say(f"trial {trial.number} {trial.state}: {trial.reason}")
+        checkpoints = self.job(trial).checkpoints
+        if checkpoints:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def catch_up(self, trial: Trial) -> None:
+        """It was resumed at its end: what was not journaled before a kill lies in its files."""
+        job = self.job(trial)
+        curves = read_curves(job.group, job.seeds, "return/eval") if job.group else {}
+        for points in zip(*curves.values(), strict=False):
+            self.evaluate(trial, points[0][0], [value for _, value in points])
+        if trial.state == "running":
+            self.end(trial, "failed", "it ended before its last evaluation")
+
+    def draw_board(self, trial: Trial) -> None:
+        """The HParams row and the curve in TensorBoard of a trial that ended with a value."""
+        if trial.state not in ("completed", "pruned"):
+            return
+        folder = self.folder / "tensorboard" / f"trial_{trial.number:03}"
+        with recorder.tensorboard(folder) as board:
+            for step, mean in sorted(trial.means.items()):
+                board.add_scalar("return/eval", mean, step)
+            recorder.add_hparams(board, trial.settings | {"state": trial.state}, trial.final)

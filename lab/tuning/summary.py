@@ -1,0 +1,128 @@
+"""What a person sees of a study: the table at its end, and its picture."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lab import stats
+from lab.tuning.space import Parameter, Space
+from lab.tuning.surrogate import Surrogate
+from lab.tuning.trials import Trial
+
+GRID = 101  # points of a slice
+MARKS = {"completed": ("o", "tab:blue"), "pruned": ("v", "tab:orange"),
+         "diverged": ("x", "tab:red"), "failed": ("x", "tab:gray")}
+
+
+def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
+          seeds: int) -> Table:
+    """columns: name, config, posterior mean of its trial if any, confirmed returns; the defaults
+    are the first."""
+    result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds",
+                   title_justify="left")
+    result.add_column("")
+    for name, *_ in columns:
+        result.add_column(name, justify="right")
+    for parameter in space.parameters:
+        result.add_row(parameter.name, *(str(config[parameter.name]) for _, config, *_ in columns))
+    result.add_section()
+    result.add_row("tuned (posterior mean)",
+                   *("" if tuned is None else f"{tuned:.1f}" for *_, tuned, _ in columns))
+    confirmed = [returns for *_, returns in columns]
+    intervals = [stats.t_interval(returns) for returns in confirmed]
+    result.add_row("confirmed, mean", *(f"{mean:.1f}" for mean, *_ in intervals))
+    result.add_row("95% t interval", *(
+        "needs 2 seeds" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+        for _, low, high in intervals))
+    result.add_row("n", *(str(len(returns)) for returns in confirmed))
+    result.add_row("P(above the defaults)", "", *(
+        f"{stats.probability_of_improvement(returns, confirmed[0]):.2f}"
+        if returns and confirmed[0] else "" for returns in confirmed[1:]))
+    return result
+
+
+def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
+    """History, importance, and a slice of the surrogate through the best for each parameter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = 2 + len(space.parameters)
+    columns = min(4, count)
+    figure, axes = pyplot.subplots(-(-count // columns), columns, squeeze=False,
+                                   figsize=(4.2 * columns, 3.6 * -(-count // columns)),
+                                   layout="constrained")
+    history, importance, *slices = axes.flat
+    surrogate = Surrogate(space, trials, 0)
+    best, best_mean = surrogate.ranked(trials)[0]
+    _draw_history(history, surrogate, trials, best, best_mean)
+    shares = surrogate.importance()
+    importance.barh(list(shares), list(shares.values()), color="tab:blue")
+    importance.invert_yaxis()
+    importance.set(title="importance", xlabel="share of the change when shuffled", xlim=(0, 1))
+    for axis, parameter in zip(slices, space.parameters, strict=False):
+        _draw_slice(axis, surrogate, parameter, trials, best)
+    for axis in slices[len(space.parameters):]:
+        axis.remove()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_history(axis: Any, surrogate: Surrogate, trials: Sequence[Trial], best: Trial,
+                  best_mean: float) -> None:
+    """Every seed thin; a trial that reached no value stands at the foot."""
+    values = [value for trial in trials if trial.state in ("completed", "pruned")
+              for value in trial.evaluations[max(trial.evaluations)]]
+    completed = [trial for trial in trials if trial.state == "completed"]
+    for trial in completed:
+        seeds = trial.evaluations[max(trial.evaluations)]
+        axis.plot([trial.number] * len(seeds), seeds, "_", color="tab:blue", alpha=0.5)
+    for state, (mark, color) in MARKS.items():
+        shown = [(t.number, _height(t, min(values))) for t in trials if t.state == state]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), mark, color=color, label=f"{len(shown)} {state}")
+    axis.plot([t.number for t in completed], surrogate.means(completed), "o", mfc="none",
+              color="black", markersize=8, label="posterior mean")
+    axis.plot(best.number, best_mean, "*", color="black", markersize=14, label="best by it")
+    axis.set(title="history", xlabel="trial", ylabel="evaluation return (pruned: its last)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def _height(trial: Trial, lowest: float) -> float:
+    return trial.final if trial.state in ("completed", "pruned") else lowest
+
+
+def _draw_slice(axis: Any, surrogate: Surrogate, parameter: Parameter, trials: Sequence[Trial],
+                best: Trial) -> None:
+    """The posterior through the best setting, two standard deviations wide, and the trials."""
+    if parameter.choices:
+        values: list[Any] = list(parameter.choices)
+    else:
+        grid = parameter.numbers(np.linspace(0, 1, GRID))
+        values = [int(v) if parameter.whole else float(v) for v in dict.fromkeys(grid.tolist())]
+    encoded = [surrogate.space.encode(best.settings | {parameter.name: v}) for v in values]
+    mean, std = surrogate.predict(encoded)
+    xs = list(range(len(values))) if parameter.choices else values
+    axis.plot(xs, mean, color="tab:blue", marker="o" if parameter.choices else "")
+    axis.fill_between(xs, mean - 2 * std, mean + 2 * std, color="tab:blue", alpha=0.15,
+                      linewidth=0)
+    lowest = float(min(mean - 2 * std))
+    for state, (mark, color) in MARKS.items():
+        shown = [(t.settings[parameter.name], _height(t, lowest)) for t in trials
+                 if t.state == state]
+        shown = [(parameter.choices.index(v) if parameter.choices else v, y) for v, y in shown]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), mark, color=color, markersize=4)
+    if parameter.choices:
+        axis.set_xticks(xs, [str(value) for value in values])
+    if parameter.log:
+        axis.set_xscale("log")
+    axis.set(title=f"{parameter.name}, the others at the best", xlabel=parameter.name)
+    axis.grid(alpha=0.3)

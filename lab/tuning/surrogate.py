@@ -1,0 +1,223 @@
+"""What to try next, and what a trial tells. No processes here.
+
+`ask` is stateless: the same trials give the same suggestion, whoever asks. The surrogate is
+bayesian-optimization's Gaussian process with a Matern 5/2 kernel and one length scale an axis,
+noise of its own for each point, on the encoded space of space.py.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from bayes_opt import BayesianOptimization, acquisition
+from bayes_opt.parameter import wrap_kernel
+from scipy.optimize import minimize
+from scipy.stats import qmc
+from sklearn.gaussian_process.kernels import Matern
+from threadpoolctl import threadpool_limits
+
+from lab.tuning.space import Space
+from lab.tuning.trials import ENDED, Trial
+
+LENGTH_SCALES = (0.05, 20.0)  # in units of the cube
+ONE_SEED = 0.1  # the noise, in variances of y, where trials of one seed cannot show it
+
+
+class Observation(NamedTuple):
+    """What a trial registers with the surrogate."""
+
+    settings: dict[str, Any]
+    value: float
+    variance: float  # of the value
+
+
+def observe(trials: Sequence[Trial]) -> list[Observation]:
+    """What each trial tells. A completed one its mean over seeds; a pruned one what it would have
+    reached, with more noise; one that diverged the worst of the completed; a running one a lie,
+    their mean, so that it is not asked for again; a failed one nothing. [] before one completed."""
+    completed = [trial for trial in trials if trial.state == "completed"]
+    if not completed:
+        return []
+    finals = np.array([trial.final for trial in completed])
+    noises = np.array([trial.noise() for trial in completed])
+    one_seed = bool(np.isnan(noises).all())
+    usual = ONE_SEED * float(finals.var()) if one_seed else float(np.nanmean(noises))
+    result = []
+    for trial in trials:
+        value, variance = float(finals.mean()), usual
+        if trial.state == "completed":
+            value = trial.final
+            if not one_seed:  # the variance of a few seeds is mostly chance itself
+                variance = (usual + trial.noise()) / 2
+        elif trial.state == "pruned":
+            step = max(trial.evaluations)
+            gains = np.array([other.final - other.at(step) for other in completed])
+            value = min(float(np.median(finals)), trial.final + float(np.median(gains)))
+            variance = 2 * usual + float(gains.var())
+        elif trial.state == "diverged":
+            value = float(finals.min())
+        if trial.state != "failed":
+            result.append(Observation(trial.settings, value, variance))
+    return result
+
+
+class Improvement(acquisition.ExpectedImprovement):
+    """Augmented expected improvement (Huang et al. 2006): over the best posterior mean of what was
+    tried, because the best value that was observed is a lucky seed's, and less where another trial
+    would tell little beside its noise, a standard deviation. The process must be fitted before."""
+
+    def __init__(self, noise: float):
+        super().__init__(xi=0)
+        self.noise, self.greedy = noise, False  # greedy: the posterior mean itself
+
+    def base_acq(self, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+        if self.greedy:
+            return mean
+        return super().base_acq(mean, std) * (1 - self.noise / np.hypot(std, self.noise))
+
+    def suggest(self, gp: Any, target_space: Any, n_random: int = 10_000, n_smart: int = 10,
+                fit_gp: bool = True, random_state: Any = None) -> np.ndarray:
+        self.y_max = gp.predict(target_space.params).max()
+        return acquisition.AcquisitionFunction.suggest(
+            self, gp, target_space, n_random, n_smart, False, random_state)
+
+
+def most_probable(objective: Callable[..., tuple[float, np.ndarray]], start: np.ndarray,
+                  bounds: np.ndarray) -> tuple[np.ndarray, float]:
+    """The logarithms of the length scales, (size,), at the maximum of likelihood x prior, and its
+    negative logarithm. An optimizer as scikit-learn calls it. The likelihood alone explains few
+    trials in many dimensions by whatever few axes; the prior is log-normal, its variance 3, and
+    longer in more dimensions (Hvarfner et al. 2024, section 4)."""
+    middle = 2**0.5 + np.log(len(start)) / 2
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = objective(theta, eval_gradient=True)
+        away = theta - middle
+        return value + float(np.sum(away**2 / 6 + theta)), gradient + away / 3 + 1
+
+    found = minimize(loss, start, jac=True, bounds=bounds)
+    return found.x, float(found.fun)
+
+
+# The matrices are small: threads would only take the workers' cores (4 times the processor time)
+one_thread = threadpool_limits.wrap(limits=1)
+
+
+class Surrogate:
+    """The Gaussian process over what the trials told; ValueError if that is nothing."""
+
+    def __init__(self, space: Space, trials: Sequence[Trial], seed: int):
+        self.space = space
+        points: dict[bytes, list[Observation]] = {}
+        for observation in observe(trials):
+            x = space.encode(observation.settings)
+            points.setdefault(x.tobytes(), []).append(observation)
+        if not points:
+            raise ValueError("no trial has completed")
+        # a setting that was tried again is one point, the surer for it
+        vectors = [space.encode(same[0].settings) for same in points.values()]
+        values = np.array([np.mean([o.value for o in same]) for same in points.values()])
+        variances = np.array([np.mean([o.variance for o in same]) / len(same)
+                              for same in points.values()])
+        spread = float(values.var()) or 1.0
+        alpha = variances / spread + 1e-6
+        self.acquisition = Improvement(float(np.median(alpha) * spread) ** 0.5)
+        self.optimizer = BayesianOptimization(
+            None, {f"x{axis:03}": (0.0, 1.0) for axis in range(space.size)}, self.acquisition,
+            random_state=seed, verbose=0)
+        kernel = Matern(np.full(space.size, 0.5), LENGTH_SCALES, nu=2.5)
+        self.optimizer.set_gp_params(kernel=wrap_kernel(kernel, space.snap), alpha=alpha,
+                                     optimizer=most_probable)
+        for x, value in zip(vectors, values, strict=True):
+            self.optimizer.register(x, value)
+        self.predict(vectors[:1], fit=True)
+
+    @one_thread
+    def predict(self, points: Sequence[np.ndarray], fit: bool = False
+                ) -> tuple[np.ndarray, np.ndarray]:
+        """Encoded (n, size) -> posterior means and standard deviations, (n,) each."""
+        named = [dict(zip(self.optimizer.space.keys, x, strict=True)) for x in points]
+        mean, std = self.optimizer.predict(  # type: ignore[misc]
+            named, return_std=True, fit_gp=fit)
+        return np.asarray(mean), np.asarray(std)
+
+    def means(self, trials: Sequence[Trial]) -> list[float]:
+        """The posterior mean of each."""
+        encoded = [self.space.encode(trial.settings) for trial in trials]
+        return [float(mean) for mean in self.predict(encoded)[0]]
+
+    def ranked(self, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+        """The completed trials with their posterior means, best first; one of each setting."""
+        completed = list({self.space.encode(trial.settings).tobytes(): trial for trial in trials
+                          if trial.state == "completed"}.values())
+        pairs = zip(completed, self.means(completed), strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])
+
+    @one_thread
+    def suggest(self, greedy: bool = False) -> dict[str, Any]:
+        """What to try next; greedy: the settings of the highest posterior mean, tried or not."""
+        self.acquisition.greedy = greedy
+        x = self.optimizer.suggest()
+        return self.space.decode(np.array([x[key] for key in self.optimizer.space.keys]))
+
+    def importance(self) -> dict[str, float]:
+        """How much the posterior mean changes when a parameter's values are shuffled among 512
+        points of the space, as shares of 1."""
+        points = self.space.snap(qmc.Sobol(self.space.size, rng=0).random_base2(9))
+        means, order = self.predict(list(points))[0], np.random.default_rng(0).permutation(512)
+        changes, start = {}, 0
+        for parameter in self.space.parameters:
+            shuffled, axes = points.copy(), slice(start, start + parameter.size)
+            shuffled[:, axes] = points[order, axes]
+            changed = self.predict(list(shuffled))[0] - means
+            changes[parameter.name] = float(np.square(changed).mean())
+            start += parameter.size
+        return {name: change / (sum(changes.values()) or 1) for name, change in changes.items()}
+
+
+def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any]:
+    """The settings of trial number len(trials). The first, two for each parameter, are a Sobol
+    sequence, and so is what is asked before two have completed."""
+    number = len(trials)
+    completed = sum(trial.state == "completed" for trial in trials)
+    if number < 2 * len(space.parameters) or completed < 2:
+        sequence = qmc.Sobol(space.size, rng=study_seed)
+        return space.decode(sequence.random_base2(number.bit_length())[number])
+    seed = int(np.random.SeedSequence([study_seed, number]).generate_state(1)[0])
+    return Surrogate(space, trials, seed).suggest()
+
+
+def judge(space: Space, trials: Sequence[Trial]) -> Surrogate | None:
+    """What the trials that ended tell; none before one completed."""
+    ended = [trial for trial in trials if trial.state in ENDED]
+    completed = any(trial.state == "completed" for trial in ended)
+    return Surrogate(space, ended, 0) if completed else None
+
+
+def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+    """As of Surrogate.ranked; [] before one completed."""
+    surrogate = judge(space, trials)
+    return surrogate.ranked(trials) if surrogate else []
+
+
+class Candidate(NamedTuple):
+    """What a study recommends."""
+
+    name: str
+    settings: dict[str, Any]
+    mean: float  # of the posterior
+
+
+def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candidate]:
+    """The settings of the highest posterior means, best first: trials that completed and the
+    surrogate's optimum, which has seldom been tried to the letter. [] before one completed."""
+    surrogate = judge(space, trials)
+    if surrogate is None:
+        return []
+    found = {space.encode(trial.settings).tobytes(): Candidate(
+        f"trial {trial.number}", trial.settings, mean) for trial, mean in surrogate.ranked(trials)}
+    optimum = surrogate.suggest(greedy=True)
+    encoded = space.encode(optimum)
+    mean = float(surrogate.predict([encoded])[0][0])
+    found.setdefault(encoded.tobytes(), Candidate(f"optimum of {len(trials)}", optimum, mean))
+    return sorted(found.values(), key=lambda candidate: -candidate.mean)[:count]

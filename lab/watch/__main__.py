@@ -1,0 +1,301 @@
+"""What trained agents do: a film of their seeds side by side, and the returns.
+
+    python -m lab.watch runs/sac-20260101-120000 --seeds 3 --episodes 3
+    python -m lab.watch runs/sac-20260101-120000/Hopper-v5/sac/seed_3 --out hopper.mp4
+
+They act without exploring, from their last checkpoints. Of gymnasium's environments the episodes
+are those of the run's own evaluation at that step: the first, the second, ...
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from lab import accelerate
+from lab.agent import build_agent
+from lab.envs.base import Transition, VecEnvConfig, is_torch
+from lab.envs.host import SyncEnvs
+from lab.envs.torch_vec import TorchEnvs
+from lab.errors import UserError, guarded
+from lab.options import Vectorised, parse_args, parse_flags
+from lab.training import checkpoint, recorder
+from lab.training.evaluation import OnStep, evaluate
+from lab.watch import camera, film
+
+
+@dataclass(frozen=True)
+class Options:
+    path: tyro.conf.Positional[Path]  # a run's folder, or in it an environment's, agent's or seed's
+    agent: Path | None = None  # its file; none: the one that the run began with, unless changed
+    seeds: int | None = None  # number of seeds side by side; none: 3, or all there are
+    episodes: int = 3  # of each seed, one after another
+    width: int = 200  # of each seed's picture, pixels
+    max_seconds: float | None = None  # of an episode in the film; none: 5, in a window all
+    out: Path | None = None  # .gif, or .mp4 with imageio-ffmpeg; none: watch.gif in the folder
+    window: bool = False  # show it on the display and write nothing
+
+
+@dataclass(frozen=True)
+class Group:
+    """Seeds of one agent on one environment, and the stack of checkpoints that each is in."""
+
+    folder: Path  # where the film goes
+    env_id: str
+    stacks: dict[int, Path]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Film and print -> exit code."""
+    options = parse_flags(Options, argv, __doc__)
+    for name, least in {"seeds": 1, "episodes": 1, "width": 50, "max_seconds": 0.1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    accelerate.prepare_process()
+    if not options.window:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for a display
+    folder = find_run(options.path)
+    named = [str(options.agent)] if options.agent else []
+    trained, config = parse_args(["--config", str(folder / "config.json"), *named],
+                                 Vectorised)  # of learn_simple.py's, too
+    assert isinstance(trained, Vectorised)
+    if not named:
+        check_source(folder, Path(trained.agent))
+    groups = find(options.path, folder, trained.env)
+    if options.out and len(groups) > 1:
+        ids = " ".join(group.env_id for group in groups)
+        raise UserError(f"--out is one film, but {folder} trained on {ids}: name one's folder")
+    for group in groups:
+        watch(group, trained, config, options)
+    return 0
+
+
+def find_run(path: Path) -> Path:
+    """The run's folder that `path` is or lies in."""
+    if not path.is_dir():
+        raise UserError(f"no folder {path}")
+    for folder in [path, *path.parents][:4]:
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path} is no run's folder and lies in none: there is no config.json")
+
+
+def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
+    """What `path` has checkpoints of. UserError if there are none."""
+    one = re.fullmatch(r"seed_(\d+)", path.name)
+    stacks: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
+    for stack in run.glob("*/*/stack_*_*"):
+        if stack.is_relative_to(path.parent if one else path) and any(stack.glob("step_*.pt")):
+            stacks[stack.parent] |= dict.fromkeys(seeds_of(stack), stack)
+    groups = []
+    for folder, by_seed in sorted(stacks.items()):
+        for env_id in env_ids:
+            if recorder.group_folder(run, env_id, folder.name) == folder:
+                chosen = {s: by_seed[s] for s in sorted(by_seed) if not one or s == int(one[1])}
+                groups += [Group(path if one else folder, env_id, chosen)] if chosen else []
+    if not groups:
+        raise UserError(f"{path} has no checkpoint yet")
+    return groups
+
+
+def seeds_of(stack: Path) -> range:
+    """From its name."""
+    first, last = map(int, stack.name.split("_")[1:])
+    return range(first, last + 1)
+
+
+def check_source(folder: Path, agent: Path) -> None:
+    """UserError if the agent has changed since: its weights may mean something else now."""
+    copy = folder / agent.name
+    if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
+        raise UserError(f"{agent} is not what {folder} began with: name the file that you trust "
+                        f"and that fits, such as --agent {copy}")
+
+
+def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Options) -> None:
+    """One film, and the returns."""
+    if options.seeds and options.seeds > len(group.stacks):
+        raise UserError(f"--seeds {options.seeds}: {group.folder} has checkpoints of "
+                        f"{len(group.stacks)}")
+    seeds = list(group.stacks)[: options.seeds or 3]
+    out = None if options.window else options.out or group.folder / "watch.gif"
+    seconds = options.max_seconds or (None if options.window else 5.0)
+    audience = film.audience(out)
+    with contextlib.closing(make_view(group.env_id, seeds, trained.cuda)) as view:
+        policies = PolicyStack([
+            load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
+                 trained, config)
+            for stack in dict.fromkeys(group.stacks[seed] for seed in seeds)])
+        print(f"{Path(trained.agent).stem} on {group.env_id}, {policies.describe(trained.steps)}",
+              flush=True)
+        shown = film.Film(audience, seeds, view.fps, options.width, seconds)
+        with contextlib.suppress(film.Closed):
+            rollout(policies, view, shown, options.episodes)
+    try:
+        audience.close()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    if out:
+        cut = f" (--max-seconds {seconds:g} of each episode)" if shown.cut else ""
+        print(f"{out}: {shown.seconds:.1f} s{cut}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def rollout(policies: "PolicyStack", view: "Filmed | FilmedTorch", shown: film.Film,
+            episodes: int) -> None:
+    """Roll out, show and print."""
+    console, returns = Console(), []
+
+    def say(title: str, cells: Sequence[str]) -> None:
+        words = f"{title:12}" + "".join(f"{cell:>10}" for cell in cells)
+        console.print(words, highlight=False, soft_wrap=True)
+
+    def say_returns(title: str, values: Sequence[float]) -> None:
+        say(title, [f"{value:.1f}" for value in [*values, np.mean(values)]])
+
+    say("return", [*(f"seed {seed}" for seed in shown.seeds), "mean"])
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=view.spec.max_episode_steps)
+        for number in range(1, episodes + 1):
+            title = f"episode {number}"
+            bar.reset(task, description=f"{title} of {episodes}")
+            show = shown.episode(view.draw, f", {title}" if episodes > 1 else "")
+
+            def on_step(so_far: torch.Tensor, running: torch.Tensor, show: OnStep = show) -> None:
+                show(so_far, running)
+                bar.advance(task)
+
+            returns.append(evaluate(policies, view, policies.step, number - 1, on_step=on_step))
+            say_returns(title, returns[-1])
+    if episodes > 1:
+        say_returns("mean", np.mean(returns, 0).tolist())
+
+
+class Part(NamedTuple):
+    """A stack's agent, and which of its seeds are wanted."""
+
+    agent: Any
+    members: range
+    wanted: list[int]
+    step: int
+    failed: list[int]
+
+
+def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTorch",
+         trained: Vectorised, config: dict[str, Any]) -> Part:
+    """UserError if its last checkpoint is not whole or not this agent's."""
+    device = view.config.device
+    state = checkpoint.load_latest(stack, device)
+    if state is None:
+        raise UserError(f"{stack} has no whole checkpoint")
+    members = seeds_of(stack)
+    agent = build_agent(trained.agent, config, view.spec, members, trained.num_envs or 1,
+                        trained.steps, device, lambda fn: fn)
+    try:
+        agent.load_state_dict(state["agent"])
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{stack} does not fit {trained.agent}: {type(error).__name__}: {reason}"
+                        ) from error
+    return Part(agent, members, wanted, state["step"], [members[i] for i in state["failed"]])
+
+
+class PolicyStack:
+    """The agents of several stacks, which act as one on the seeds that are wanted."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+        self.step = max(part.step for part in parts)
+
+    def act(self, obs: torch.Tensor, explore: bool) -> torch.Tensor:
+        """(S, N, O) -> (S, N, A). What the other seeds of a stack do matters to no one."""
+        actions = []
+        sizes = [len(part.wanted) for part in self.parts]
+        for part, own in zip(self.parts, obs.split(sizes), strict=True):
+            indices = [part.members.index(seed) for seed in part.wanted]
+            whole = obs.new_zeros(len(part.members), *obs.shape[1:])
+            whole[indices] = own
+            actions.append(part.agent.act(whole, explore=explore)[indices])
+        return torch.cat(actions)
+
+    def describe(self, steps: int) -> str:
+        reached = sorted({part.step for part in self.parts})
+        words = f"after {' and '.join(map(str, reached))} steps"
+        words += f" of {steps}" if reached[0] < steps else ""
+        failed = [seed for part in self.parts for seed in part.wanted if seed in part.failed]
+        return words + "".join(f"; seed {seed} failed in training" for seed in failed)
+
+
+def make_view(env_id: str, seeds: Sequence[int], cuda: bool) -> "Filmed | FilmedTorch":
+    """One environment a seed, with a camera. UserError if it has no picture."""
+    device = "cuda" if cuda else "cpu"  # its random numbers fit no other device
+    try:
+        accelerate.check_device(device)
+    except UserError as error:
+        raise UserError("the run was trained on a GPU, and torch sees none here") from error
+    config = VecEnvConfig(env_id, seeds, device=device)
+    if is_torch(env_id):
+        return FilmedTorch(config)
+    camera.check(env_id)
+    return Filmed(config)
+
+
+class Filmed(SyncEnvs):
+    def __init__(self, config: VecEnvConfig):
+        super().__init__(config, camera.make)
+        self.cameras: list[Any] = [*self.shard.envs]
+        self.fps = self.cameras[0].fps
+
+    def reset(self, *stream: int) -> torch.Tensor:
+        """The last number of the stream is the environment's, among a seed's."""
+        self.shard.env_keys = [(seed, stream[-1]) for seed in self.config.seeds]
+        return super().reset(*stream[:-1])
+
+    def draw(self, index: int, running: bool) -> np.ndarray:
+        one = self.cameras[index]
+        return one.picture() if running else one.last
+
+
+class FilmedTorch(TorchEnvs):
+    """Drawn by an environment of gymnasium's that has the same state."""
+
+    def __init__(self, config: VecEnvConfig):
+        super().__init__(config)
+        if self.env.twin is None:
+            raise UserError(f"{config.env_id} has no picture: no gymnasium environment is its twin")
+        self.camera = camera.make(self.env.twin)
+        self.camera.reset()
+        self.fps = self.camera.fps
+
+    def reset(self, *stream: int) -> torch.Tensor:
+        obs = super().reset(*stream)
+        self.seen = self.state
+        return obs
+
+    def receive(self) -> Transition:
+        # before a new episode begins; a seed that failed does nothing
+        self.seen = self.env.step(self.state, self.actions.nan_to_num(0, 0, 0))[0]
+        return super().receive()
+
+    def draw(self, index: int, running: bool) -> np.ndarray:
+        scene: Any = self.camera.unwrapped
+        scene.state = self.seen[index, 0].cpu().numpy()
+        return self.camera.picture()
+
+    def close(self) -> None:
+        self.camera.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: run(sys.argv[1:])))

@@ -1,0 +1,58 @@
+"""A run and a study that were written before lab/ had folders. Their environment has the module
+lab.probe_envs in its id, which is lab.envs.probes now; the run had 6 of 60 steps left."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lab import train
+from lab.options import Tune
+from lab.report import __main__ as report
+from lab.training import checkpoint
+from lab.training.recorder import read_metrics
+from lab.tuning.run import tune
+from lab.watch import __main__ as watch
+
+HERE = Path(__file__).with_name("before_the_move")
+TARGET = "lab.probe_envs_lab_Target-v0/tiny"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(HERE / "run", "run")
+    shutil.copy(HERE / "run/tiny.py", "tiny.py")
+    return Path("run")
+
+
+def test_an_old_run_goes_on_and_is_reported(run, capsys):
+    stacks = sorted(run.glob("*/tiny/stack_0_1"))
+    assert [checkpoint.load_latest(stack)["step"] for stack in stacks] == [54, 54]
+    assert train.run(["--resume", str(run)]) == 0, capsys.readouterr().err
+    assert "cannot be put back" not in capsys.readouterr().out
+    for stack in stacks:
+        assert checkpoint.load_latest(stack)["step"] == 60
+        rows = read_metrics(stack.parent / "seed_1/metrics.jsonl")
+        assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
+        assert rows[-1]["debug/updates"] == 60
+    assert report.main([str(run), "--out", "report"]) == 0
+    assert "lab.probe_envs:lab/Target-v0" in Path("report/report.md").read_text()
+
+
+def test_an_old_run_can_be_watched(run, monkeypatch, capsys):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    folder = run / "torch_ContinuousCartPole-v1"
+    assert watch.run([str(folder), "--episodes", "1", "--width", "50"]) == 0
+    assert "after 54 steps of 60" in capsys.readouterr().out
+    assert (folder / "tiny/watch.gif").exists()
+
+
+def test_an_old_study_goes_on(run, capsys):
+    shutil.copytree(HERE / "study", "runs/studies/before")
+    shutil.rmtree("runs/studies/before/confirmed/defaults")  # which is what is left to do
+    assert train.run(["--resume", "runs/studies/before"], Tune, tune) == 0, capsys.readouterr().err
+    best = json.loads(Path("runs/studies/before/best.json").read_text())
+    assert best["study"]["seeds"] == [1_000_000, 1_000_001] and len(best["study"]["confirmed"]) == 2
+    assert list(Path("runs/studies/before/confirmed").glob(f"defaults/{TARGET}/seed_*"))
