@@ -379,3 +379,100 @@ def test_initial_weights_are_orthogonal_with_their_gains(float64):
                          (agent.critic.head.weight, 1.0)):
         gram = weight[0].T @ weight[0] / gain**2
         torch.testing.assert_close(gram, torch.eye(gram.shape[0]))
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, -3.0])
+def test_constant_returns_leave_the_explained_variance_alone_undefined(reward):
+    """NaN there, and in that seed only; losses and weights stay finite and the others learn on."""
+    agent, other = (make_agent(ppo, norm_adv=norm_adv) for norm_adv in (True, False))
+    steps = [tuple(x.clone() for x in step) for step in make_steps((0, 1), 1, 25)]
+    for obs, rewards, next_obs, terminations, truncations in steps:
+        obs[0] = next_obs[0] = truncations[0] = 0
+        rewards[0], terminations[0] = reward, 1
+    for trained in (agent, other):
+        history = drive(trained, steps)
+        assert len(history) == 3
+        for metrics in history:
+            explained = metrics.pop("value/explained_variance")
+            assert explained[0].isnan() and explained[1].isfinite()
+            assert metrics.keys() >= {"loss/policy", "loss/value"}
+            assert all(value.isfinite().all() for value in metrics.values())
+        assert all(x.isfinite().all() for x in trained._learned())
+    alone = drive(make_agent(ppo, seeds=[1]), [tuple(x[1:] for x in step) for step in steps])
+    stacked = drive(make_agent(ppo), steps)
+    for a, b in zip(alone, stacked, strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name][0], b[name][1])
+
+
+def test_explained_variance_is_the_share_of_the_returns_that_the_values_explain(float64):
+    agent = make_agent(ppo, num_envs=3)
+    drive(agent, make_steps((0, 1), 3, 8))
+    _, samples, explained = agent._prepare_rollout()
+    returns, values = samples[..., -2], samples[..., -1]
+    torch.testing.assert_close(explained, 1 - (returns - values).var(1) / returns.var(1))
+
+
+def test_hidden_activations_are_those_of_the_last_minibatch_and_measuring_changes_nothing():
+    steps, last = make_steps((0, 1), 3, 30), []
+    measured, plain = make_agent(ppo, num_envs=3), make_agent(ppo, num_envs=3)
+    step = measured.minibatch_step
+    measured.minibatch_step = lambda *x: (last.append(x[0][..., :3].clone()), step(*x))[1]
+    assert measured.hidden_activations() == {}
+    for transition in steps:
+        due = measured.filled == 8
+        drive(measured, [transition])
+        activations = measured.hidden_activations()
+        assert activations.keys() == ({"actor", "critic"} if last else set())
+        if due:
+            for name, layers in activations.items():
+                network = getattr(measured, name)
+                first = torch.tanh(torch.baddbmm(network.fc1.bias, last[-1], network.fc1.weight))
+                second = torch.tanh(torch.baddbmm(network.fc2.bias, first, network.fc2.weight))
+                assert [x.shape for x in layers] == 2 * [(2, 6, 16)]
+                for ours, expected in zip(layers, (first, second), strict=True):
+                    torch.testing.assert_close(ours, expected)
+    drive(plain, steps)
+    for ours, theirs in zip(measured._learned(), plain._learned(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(a.get_state(), b.get_state())
+               for a, b in zip(measured.generators, plain.generators, strict=True))
+
+
+@pytest.mark.parametrize("count", [5, 8, 21])
+def test_an_agent_given_all_of_its_state_goes_on_exactly(count):
+    """Between observe and act, where checkpoints are written: `acted` is empty there."""
+    settings = {"num_envs": 2, "target_kl": 0.01, "rpo_alpha": 0.1}
+    giver, taker = (make_agent(ppo, seeds=seeds, **settings) for seeds in ((0, 1), (2, 3)))
+    steps = make_steps((0, 1), 2, 45)
+    drive(giver, steps[:count])
+    drive(taker, make_steps((2, 3), 2, 12))
+    assert giver.acted.shape[1] == 0
+    for name in ppo.Agent.STATE:
+        value, theirs = getattr(giver, name), getattr(taker, name)
+        if hasattr(value, "state_dict"):
+            theirs.load_state_dict(copy.deepcopy(value.state_dict()))
+        elif isinstance(value, torch.Tensor):
+            theirs.detach().copy_(value.detach())
+        elif isinstance(value, list):
+            for ours, generator in zip(value, theirs, strict=True):
+                generator.set_state(ours.get_state())
+        else:
+            setattr(taker, name, value)
+    histories = [drive(agent, steps[count:]) for agent in (giver, taker)]
+    assert len(histories[0]) == len(histories[1]) >= 2
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(giver.rollout, taker.rollout)
+    for ours, theirs in zip(giver._learned(), taker._learned(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_range_is_of_a_setting_and_holds_its_default():
+    fields = ppo.Config.__dataclass_fields__
+    numbers = {name for name, field in fields.items() if field.type not in (bool, "bool")}
+    assert ppo.RANGES.keys() == numbers
+    for name, (low, high) in ppo.RANGES.items():
+        default = fields[name].default
+        assert default is None or low <= default <= high
