@@ -1,20 +1,25 @@
-"""An agent is a file named by its path: load it, and check that it keeps the contract."""
+"""Load an agent from its file, build it, check its contract, save and restore its state."""
 
+import copy
 import dataclasses
 import importlib.util
+import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
-from lab.errors import UserError
+from lab.errors import CodeError, UserError
 
-VERBS = ("act", "observe", "update", "state_dict", "load_state_dict")
+VERBS = ("act", "observe", "update")
 
 
 def load_agent(path: str | Path) -> ModuleType:
@@ -40,33 +45,55 @@ def load_agent(path: str | Path) -> ModuleType:
         raise UserError(f"agent file {path} needs a class Agent and a dataclass Config")
     missing = [verb for verb in VERBS if not callable(getattr(agent, verb, None))]
     if missing:
-        raise UserError(f"agent file {path}: Agent has no {missing[0]}(); the five verbs are "
+        raise UserError(f"agent file {path}: Agent has no {missing[0]}(); it needs "
                         f"{', '.join(VERBS)}")
+    if not _saves_itself(agent) and not isinstance(getattr(agent, "STATE", None), tuple):
+        raise UserError(f"agent file {path}: Agent needs STATE, a tuple with the names of the "
+                        "attributes to save in a checkpoint")
     return module
 
 
 def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: Sequence[int],
                 num_envs: int, total_steps: int, device: str, accelerate: Callable[..., Any]
                 ) -> Any:
-    """The Agent at `path`. UserError if it refuses the environment or its configuration."""
+    """The Agent at `path`. UserError if it refuses the environment or its settings."""
     module = load_agent(path)
     known = {field.name for field in dataclasses.fields(module.Config)}
     unknown = sorted(set(config) - known)
     if unknown:
         raise UserError(f"{path} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
     try:
-        return module.Agent(spec, module.Config(**config), seeds, num_envs=num_envs,
-                            total_steps=total_steps, device=device, accelerate=accelerate)
-    except ValueError as error:
-        raise UserError(f"{Path(path).name} on {spec.id}: {_first_line(error)}") from error
+        settings = module.Config(**config)
+        check_ranges(module, settings)
+        agent = module.Agent(spec, settings, seeds, num_envs=num_envs, total_steps=total_steps,
+                             device=device, accelerate=accelerate)
+    except Exception as error:
+        if isinstance(error, ValueError) and _raised_in(path, error):  # by the agent itself
+            raise UserError(f"{Path(path).name} on {spec.id}: {_first_line(error)}") from error
+        raise CodeError(f"{_place(path, error)}: Agent() failed: {type(error).__name__}: "
+                        f"{_first_line(error)}") from error
+    if not _saves_itself(agent):
+        for name in agent.STATE:
+            if not hasattr(agent, name):
+                raise UserError(f"{Path(path).name}: STATE names {name!r}, which Agent() does not "
+                                "set")
+    return agent
+
+
+def check_ranges(module: ModuleType, config: Any) -> None:
+    """ValueError that names the setting of `config` outside the RANGES of its agent's file."""
+    for name, (low, high) in getattr(module, "RANGES", {}).items():
+        value = getattr(config, name)
+        if value is not None and not (low <= value <= high and abs(value) < math.inf):
+            raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
 
 
 def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,
                    device: str) -> None:
-    """The first steps of a small stack, up to its first update (or a rollout that long).
-    UserError names the verb, what it should give and what came."""
-    S, N = 2, num_envs
-    agent = build_agent(path, config, spec, [0, 1], N, N, device, _first_calls)
+    """Dry run: the first steps of a small stack, up to its first update (or a long rollout).
+    UserError names the method, what it should return and what it returned."""
+    S, N = 3, num_envs  # 3 seeds: with 2, as many as critics, a wrong broadcast can fit
+    agent = build_agent(path, config, spec, range(S), N, N, device, _first_calls)
     stem = Path(path).name
 
     def expect(verb: str, wanted: str, ok: bool, got: object) -> None:
@@ -74,17 +101,17 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
             raise UserError(f"{stem} breaks the contract: {verb} should give {wanted}, "
                             f"but gave {got}")
 
-    def call(verb: str, *args: Any, **kwargs: Any) -> Any:
+    def call(verb: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return getattr(agent, verb)(*args, **kwargs)
+            return fn(*args, **kwargs)
         except Exception as error:
-            raise UserError(f"{stem} breaks the contract: {verb} failed on tensors of shape (S, N, "
-                            f"...) = ({S}, {N}, ...): {type(error).__name__}: "
-                            f"{_first_line(error)}") from error
+            raise CodeError(f"{_place(path, error)}: {verb} failed on tensors of shape (S, N, ...)"
+                            f" = ({S}, {N}, ...): {type(error).__name__}: {_first_line(error)}"
+                            ) from error
 
     obs = torch.zeros(S, N, spec.obs_dim, device=device)
     for explore in (False, True):
-        actions = call("act", obs, explore=explore)
+        actions = call("act", agent.act, obs, explore=explore)
         wanted = f"a tensor (S, N, A) = ({S}, {N}, {spec.action_dim})"
         expect("act", wanted, isinstance(actions, torch.Tensor), type(actions).__name__)
         expect("act", wanted, tuple(actions.shape) == (S, N, spec.action_dim),
@@ -93,21 +120,122 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
     zeros, metrics = torch.zeros(S, N, device=device), {}
     for _ in range(5_000):
-        call("observe", obs, actions, zeros, obs, zeros, zeros)
-        metrics = call("update")
+        call("observe", agent.observe, obs, actions, zeros, obs, zeros, zeros)
+        metrics = call("update", agent.update)
         expect("update", "a dict of metrics", isinstance(metrics, dict), type(metrics).__name__)
         if metrics:
             break
-        call("act", obs)
+        call("act", agent.act, obs)
     for name, value in metrics.items():
         expect("update", "names with tensors", isinstance(name, str)
                and isinstance(value, torch.Tensor), f"{name!r} with a {type(value).__name__}")
         shape = tuple(getattr(value, "shape", ()))
         expect("update", f"{name} of shape (S,) = ({S},)", shape == (S,), shape)
         expect("update", f"{name} detached", not value.requires_grad, "it with a gradient")
-    state = call("state_dict")
+    state = call("saving its state", save_state, agent)
     expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
-    call("load_state_dict", state)
+    call("restoring its state", restore_state, agent, state)
+
+
+def save_state(agent: Any) -> dict[str, Any]:
+    """What the attributes named in STATE hold, by reference: for a checkpoint. An agent's own
+    state_dict() comes first, where it has one. TypeError for an attribute of another type."""
+    if _saves_itself(agent):
+        state: dict[str, Any] = agent.state_dict()
+        return state
+    return {name: _save(name, getattr(agent, name)) for name in agent.STATE}
+
+
+def _save(name: str, part: Any) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.detach()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, nn.Module | Optimizer):
+        return part.state_dict()
+    if isinstance(part, list | tuple):
+        return [_save(name, x) for x in part]
+    if hasattr(part, "STATE"):
+        return save_state(part)
+    if isinstance(part, bool | int | float | str):
+        return part
+    raise TypeError(f"STATE names {name!r}, a {type(part).__name__}: it can hold modules, "
+                    "optimizers, tensors, generators, numbers, objects with a STATE, lists of them")
+
+
+def restore_state(agent: Any, state: dict[str, Any]) -> None:
+    """Put back what save_state() gave, in place. ValueError if a shape or an entry is another."""
+    if _saves_itself(agent):
+        agent.load_state_dict(state)
+        return
+    state = from_five_methods(agent, state)
+    for name in agent.STATE:
+        if name not in state:
+            raise ValueError(f"the checkpoint has no {name}, which STATE names")
+        setattr(agent, name, _restore(name, getattr(agent, name), state[name]))
+
+
+def _restore(name: str, part: Any, saved: Any) -> Any:
+    """-> the attribute's value: `part` itself, changed in place, or the saved number."""
+    if isinstance(part, torch.Tensor):
+        if part.shape != saved.shape:
+            raise ValueError(f"{name} is {tuple(part.shape)}, the checkpoint's is "
+                             f"{tuple(saved.shape)}: same steps, envs and seeds?")
+        with torch.no_grad():
+            part.copy_(saved)
+    elif isinstance(part, torch.Generator):
+        part.set_state(saved.cpu())
+    elif isinstance(part, Optimizer):
+        part.load_state_dict(copy.deepcopy(saved))  # an optimizer keeps the tensors that it is given
+    elif isinstance(part, nn.Module):
+        try:
+            part.load_state_dict(saved)
+        except RuntimeError as error:
+            raise ValueError(f"{name} does not fit the checkpoint: {error}") from error
+    elif isinstance(part, list | tuple):
+        for x, y in zip(part, saved, strict=True):
+            _restore(name, x, y)
+    elif hasattr(part, "STATE"):
+        restore_state(part, saved)
+    else:
+        return saved
+    return part
+
+
+def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state from before STATE, when agents saved themselves: their counters and
+    tensors lay in groups, and the temperature belonged to the actor's optimizer."""
+    state = dict(state)
+    for group in ("counters", "tensors"):
+        if group not in agent.STATE:
+            state |= state.pop(group, {})
+    if "alpha_optimizer" in agent.STATE and "alpha_optimizer" not in state:
+        state["alpha_optimizer"] = agent.alpha_optimizer.state_dict()
+        actor = state["actor_optimizer"]
+        if len(actor["param_groups"]) == 2:
+            *groups, last = actor["param_groups"]
+            moments = dict(actor["state"])
+            own = {0: moments.pop(i) for i in last["params"] if i in moments}
+            state["alpha_optimizer"] = {"state": own, "param_groups": [last | {"params": [0]}]}
+            state["actor_optimizer"] = {"state": moments, "param_groups": groups}
+    return state
+
+
+def _saves_itself(agent: Any) -> bool:
+    return all(callable(getattr(agent, verb, None)) for verb in ("state_dict", "load_state_dict"))
+
+
+def _raised_in(path: str | Path, error: BaseException) -> bool:
+    """Whether the innermost frame is one of the agent's file, or of this one (its ranges)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename in (str(Path(path).resolve()), __file__)
+
+
+def _place(path: str | Path, error: BaseException) -> str:
+    """File and line of the innermost frame inside the agent's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(Path(path).resolve())]
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 def _first_calls(fn: Callable[..., Any], calls: int = 2) -> Callable[..., Any]:

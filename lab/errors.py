@@ -2,12 +2,17 @@
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 
 class UserError(ValueError):
-    """What the user gave cannot work. The message is one line: what is wrong and what to do."""
+    """Invalid user input. The message is one line: what is wrong and what to do."""
+
+
+class CodeError(UserError):
+    """The user's code raised an exception, which is __cause__: its traceback is printed too."""
 
 
 def guarded(do: Callable[[], int]) -> int:
@@ -16,6 +21,8 @@ def guarded(do: Callable[[], int]) -> int:
     try:
         return do()
     except UserError as error:
+        if isinstance(error, CodeError) and error.__cause__:
+            traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Terminated:

@@ -3,7 +3,7 @@
     python -m lab.check agents/mine.py                        one line for each check
     python -m lab.check agents/mine.py --tau 0.01 --cuda      its own settings are flags
 
-The agent is seen through its five verbs alone. It is made small, where its Config has fields of
+The agent is seen through its methods alone. It is made small, where its Config has fields of
 usual names; flags win over that. Exit code 0: all passed, 1: some failed, 2: bad input.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lab.agent import check_contract
+from lab.agent import check_contract, restore_state, save_state
 from lab.check.driver import (
     ACTIONS,
     NUM_ENVS,
@@ -70,7 +70,7 @@ def _imports(subject: AgentUnderTest) -> None:
                 require(name.split(".")[0] in allowed, f"line {node.lineno} imports {name}")
 
 
-@check("the five verbs give what the contract says")
+@check("act, observe and update return what the contract says")
 def _verbs(subject: AgentUnderTest) -> None:
     check_contract(subject.path, subject.config, SPEC, NUM_ENVS, subject.device)
 
@@ -80,8 +80,8 @@ def _any_number(subject: AgentUnderTest) -> None:
     agent = subject.make()
     for n in (NUM_ENVS, 1, 7):
         for explore in (True, False):
-            obs = torch.zeros(2, n, SPEC.obs_dim, device=subject.device)
-            shape, right = tuple(agent.act(obs, explore=explore).shape), (2, n, SPEC.action_dim)
+            obs = torch.zeros(len(SEEDS), n, SPEC.obs_dim, device=subject.device)
+            shape, right = tuple(agent.act(obs, explore=explore).shape), (len(SEEDS), n, SPEC.action_dim)
             require(shape == right, f"act gave {shape} where {right} is right")
 
 
@@ -95,9 +95,9 @@ def _bounds(subject: AgentUnderTest) -> None:
         spec = EnvSpec("check", 3, 50, tuple(low.tolist()), tuple(high.tolist()), None)
         agent = subject.make(spec=spec, total_steps=10 * NUM_ENVS)
         for steps in (0, 3):
-            drive(agent, subject.steps((0, 1), steps))
+            drive(agent, subject.steps(SEEDS, steps))
             for explore, scale in ((True, 1.0), (True, 1e6), (False, 1.0), (False, 1e6)):
-                obs = scale * torch.randn(2, NUM_ENVS, SPEC.obs_dim, generator=generator)
+                obs = scale * torch.randn(len(SEEDS), NUM_ENVS, SPEC.obs_dim, generator=generator)
                 actions = agent.act(obs.to(subject.device), explore=explore).cpu()
                 beyond = torch.maximum(low - actions, actions - high).amax().item()
                 require(beyond <= 0, f"act(obs, explore={explore}) left them by {beyond:.2g}")
@@ -105,49 +105,63 @@ def _bounds(subject: AgentUnderTest) -> None:
 
 @check("acting without exploring changes nothing")
 def _frozen(subject: AgentUnderTest) -> None:
-    agent, _ = subject.trained((0, 1))
-    before = copy.deepcopy(flat_state(agent.state_dict()))
-    obs = torch.rand(2, 5, SPEC.obs_dim).to(subject.device)
+    agent, _ = subject.trained(SEEDS)
+    before = copy.deepcopy(flat_state(save_state(agent)))
+    obs = torch.rand(len(SEEDS), 5, SPEC.obs_dim).to(subject.device)
     first, second = agent.act(obs, explore=False), agent.act(obs, explore=False)
     require(torch.equal(first, second), "the second action on the same observation was another")
     require(not first.requires_grad, "the action has a gradient")
-    require_same(before, flat_state(agent.state_dict()), "it changed {} of the state_dict")
+    require_same(before, flat_state(save_state(agent)), "it changed {} of its state")
 
 
 @check("metrics are finite, detached, one for each seed")
 def _metrics(subject: AgentUnderTest) -> None:
-    history = drive(subject.make(), subject.steps((0, 1)))
+    history = drive(subject.make(), subject.steps(SEEDS))
     require(bool(history), f"update gave none in {NUM_ENVS * STEPS} transitions of each seed")
     for metrics in history:
         for name, value in metrics.items():
-            require(tuple(value.shape) == (2,), f"{name} has shape {tuple(value.shape)}, not (2,)")
+            require(tuple(value.shape) == (len(SEEDS),),
+                    f"{name} has shape {tuple(value.shape)}, not ({len(SEEDS)},)")
             require(not value.requires_grad, f"{name} has a gradient")
             require(bool(value.isfinite().all()), f"{name} is {value.tolist()}")
 
 
 @check("updates change every weight matrix")
 def _learning(subject: AgentUnderTest) -> None:
-    """A target network's, too."""
+    """A target network's, too; not those of a module frozen on purpose (requires_grad=False) that
+    no other module of the agent has the shape of a target for."""
     agent = subject.make()
-    before = copy.deepcopy(flat_state(agent.state_dict()))
+    before = copy.deepcopy(flat_state(save_state(agent)))
+    S, frozen = len(SEEDS), frozen_on_purpose(agent)
     matrices = [name for name, x in before.items() if isinstance(x, torch.Tensor)
-                and x.dim() > 2 and min(x.shape[-2:]) > 1 and len(x) % 2 == 0]
-    require(bool(matrices), "state_dict holds none of shape (S, ..., in, out)")
-    drive(agent, subject.steps((0, 1)))
-    after = flat_state(agent.state_dict())
+                and x.dim() > 2 and min(x.shape[-2:]) > 1 and len(x) % S == 0
+                and name.split("/")[0] not in frozen]
+    require(bool(matrices), "its state holds none of shape (S, ..., in, out)")
+    drive(agent, subject.steps(SEEDS))
+    after = flat_state(save_state(agent))
     for name in matrices:
-        for index in (0, 1):
-            old, new = (state[name].chunk(2)[index] for state in (before, after))
-            require(not torch.equal(old, new), f"{name} of the state_dict stays as it was")
+        for index in range(S):
+            old, new = (state[name].chunk(S)[index] for state in (before, after))
+            require(not torch.equal(old, new), f"{name} of its state stays as it was")
+
+
+def frozen_on_purpose(agent: Any) -> set[str]:
+    """Attributes that are modules without a trainable parameter, and no target network: none of
+    the agent's trained modules has the same parameters."""
+    modules = {name: x for name, x in vars(agent).items() if isinstance(x, torch.nn.Module)}
+    shapes = {name: [p.shape for p in x.parameters()] for name, x in modules.items()}
+    trained = {name for name, x in modules.items() if any(p.requires_grad for p in x.parameters())}
+    return {name for name in modules.keys() - trained
+            if not any(shapes[name] == shapes[other] for other in trained)}
 
 
 @check("the same seeds give the same, other seeds something else")
 def _repeatable(subject: AgentUnderTest) -> None:
-    (_, first), (_, second), (_, other) = map(subject.trained, ((0, 1), (0, 1), (2, 3)))
+    (_, first), (_, second), (_, other) = map(subject.trained, (SEEDS, SEEDS, (3, 4, 5)))
     require_same(first, second, "{} was another in a second run of the same seeds")
-    require("the exploring action" in differing(first, other), "seeds 2 and 3 explore as 0 and 1")
+    require("the exploring action" in differing(first, other), "seeds 3 to 5 explore as 0 to 2")
     explored = first["the exploring action"]
-    require(not torch.equal(*explored), "seed 1 explores as seed 0 does")
+    require(not torch.equal(*explored[:2]), "seed 1 explores as seed 0 does")
 
 
 @check("a seed in a stack trains as it does alone")
@@ -190,17 +204,30 @@ def _nan(subject: AgentUnderTest) -> None:
 
 @check("a saved agent continues exactly")
 def _resume(subject: AgentUnderTest) -> None:
-    steps, agents = subject.steps((0, 1)), [subject.make(), subject.make((5, 6))]
+    steps, agents = subject.steps(SEEDS), [subject.make(), subject.make((5, 6, 7))]
     first, second = steps[: STEPS // 2 + 3], steps[STEPS // 2 + 3 :]  # amid a rollout
     drive(agents[0], first)
+    forgotten = not_in_state(agents[0], subject.make())
     file = io.BytesIO()
-    torch.save(agents[0].state_dict(), file)
+    torch.save(save_state(agents[0]), file)
     file.seek(0)
-    agents[1].load_state_dict(torch.load(file, map_location=subject.device, weights_only=True))
+    restore_state(agents[1], torch.load(file, map_location=subject.device, weights_only=True))
     for agent in agents:
         drive(agent, second)
-    ours, theirs = (subject.acts(x, 2) | flat_state(x.state_dict()) for x in agents)
-    require_same(ours, theirs, "loaded and driven on, {} is not what it would have been")
+    ours, theirs = (subject.acts(x, len(SEEDS)) | flat_state(save_state(x)) for x in agents)
+    hint = f"; STATE does not name {', '.join(forgotten)}, which changed" if forgotten else ""
+    require_same(ours, theirs, f"after a restored checkpoint {{}} differs from the original{hint}")
+
+
+def not_in_state(agent: Any, fresh: Any) -> list[str]:
+    """Attributes that training changed and that STATE does not name."""
+    def leaves(name: str, owner: Any) -> dict[str, Any]:
+        x = getattr(owner, name, None)
+        return flat_state(x.state_dict() if hasattr(x, "state_dict") else x)
+
+    return [name for name in vars(agent) if name not in getattr(agent, "STATE", vars(agent))
+            and not callable(getattr(agent, name))
+            and any(differing(leaves(name, agent), leaves(name, fresh)))]
 
 
 def require_best(subject: AgentUnderTest, state: int, mistake: str) -> None:

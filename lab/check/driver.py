@@ -1,4 +1,4 @@
-"""An agent driven through its five verbs alone, to see what it does: for lab/check/ and the
+"""An agent driven through its methods alone, to see what it does: for lab/check/ and the
 tests."""
 
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lab.agent import build_agent
+from lab.agent import build_agent, save_state
 from lab.envs import probes
 from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec
@@ -45,7 +45,7 @@ class AgentUnderTest:
     config: dict[str, Any]
     device: str = "cpu"
 
-    def make(self, seeds: Sequence[int] = (0, 1), num_envs: int = NUM_ENVS,
+    def make(self, seeds: Sequence[int] = SEEDS, num_envs: int = NUM_ENVS,
              total_steps: int = NUM_ENVS * STEPS, spec: EnvSpec = SPEC, **settings: Any) -> Any:
         """Settings that its Config lacks are dropped. UserError if it refuses the others."""
         config = self.config | {k: v for k, v in settings.items() if k in self.config}
@@ -99,7 +99,7 @@ class AgentUnderTest:
             actions = agent.act(obs.repeat(len(SEEDS), 1, 1), explore=False).squeeze(-1)
             scaled = (2 * (actions - low) / (high - low) - 1).mean(0).tolist()
             reached[:] = [u * best for u, best in zip(scaled, probes.BEST, strict=True)]
-            replay = flat_state(agent.state_dict().get("replay", {})).values()
+            replay = flat_state(save_state(agent).get("replay", {})).values()
             rows = max((x.shape[1] for x in replay if getattr(x, "ndim", 0) > 1), default=0)
             return min(reached) > 0.4
 
@@ -154,14 +154,14 @@ def seed_slices(trained: tuple[Any, Metrics], index: int, stack: int) -> Metrics
     """What belongs to the seed at `index`: of each stacked tensor of an agent's state, and of its
     metrics and actions."""
     agent, seen = trained
-    return {name: x[index] for name, x in (flat_state(agent.state_dict()) | seen).items()
+    return {name: x[index] for name, x in (flat_state(save_state(agent)) | seen).items()
             if isinstance(x, torch.Tensor) and x.shape[:1] == (stack,)}
 
 
 def same(a: Any, b: Any) -> bool:
     """To the bit on a CPU; a GPU may add in another order."""
-    if not isinstance(a, torch.Tensor):
-        return a == b
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and bool(a == b)
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from lab.accelerate import Accelerator
+from lab.agent import restore_state, save_state
 from lab.envs.base import TRAINING, VectorEnvs
 from lab.errors import UserError
-from lab.training import checkpoint
+from lab.training import checkpoint, plasticity
 from lab.training.evaluation import evaluate
 from lab.training.job import Emit, Job, make_evaluation
 from lab.training.recorder import SeedRecorder
 
 CHECKPOINT_SECONDS = 300
+DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # left out of a row where they are not finite
 
 
 def due(step: int, every: int, num_envs: int) -> bool:
@@ -50,7 +52,7 @@ class TrainLogger:
                               for seed in self.job.seeds]
         if state is None:
             return 0, self.training.reset(TRAINING, 0)
-        agent.load_state_dict(state["agent"])
+        restore_state(agent, state["agent"])
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.metrics, self.logged_step = state["metrics"], step
         for index in self.failed:
@@ -103,6 +105,7 @@ class TrainLogger:
             self.logged_updates = self.accelerate.updates
         if evaluating:
             self.last_eval = evaluate(agent, self.evaluation, step)
+        self.measure_plasticity(agent)
         columns = {}
         if self.metrics:  # here and in finished() the host waits for the device
             values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
@@ -117,6 +120,9 @@ class TrainLogger:
             if evaluating:
                 row["return/eval"] = self.last_eval[index]
             broken = [tag for tag, value in row.items() if not math.isfinite(value)]
+            row = {tag: value for tag, value in row.items() if tag not in broken}
+            broken = [tag for tag in broken if not tag.startswith(DIAGNOSTICS)
+                      or tag.endswith("weight_magnitude")]
             if broken and index not in self.failed:
                 self.failed.add(index)
                 self.emit({"failed_seed": seed, "step": step,
@@ -129,11 +135,17 @@ class TrainLogger:
         self.beat = time.perf_counter()
         self.clock += self.beat - now  # evaluation is not training
 
+    def measure_plasticity(self, agent: Any) -> None:
+        """Of the last batch, if there was an update since the last row."""
+        if self.metrics:
+            self.metrics |= plasticity.measure(agent)
+
     def save(self, step: int, agent: Any) -> None:
         if self.job.checkpoints is not None:
+            self.measure_plasticity(agent)  # the last batch is not part of a checkpoint
             try:
                 checkpoint.save(self.job.checkpoints, step, {
-                    "step": step, "agent": agent.state_dict(), "envs": self.training.state_dict(),
+                    "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval})
             except OSError as error:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lab import accelerate
-from lab.agent import build_agent
+from lab.agent import build_agent, restore_state
 from lab.envs.base import Transition, VecEnvConfig, is_torch
 from lab.envs.host import SyncEnvs
 from lab.envs.torch_vec import TorchEnvs
@@ -203,7 +203,7 @@ def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTor
     agent = build_agent(trained.agent, config, view.spec, members, trained.num_envs or 1,
                         trained.steps, device, lambda fn: fn)
     try:
-        agent.load_state_dict(state["agent"])
+        restore_state(agent, state["agent"])
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{stack} does not fit {trained.agent}: {type(error).__name__}: {reason}"
