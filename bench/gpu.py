@@ -302,8 +302,8 @@ def learning_section(results: Results, device: str, end: float) -> None:
 
 
 def quadrotor_section(results: Results, device: str, end: float) -> None:
-    size = ["--seeds", "4", "--num-envs", "4096", "--steps", "100_000_000",
-            "--eval-every", "5_000_000", "--log-every", "1_000_000"]
+    size = ["--seeds", "4", "--num-envs", "4096", "--steps", "50_000_000",
+            "--eval-every", "2_500_000", "--log-every", "500_000"]
     if device == "cpu":
         size = ["--seeds", "2", "--num-envs", "16", "--steps", "2048", "--eval-every", "1024",
                 "--log-every", "512"]
