@@ -1,174 +1,399 @@
-"""What a GPU gives: environments in torch stepping alone, PPO on them, and SAC's stacked updates
-beside a plain eager loop of one seed.
+"""What a GPU gives, measured in the order of value; each result is written as it comes.
 
-    python bench/gpu.py                  on a GPU
-    python bench/gpu.py --device cpu     small, to see that it runs
+    python bench/gpu.py --minutes 9 --out DIR              on a GPU: DIR/gpu.json and DIR/gpu.md
+    python bench/gpu.py --device cpu --minutes 1           small and eager, to see that it runs
+    python bench/gpu.py --minutes 4 --out DIR --only sac envs
 
-The plain loop is written as one does without this lab: nn.Linear, one optimiser for each network,
-two critics one after the other, a replay in device memory, no compilation, one seed.
+Sections: tests, the CUDA tests; sac, updates/s of stacked SAC beside one seed without this lab;
+envs, environments in torch, PPO on them, and rl8's PPO on the same Pendulum; learning, 32 seeds on
+HalfCheetah-v4; quadrotor, PPO on torch/Quadrotor-v0. A section that ends early leaves its minutes
+to the next ones. What fails leaves its error, and the rest runs on.
 """
 
 import argparse
-import itertools
+import contextlib
+import importlib.util
 import json
+import os
+import signal
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from lab.accelerate import Accelerator  # noqa: E402
-from lab.agent import build_agent  # noqa: E402
-from lab.envs.make import make_envs  # noqa: E402
-from lab.envs.spec import EnvSpec  # noqa: E402
-from lab.training.recorder import versions  # noqa: E402
+from gpu_sides import Side, one_seed, ppo, rl8, sac, stepping  # noqa: E402
 
-SPEC = EnvSpec("HalfCheetah-v5", 17, 6, 6 * (-1.0,), 6 * (1.0,), 1000)
+from lab.training.recorder import read_metrics, versions  # noqa: E402
+
+SHARES = {"tests": 0.2, "sac": 0.3, "envs": 0.18, "learning": 0.2, "quadrotor": 0.12}
+MOST_REPEATS = 5
+LAST_BUILD = 0.6  # of a section's time: later it only repeats
+GRACE = 20.0  # seconds that a program has to end, and a section past its time
 
 
-def per_second(step, device: str, seconds: float) -> float:
-    """Calls of step() in a second, after a warm-up that compiles and records."""
-    for duration in (seconds / 2, seconds):
-        count, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < duration:
-            for _ in range(20):
-                step()
-            count += 20
+class OutOfTime(BaseException):
+    """A section is past its hard limit; a BaseException, so that a compiler does not catch it."""
+
+
+class Results:
+    """By name: the unit, the repeats, facts, an error; the files are written at each change."""
+
+    def __init__(self, out: Path, device: str, minutes: float, missing: list[str]):
+        self.out, self.begun, self.entries = out, time.monotonic(), {}
+        self.head = {
+            "command": " ".join(["python", "bench/gpu.py", *sys.argv[1:]]), "minutes": minutes,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "cores": os.cpu_count(), "missing": missing, "versions": versions()}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.begun:6.1f} s  {text}", flush=True)
+
+    def add(self, name: str, unit: str = "", repeat: float | None = None, **facts: Any) -> None:
+        entry = self.entries.setdefault(name, {"unit": unit, "repeats": []})
+        if repeat is not None:
+            entry["repeats"].append(float(f"{repeat:.5g}"))
+        entry |= facts
+        self.say(f"{name}: " + (f"{repeat:,.0f} {unit}" if repeat is not None else str(facts)))
+        whole = {**self.head, "seconds": round(time.monotonic() - self.begun, 1),
+                 "results": self.entries}
+        replace(self.out / "gpu.json", json.dumps(whole, indent=1) + "\n")
+        replace(self.out / "gpu.md", table(self.entries))
+
+    @contextlib.contextmanager
+    def errors_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            self.add(name, error=f"{type(error).__name__}: {lines[0]}"[:300])
+
+
+def replace(path: Path, text: str) -> None:
+    """At once: a cut leaves the file before or the file after."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def hard_limit(seconds: float) -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(side: Side, device: str, seconds: float) -> tuple[float, float]:
+    """-> what it does in a second, and the share of the time in which the host was busy: near 1,
+    launching bounds it, and not the device."""
+    count, issued, begun = 0, 0.0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        for _ in range(side.chunk):
+            side.step()
+        issued += time.perf_counter() - start
+        wait(device)
+        count += side.chunk
+    spent = time.perf_counter() - begun
+    return count * side.unit / spent, issued / spent
+
+
+def in_turn(results: Results, sides: dict[str, Callable[[], Side]], unit: str, device: str,
+            seconds: float, end: float) -> None:
+    """Build and measure each; then measure all of them in rounds, so that peers share the state of
+    the machine."""
+    built: dict[str, Side] = {}
+    last_build = time.monotonic() + LAST_BUILD * (end - time.monotonic())
+
+    def measure(name: str, **facts: Any) -> None:
+        speed, host = rate(built[name], device, seconds)
+        facts |= {"host_share": round(host, 3)}
+        if "bytes" in built[name].facts:
+            facts["GB_per_s"] = round(speed * built[name].facts["bytes"] / 1e9, 1)
+        results.add(name, unit, speed, **facts)
+
+    for name, build in sides.items():
+        if time.monotonic() > last_build:
+            results.add(name, unit, error="not begun: no time left")
+            continue
+        with results.errors_of(name):
+            before, begun = allocated(), time.monotonic()
+            side = build()
+            for _ in range(side.warm):
+                side.step()
+            wait(device)
+            built[name] = side
+            facts = {"build_s": round(time.monotonic() - begun, 1)}
             if device == "cuda":
-                torch.cuda.synchronize()
-        speed = count / (time.perf_counter() - begun)
-    return speed
+                facts["memory_GB"] = round(
+                    (torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+            measure(name, **facts)
+    for _ in range(MOST_REPEATS - 1):
+        for name in built:
+            if time.monotonic() > end - seconds:
+                return
+            with results.errors_of(name):
+                measure(name)
 
 
-def stepping(device: str, seeds: int, num_envs: int, seconds: float) -> float:
-    """Environment steps/s of Pendulum alone, its actions drawn beforehand."""
-    stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
-    stack.reset()
-    actions = itertools.cycle(4 * torch.rand(16, seeds, num_envs, 1, device=device) - 2)
-    return seeds * num_envs * per_second(lambda: stack.step(next(actions)), device, seconds)
+def allocated() -> int:
+    """Bytes on the GPU; and the peak begins anew."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
-def ppo(device: str, seeds: int, num_envs: int, seconds: float) -> float:
-    """Transitions/s of PPO on Pendulum with its updates: rollouts of 32 steps, 8 minibatches, one
-    pass."""
-    stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device, compile=True)
-    config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
-    agent = build_agent(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
-                        10**9, device, Accelerator(True, "bf16", device))
-    obs = stack.reset()
-
-    def step() -> None:
-        nonlocal obs
-        actions = agent.act(obs)
-        agent.update()
-        t = stack.step(actions)
-        agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
-        obs = t.obs
-
-    return seeds * num_envs * per_second(step, device, seconds)
+def sac_section(results: Results, device: str, end: float) -> None:
+    cuda = device == "cuda"
+    sizes, most, seconds = ((1, 8, 32, 128), 32, 1.0) if cuda else ((1, 2), 2, 0.2)
+    sides: dict[str, Callable[[], Side]] = {
+        "SAC, plain loop": lambda: one_seed(device, False, cuda),
+        f"SAC, bf16, S={most}": lambda: sac("bf16", most, device),
+        "SAC, LeanRL's way": lambda: one_seed(device, True, cuda)}
+    order = [("bf16", s) for s in reversed(sizes)]
+    order += [(kind, most) for kind in ("eager", "graphs", "compiled")]
+    order += [(kind, s) for s in reversed(sizes) for kind in ("eager", "graphs", "compiled")]
+    for kind, seeds in order:
+        sides.setdefault(f"SAC, {kind}, S={seeds}", lambda k=kind, s=seeds: sac(k, s, device))
+    in_turn(results, sides, "updates/s", device, seconds, end)
 
 
-def sac(device: str, seeds: int, seconds: float) -> float:
-    """Updates/s, summed over seeds, compiled and in bf16; on a GPU as CUDA graphs."""
-    agent = build_agent(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
-                        50_000, device, Accelerator(True, "bf16", device))
-    obs, flags = torch.randn(seeds, 1, 17, device=device), torch.zeros(seeds, 1, device=device)
+def envs_section(results: Results, device: str, end: float) -> None:
+    cuda = device == "cuda"
+    seeds, sizes, seconds = (8, (4096, 32768, 131072), 1.0) if cuda else (2, (8, 16, 32), 0.2)
+    small, middle, large = sizes
+    sides: dict[str, Callable[[], Side]] = {}
+    for n in sizes:
+        sides[f"torch/Pendulum-v1, {seeds} x {n}"] = lambda n=n: stepping(
+            "Pendulum-v1", seeds, n, device)
+    ppos = [("bf16", seeds, small), ("bf16", seeds, middle), ("graphs", seeds, small),
+            ("bf16", 1, seeds * small), ("bf16", seeds, large)]
+    for place, (kind, s, n) in enumerate(ppos):
+        sides[f"PPO, {kind}, {s} x {n}"] = lambda k=kind, s=s, n=n: ppo(k, s, n, device)
+        if place < 2:
+            sides[f"rl8's PPO, 1 x {s * n}"] = lambda n=s * n: rl8(n, device)
+    for n in (small, middle):
+        sides[f"torch/Quadrotor-v0, {seeds} x {n}"] = lambda n=n: stepping(
+            "Quadrotor-v0", seeds, n, device)
+    in_turn(results, sides, "steps/s", device, seconds, end)
 
-    def step() -> None:
-        agent.observe(obs, agent.act(obs), flags, obs, flags, flags)
-        agent.update()
 
-    return seeds * per_second(step, device, seconds)
+# Programs of their own: the tests, and training
 
 
-def mlp(fan_in: int, fan_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(fan_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-                         nn.Linear(256, fan_out))
+class Program:
+    """A command that gets SIGINT at its time, and is killed with its children if it stays."""
+
+    def __init__(self, command: list[str], log: Path):
+        self.command, self.log, self.begun = command, log, time.monotonic()
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+
+    def end(self, moment: float, patience: float = GRACE / 2) -> dict[str, Any]:
+        """Wait for it until then, and for `patience` seconds after SIGINT -> how it ended."""
+        try:
+            self.process.wait(max(0.1, moment - time.monotonic()))
+            how = f"exit code {self.process.returncode}"
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGINT)
+            how = "stopped at its time"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+        self.kill()
+        return {"command": " ".join(self.command), "end": how,
+                "seconds": round(time.monotonic() - self.begun, 1)}
+
+    def kill(self) -> None:
+        """It and all that it began."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def plain(device: str, seconds: float) -> float:
-    """Updates/s of the plain loop."""
-    actor = mlp(17, 12).to(device)
-    critics, targets = ([mlp(23, 1).to(device) for _ in range(2)] for _ in range(2))
-    alpha = torch.zeros(1, device=device, requires_grad=True)
-    weights = [*critics[0].parameters(), *critics[1].parameters()]
-    q_optimizer, actor_optimizer, alpha_optimizer = (
-        torch.optim.Adam(p, lr=3e-4) for p in (weights, actor.parameters(), [alpha]))
-    replay = torch.randn(50_000, 17 + 6 + 17 + 2, device=device)
+def tests_section(results: Results, device: str, end: float) -> None:
+    command = ["-m", "pytest", "-k", "cuda or gpu", "--ignore", "tests/test_gpu_bench.py", "-p",
+               "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "4", "--dist", "worksteal"]
+    log = results.out / "tests.log"
+    program = Program(command, log)
+    try:
+        facts = program.end(end)
+    finally:
+        program.kill()
+    lines = log.read_text().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    results.add("tests", **facts, summary=lines[-1] if lines else "", failed=failed)
 
-    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_std = actor(obs).chunk(2, -1)
-        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
-        x = normal.rsample()
-        log_prob = normal.log_prob(x) - torch.log(1 - x.tanh().square() + 1e-6)
-        return x.tanh(), log_prob.sum(-1, keepdim=True)
 
-    def lowest(networks: list[nn.Sequential], obs: torch.Tensor, actions: torch.Tensor
-               ) -> torch.Tensor:
-        both = torch.cat([obs, actions], -1)
-        return torch.minimum(networks[0](both), networks[1](both))
+def train(results: Results, device: str, end: float, runs: dict[str, list[str]]) -> None:
+    """Side by side, until then: mean evaluation returns over the seeds, and training steps/s."""
+    on_gpu = ["--cuda", "--compile", "--precision", "bf16"] if device == "cuda" else []
+    last = end - min(5.0, 0.1 * (end - time.monotonic()))
+    programs: dict[str, Program] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name, command in runs.items():
+            slug = name.split(",")[0].lower()
+            programs[name] = Program(
+                [*command, *on_gpu, "--log", "--name", slug, "--runs", folder,
+                 "--checkpoint-every", "0"], results.out / f"{slug}.log")
+            stack.callback(programs[name].kill)
+        for name, program in programs.items():
+            facts = program.end(last, 2.0)  # its rows are on disk; nobody needs its checkpoint
+            facts["command"] = facts["command"].replace(folder, "RUNS")
+            slug = name.split(",")[0].lower()
+            results.add(name, "steps/s", **facts | read_run(Path(folder), slug))
 
-    def step() -> None:
-        batch = replay[torch.randint(len(replay), (256,), device=device)]
-        obs, actions, next_obs, rewards, ends = batch.split([17, 6, 17, 1, 1], -1)
-        with torch.no_grad():
-            next_actions, log_prob = act(next_obs)
-            value = lowest(targets, next_obs, next_actions) - alpha.exp() * log_prob
-            target = rewards + 0.99 * (1 - (ends > 2).float()) * value
-        both = torch.cat([obs, actions], -1)
-        loss = sum(nn.functional.mse_loss(critic(both), target) for critic in critics)
-        q_optimizer.zero_grad()
-        loss.backward()
-        q_optimizer.step()
-        new, log_prob = act(obs)
-        loss = (alpha.exp().detach() * log_prob - lowest(critics, obs, new)).mean()
-        actor_optimizer.zero_grad()
-        loss.backward()
-        actor_optimizer.step()
-        loss = -(alpha.exp() * (log_prob.detach() - 6)).mean()
-        alpha_optimizer.zero_grad()
-        loss.backward()
-        alpha_optimizer.step()
-        for critic, slow in zip(critics, targets, strict=True):
-            for p, q in zip(critic.parameters(), slow.parameters(), strict=True):
-                q.data.copy_(0.005 * p.data + 0.995 * q.data)
 
-    return per_second(step, device, seconds)
+def read_run(folder: Path, slug: str) -> dict[str, Any]:
+    """The curve [step of one seed, seconds, mean return, seeds], and steps/s of all seeds."""
+    seeds = [read_metrics(path) for path in folder.glob(f"{slug}-*/*/*/seed_*/metrics.jsonl")]
+    rows = [row for seed in seeds for row in seed]
+    if not rows:
+        return {"error": "no row of metrics"}
+    begun, curve = min(row["wall_time"] for row in rows), []
+    for step in sorted({row["step"] for row in rows if "return/eval" in row}):
+        of_step = [row for row in rows if row["step"] == step and "return/eval" in row]
+        curve.append([step, round(max(row["wall_time"] for row in of_step) - begun, 1),
+                      round(statistics.fmean(row["return/eval"] for row in of_step), 2),
+                      len(of_step)])
+    speeds = [row["perf/steps_per_s"] for row in seeds[0] if row.get("perf/updates_per_s")]
+    return {"curve": curve, "repeats": [round(speed) for speed in speeds[-5:]],
+            "last_step": max(row["step"] for row in rows)}
+
+
+def learning_section(results: Results, device: str, end: float) -> None:
+    """Each agent's 32 seeds are one stack; half of the cores step each one's environments."""
+    cores = len(os.sched_getaffinity(0))
+    size = ["--seeds", "32", "--steps", "100_000", "--eval-every", "5_000", "--log-every", "1_000"]
+    if device == "cpu":
+        size = ["--seeds", "2", "--steps", "200", "--eval-every", "100", "--log-every", "50",
+                "--batch-size", "16"]
+    shared = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--backend", "workers", "--workers",
+              str(max(1, cores // 2)), *size, "--eval-episodes", "1"]
+    train(results, device, end, {
+        "SAC, HalfCheetah-v4": ["learn_vectorised.py", "agents/sac.py", *shared],
+        "CrossQ, HalfCheetah-v4": ["learn_vectorised.py", "agents/crossq.py", *shared,
+                                   "--qf-width", "256"]})
+
+
+def quadrotor_section(results: Results, device: str, end: float) -> None:
+    size = ["--seeds", "4", "--num-envs", "4096", "--steps", "50_000_000",
+            "--eval-every", "2_500_000", "--log-every", "500_000"]
+    if device == "cpu":
+        size = ["--seeds", "2", "--num-envs", "16", "--steps", "2048", "--eval-every", "1024",
+                "--log-every", "512"]
+    train(results, device, end, {"PPO, torch/Quadrotor-v0": [
+        "learn_vectorised.py", "agents/ppo.py", "--env", "torch/Quadrotor-v0", *size,
+        "--num-steps", "32", "--num-minibatches", "8", "--update-epochs", "4", "--lr", "1e-3",
+        "--eval-episodes", "16"]})
+
+
+SECTIONS = {"tests": tests_section, "sac": sac_section, "envs": envs_section,
+            "learning": learning_section, "quadrotor": quadrotor_section}
+
+
+def table(entries: dict[str, Any]) -> str:
+    """Of all results, and the ratios that were aimed for."""
+    medians = {name: statistics.median(entry["repeats"])
+               for name, entry in entries.items() if entry["repeats"]}
+    lines = ["| measurement | median | lowest to highest | repeats | remarks |",
+             "|---|---|---|---|---|"]
+    for name, entry in entries.items():
+        numbers, facts = entry["repeats"], []
+        for key in ("host_share", "GB_per_s", "memory_GB", "build_s", "last_step", "summary",
+                    "end", "error"):
+            facts += [f"{key} {entry[key]}"] if key in entry else []
+        facts += [f"return {entry['curve'][-1][2]}"] if entry.get("curve") else []
+        cells = [f"{medians[name]:,.0f} {entry['unit']}",
+                 f"{min(numbers):,.0f} to {max(numbers):,.0f}"] if numbers else ["", ""]
+        lines.append("| " + " | ".join([name, *cells, str(len(numbers)), "; ".join(facts)]) + " |")
+    lines += ["", "| ratio | |", "|---|---|"]
+    peers = [name for name in ("SAC, plain loop", "SAC, LeanRL's way") if name in medians]
+    bounds = [(over, under) for over in medians for under in peers if over.startswith("SAC, bf16")]
+    bounds += [(over, under) for over in medians for under in medians
+               if over.startswith("PPO, ") and under.startswith("rl8")
+               and instances(over) == instances(under)]
+    lines += [f"| {over} / {under} | {medians[over] / medians[under]:.1f} |"
+              for over, under in bounds]
+    return "\n".join(lines) + "\n"
+
+
+def instances(name: str) -> int | None:
+    """Of a name that ends in "8 x 4096"."""
+    first, cross, second = name.split(", ")[-1].partition(" x ")
+    return int(first) * int(second) if cross else None
+
+
+def missing(device: str) -> list[str]:
+    found = []
+    if sys.version_info[:2] != (3, 12):
+        found.append("Python 3.12 (this is {}.{})".format(*sys.version_info[:2]))
+    if not torch.__version__.startswith("2.11"):
+        found.append(f"torch 2.11 (this is {torch.__version__})")
+    for package in ("gymnasium", "mujoco", "tensorboard", "pytest", "xdist", "rl8", "torchrl",
+                    "tensordict"):
+        if importlib.util.find_spec(package) is None:
+            found.append(package)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="none on a CPU: it only shows that it runs")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --device cpu shows that it runs")
-    device, seconds = options.device, options.seconds
-    seeds, num_envs = (8, 4096) if device == "cuda" else (2, 64)
-    sides = {
-        "environment steps/s, torch/Pendulum-v1, alone": lambda: stepping(
-            device, seeds, num_envs, seconds),
-        "transitions/s, PPO with its updates": lambda: ppo(device, seeds, num_envs, seconds),
-        "updates/s, SAC, stacked, summed over seeds": lambda: sac(device, seeds, seconds),
-        "updates/s, SAC, plain eager loop, one seed": lambda: plain(device, seconds)}
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(options.repeats):
-        for name, side in sides.items():
-            speeds[name].append(round(side(), 1))
-            print(f"{name}: {speeds[name][-1]:,.0f}", flush=True)
-    if device == "cuda" or options.out:
-        out = options.out or ROOT / "bench/results/gpu.json"
-        out.write_text(json.dumps({
-            "command": "python bench/gpu.py", "seeds": seeds, "environments": num_envs,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "versions": versions(), "speeds": speeds}, indent=1) + "\n")
-        print(f"written: {out}")
+    torch.set_num_threads(1)
+    # each size is compiled for itself, however many there are
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
+    lacks = missing(options.device)
+    results = Results(options.out, options.device, options.minutes, lacks)
+    results.say("missing: " + (", ".join(lacks) or "nothing"))
+    last = results.begun + 60 * options.minutes
+    sections = [name for name in SECTIONS if name in options.only]
+    for place, name in enumerate(sections):
+        share = SHARES[name] / sum(SHARES[later] for later in sections[place:])
+        seconds = share * (last - time.monotonic())
+        results.say(f"{name}: {seconds:.0f} s")
+        try:
+            with results.errors_of(name), hard_limit(seconds + GRACE):
+                SECTIONS[name](results, options.device, time.monotonic() + seconds)
+        except OutOfTime:
+            results.add(name, error="cut: past its hard limit")
+        torch._dynamo.reset()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    results.say("end")
+    print(table(results.entries))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""What bench/gpu.py measures in its own process: SAC, environments in torch, PPO, and their peers.
+
+One seed without this lab: "plain" as one writes it, eager; "LeanRL's way" with torch.compile and
+CUDA graphs. Both are nn.Linear, two critics one after the other, a replay in device memory. A step
+of every SAC acts, stores, samples and updates; it steps no environment.
+"""
+
+import importlib.util
+import itertools
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.accelerate import Accelerator, CudaGraph  # noqa: E402
+from lab.agent import build_agent  # noqa: E402
+from lab.envs.make import make_envs  # noqa: E402
+from lab.envs.spec import EnvSpec  # noqa: E402
+from lab.envs.torch_tasks import ENVS  # noqa: E402
+
+SPEC = EnvSpec("HalfCheetah-v4", 17, 6, 6 * (-1.0,), 6 * (1.0,), 1000)
+REPLAY = 100_000  # transitions a seed
+
+
+class Side(NamedTuple):
+    """One thing to measure: a call of step() counts `unit`; the device is waited for once a chunk,
+    and `warm` calls come before, which compile and record."""
+
+    step: Callable[[], Any]
+    unit: float
+    chunk: int = 20
+    warm: int = 10
+    facts: dict[str, float] = {}
+
+
+def accelerator(kind: str, device: str) -> Callable[..., Any]:
+    """On a CPU all are eager: the compiler would take the minutes that it has."""
+    if kind == "compiled" and device == "cuda":
+        return torch.compile
+    compiled = kind in ("graphs", "bf16") and device == "cuda"
+    return Accelerator(compiled, "bf16" if kind == "bf16" else "fp32", device)
+
+
+def sac(kind: str, seeds: int, device: str) -> Side:
+    agent = build_agent(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
+                             REPLAY, device, accelerator(kind, device))
+    obs, flags = torch.randn(seeds, 1, 17, device=device), torch.zeros(seeds, 1, device=device)
+
+    def step() -> None:
+        agent.observe(obs, agent.act(obs), flags, obs, flags, flags)
+        agent.update()
+
+    return Side(step, seeds)
+
+
+def mlp(fan_in: int, fan_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(fan_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+                         nn.Linear(256, fan_out))
+
+
+def one_seed(device: str, lean: bool, compiled: bool) -> Side:
+    """SAC without this lab: plain, or with what LeanRL does to its updates if they are compiled."""
+    actor = mlp(17, 12).to(device)
+    critics, targets = ([mlp(23, 1).to(device) for _ in range(2)] for _ in range(2))
+    alpha = torch.zeros(1, device=device, requires_grad=True)
+    slow, fast = ([p for net in nets for p in net.parameters()] for nets in (targets, critics))
+    for p, q in zip(slow, fast, strict=True):
+        p.requires_grad_(False).copy_(q)
+    kind = {"fused": True, "capturable": device == "cuda"} if lean else {}
+    q_optimizer, actor_optimizer, alpha_optimizer = (
+        torch.optim.Adam(p, lr=3e-4, **kind) for p in (fast, actor.parameters(), [alpha]))
+    replay = torch.randn(REPLAY, 17 + 6 + 17 + 2, device=device)
+    place, obs, flags = itertools.count(), torch.randn(1, 17, device=device), torch.zeros(
+        1, 2, device=device)
+
+    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = actor(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(),
+                                            validate_args=False if lean else None)
+        x = normal.rsample()
+        log_prob = normal.log_prob(x) - torch.log(1 - x.tanh().square() + 1e-6)
+        return x.tanh(), log_prob.sum(-1, keepdim=True)
+
+    def lowest(networks: list[nn.Sequential], obs: torch.Tensor, actions: torch.Tensor
+               ) -> torch.Tensor:
+        both = torch.cat([obs, actions], -1)
+        return torch.minimum(networks[0](both), networks[1](both))
+
+    def update_critics(batch: torch.Tensor) -> torch.Tensor:
+        obs, actions, next_obs, rewards, ends = batch.split([17, 6, 17, 1, 1], -1)
+        with torch.no_grad():
+            next_actions, log_prob = act(next_obs)
+            value = lowest(targets, next_obs, next_actions) - alpha.exp() * log_prob
+            target = rewards + 0.99 * (1 - (ends > 2).float()) * value
+        both = torch.cat([obs, actions], -1)
+        loss = sum(nn.functional.mse_loss(critic(both), target) for critic in critics)
+        loss.backward()
+        q_optimizer.step()
+        q_optimizer.zero_grad()
+        return loss.detach()
+
+    def update_actor(batch: torch.Tensor) -> torch.Tensor:
+        obs = batch[:, :17]
+        new, log_prob = act(obs)
+        loss = (alpha.exp().detach() * log_prob - lowest(critics, obs, new)).mean()
+        loss.backward()
+        actor_optimizer.step()
+        actor_optimizer.zero_grad()
+        q_optimizer.zero_grad()
+        alpha_loss = -(alpha.exp() * (log_prob.detach() - 6)).mean()
+        alpha_loss.backward()
+        alpha_optimizer.step()
+        alpha_optimizer.zero_grad()
+        return loss.detach()
+
+    policy, learn = act, [update_critics, update_actor]
+    if lean and compiled:
+        policy = torch.compile(act)
+        learn = [CudaGraph(torch.compile(fn)) if device == "cuda" else torch.compile(fn)
+                 for fn in learn]
+
+    def step() -> None:
+        with torch.no_grad():
+            actions, _ = policy(obs)
+            replay[next(place) % REPLAY] = torch.cat([obs, actions, obs, flags], -1)[0]
+        batch = replay[torch.randint(REPLAY, (256,), device=device)]
+        for update in learn:
+            update(batch)
+        with torch.no_grad():
+            if lean:
+                torch._foreach_lerp_(slow, fast, 0.005)
+            else:
+                for p, q in zip(slow, fast, strict=True):
+                    p.copy_(0.995 * p + 0.005 * q)
+
+    return Side(step, 1)
+
+
+def stepping(name: str, seeds: int, num_envs: int, device: str) -> Side:
+    """An environment alone, its actions drawn beforehand. Bytes: each input is copied, which reads
+    and writes, and read; each output is written and copied."""
+    stack = make_envs(f"torch/{name}", range(seeds), num_envs, device=device,
+                      compile=device == "cuda")
+    stack.reset()
+    actions = torch.rand(4, seeds, num_envs, stack.spec.action_dim, device=device) - 0.5
+    turns = itertools.cycle(actions)
+    outputs = [x for x in stack.step(next(turns)) if x.dim() > 1] + [stack.state, stack.running]
+    inputs = [stack.state, stack.running, actions[0], stack.block[0]]
+    moved = 3 * sum(x.numel() * x.element_size() for x in inputs + outputs)
+    return Side(lambda: stack.step(next(turns)), seeds * num_envs, warm=70,
+                facts={"bytes": moved / (seeds * num_envs)})
+
+
+def ppo(kind: str, seeds: int, num_envs: int, device: str) -> Side:
+    """PPO on Pendulum with its updates: rollouts of 32 steps, 8 minibatches, one pass."""
+    stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device,
+                      compile=device == "cuda")
+    config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
+    agent = build_agent(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
+                             10**12, device, accelerator(kind, device))
+    obs = stack.reset()
+
+    def step() -> None:
+        nonlocal obs
+        actions = agent.act(obs)
+        agent.update()
+        t = stack.step(actions)
+        agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+        obs = t.obs
+
+    return Side(step, seeds * num_envs, chunk=32, warm=70)
+
+
+def rl8(num_envs: int, device: str) -> Side:
+    """rl8's PPO, one seed, on the same Pendulum, set as `ppo` above; fp32, its default."""
+    # only its trainers, not used here, log to mlflow
+    if "mlflow" not in sys.modules and importlib.util.find_spec("mlflow") is None:
+        pyfunc = types.ModuleType("mlflow.pyfunc")
+        pyfunc.PythonModel = pyfunc.PythonModelContext = object
+        sys.modules |= {"mlflow": types.ModuleType("mlflow"), "mlflow.pyfunc": pyfunc}
+        sys.modules["mlflow"].pyfunc = pyfunc
+    from rl8 import AlgorithmConfig
+    from rl8.env import Env
+    from tensordict import TensorDict
+    from torchrl.data import Unbounded
+
+    env = ENVS["Pendulum-v1"]()
+
+    class Pendulum(Env):
+        def __init__(self, num_envs, /, horizon=None, *, device="cpu"):
+            super().__init__(num_envs, horizon, device=device)
+            self.observation_spec = Unbounded(3, device=device)
+            self.action_spec = Unbounded(1, device=device)
+
+        def reset(self, *, config=None):
+            self.state = env.initial(torch.rand(self.num_envs, 2, device=self.device))
+            return env.observe(self.state)
+
+        def step(self, action):
+            self.state, rewards, _ = env.step(self.state, action)
+            return TensorDict({"obs": env.observe(self.state), "rewards": rewards[:, None]},
+                              batch_size=self.num_envs, device=self.device)
+
+    algorithm = AlgorithmConfig(
+        num_envs=num_envs, horizon=32, horizons_per_env_reset=-1, num_sgd_iters=1,
+        sgd_minibatch_size=num_envs * 32 // 8, device=device,
+        model_config={"hiddens": (64, 64), "activation_fn": "tanh"}).build(Pendulum)
+
+    def step() -> None:
+        algorithm.collect()
+        algorithm.step()
+
+    return Side(step, 32 * num_envs, chunk=1, warm=3)
