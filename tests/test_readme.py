@@ -230,9 +230,11 @@ PROSE = {
     "(rollouts of 32 steps, 8 minibatches, one epoch): {:.0f} million transitions/s": lambda: [
         on_gpu("PPO") / 1e6],
     "CUDA graphs: {:.0f} updates/s summed over {} seeds. A plain eager loop of one seed makes "
-    "{:.0f} updates/s, so one stack does the work of {:.0f} such loops": lambda: [
+    "{:.0f} updates/s. The stack makes {:.0f} times as many in total, and {:.0f} times as many per "
+    "seed": lambda: [
         round(on_gpu("SAC, stacked"), -2), result("gpu")["seeds"], on_gpu("SAC, plain"),
-        on_gpu("SAC, stacked") / on_gpu("SAC, plain")],
+        on_gpu("SAC, stacked") / on_gpu("SAC, plain"),
+        on_gpu("SAC, stacked") / on_gpu("SAC, plain") / result("gpu")["seeds"]],
     "stops training for {:.2%} of the five minutes": lambda: [
         result("checkpoints")["share_of_five_minutes"]],
     "Workers step HalfCheetah {:.0f} times as fast as gymnasium's AsyncVectorEnv, at {:.0%} of "
