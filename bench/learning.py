@@ -6,7 +6,7 @@
 
 A run that was interrupted goes on, and `--run` keeps it as far as it got. Each leaves its config,
 versions and picture, and every evaluation of every seed in scores.csv, from which learning.md,
-bf16.md and curves.png are made.
+summary.md, bf16.md and curves.png are made. `python bench/readme.py` puts the tables into the docs.
 """
 
 import argparse
@@ -98,6 +98,9 @@ EXPERIMENTS = {
 }
 # the same seeds in fp32 and, name + "-bf16", in bf16
 PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
+# README.md's table: every agent, and the results that fall short as well
+SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
+           "ppo-walker2d", "droq-hopper", "ppo-biped", "cem-lunarlander")
 
 
 def train(name: str) -> Path:
@@ -208,6 +211,20 @@ def table(scores: Scores) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(scores: Scores) -> str:
+    """README.md's table."""
+    lines = ["| agent | environment | steps | seeds | mean | 95% t interval | published |",
+             "|---|---|---|---|---|---|---|"]
+    for name in SUMMARY:
+        options, _ = settings(name)
+        end, final = last(scores[name])
+        mean, low, high = stats.t_interval(final)
+        steps = f"{end:,}".replace(",", " ")
+        lines.append(f"| {Path(options.agent).stem} | {options.env[0]} | {steps} | {len(final)} "
+                     f"| {mean:.0f} | {low:.0f} to {high:.0f} | {EXPERIMENTS[name][1]} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(scores: Scores, path: Path) -> None:
     """A panel for each environment and length: seeds thin, their mean and its 95% t interval,
     published means as crosses. Of a pair in fp32 and in bf16 only the latter."""
@@ -253,7 +270,8 @@ def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], nam
 
 def write_tables() -> None:
     scores = read()
-    for name, text in (("learning.md", table(scores)), ("bf16.md", pairs(scores))):
+    for name, text in (("learning.md", table(scores)), ("summary.md", summary(scores)),
+                       ("bf16.md", pairs(scores))):
         (RESULTS / name).write_text(text)
         print(text)
     draw(scores, RESULTS / "curves.png")

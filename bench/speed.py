@@ -171,7 +171,7 @@ def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
 
 
 def summary(result: dict) -> str:
-    """The README's tables, from the result file alone: a table an algorithm, a column a mode."""
+    """The tables of docs/speed.md, from the result file alone: one per algorithm, by mode."""
     lines = []
     for algorithm, title in TITLES.items():
         rows: dict[str, dict[str, list[float]]] = {}  # side -> mode -> speeds

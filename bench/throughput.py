@@ -167,7 +167,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def markdown(result: dict) -> str:
-    """The tables of the README, from the result file alone."""
+    """The tables of docs/vectorised.md, from the result file alone."""
     speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
 
     def cell(name: str, side: str, base: str) -> str:
