@@ -186,7 +186,7 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
     elif isinstance(part, torch.Generator):
         part.set_state(saved.cpu())
     elif isinstance(part, Optimizer):
-        part.load_state_dict(copy.deepcopy(saved))  # an optimizer keeps the tensors that it is given
+        part.load_state_dict(copy.deepcopy(saved))  # it keeps the tensors that it is given
     elif isinstance(part, nn.Module):
         try:
             part.load_state_dict(saved)
@@ -215,8 +215,9 @@ def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
         if len(actor["param_groups"]) == 2:
             *groups, last = actor["param_groups"]
             moments = dict(actor["state"])
-            own = {0: moments.pop(i) for i in last["params"] if i in moments}
-            state["alpha_optimizer"] = {"state": own, "param_groups": [last | {"params": [0]}]}
+            own = moments.pop(last["params"][0], None)
+            state["alpha_optimizer"] = {"state": {0: own} if own else {},
+                                        "param_groups": [last | {"params": [0]}]}
             state["actor_optimizer"] = {"state": moments, "param_groups": groups}
     return state
 

@@ -81,7 +81,8 @@ def _any_number(subject: AgentUnderTest) -> None:
     for n in (NUM_ENVS, 1, 7):
         for explore in (True, False):
             obs = torch.zeros(len(SEEDS), n, SPEC.obs_dim, device=subject.device)
-            shape, right = tuple(agent.act(obs, explore=explore).shape), (len(SEEDS), n, SPEC.action_dim)
+            shape = tuple(agent.act(obs, explore=explore).shape)
+            right = len(SEEDS), n, SPEC.action_dim
             require(shape == right, f"act gave {shape} where {right} is right")
 
 
@@ -222,7 +223,7 @@ def _resume(subject: AgentUnderTest) -> None:
 def not_in_state(agent: Any, fresh: Any) -> list[str]:
     """Attributes that training changed and that STATE does not name."""
     def leaves(name: str, owner: Any) -> dict[str, Any]:
-        x = getattr(owner, name, None)
+        x: Any = getattr(owner, name, None)
         return flat_state(x.state_dict() if hasattr(x, "state_dict") else x)
 
     return [name for name in vars(agent) if name not in getattr(agent, "STATE", vars(agent))

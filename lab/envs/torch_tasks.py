@@ -1,7 +1,7 @@
 """Environments in plain torch: all instances step at once, on the device that the agent is on.
 
-An environment is a class of pure functions on states (S, N, D); the time limit, new episodes and
-returns are TorchEnvs' business. Add one by putting the class into ENVS, as the README shows.
+An environment is a class of pure functions on states (S, N, D). TorchEnvs applies the time limit,
+starts new episodes and sums returns. To add one, put its class into ENVS: docs/vectorised.md.
 """
 
 import math

@@ -125,7 +125,7 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
     best, fast = fastest(rows, options), min(rows, key=lambda row: row.seconds)
     show(rows, best, skipped, options)
     if fast.seconds < best.seconds:
-        print("in bf16, which rounds the products of the update (README.md, Results), and which "
+        print("in bf16, which rounds the products of the update (docs/results.md), and which "
               f"--plan leaves to you:\n  {command(fast.options, options, argv)}")
     print(f"fastest in {options.precision}:\n  {command(best.options, options, argv)}")
     return best.options

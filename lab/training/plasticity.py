@@ -14,7 +14,7 @@ def measure(agent: Any) -> dict[str, Tensor]:
     """
     if not hasattr(agent, "hidden_activations"):
         return {}
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for name, hidden in agent.hidden_activations().items():
         metrics |= plasticity(name, getattr(agent, name), hidden)
     return metrics
