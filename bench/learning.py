@@ -138,17 +138,18 @@ def keep(name: str, run: Path) -> None:
     folder = RESULTS / name
     (env_id,) = options["env"]
     group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
-    curves = curves.read_curves(group, range(options["seeds"]), "return/eval")
+    by_seed = curves.read_curves(group, range(options["seeds"]), "return/eval")
     if not (run / PICTURE).exists():  # it did not end: as far as all seeds got
-        last = min(max((step for step, _ in curve), default=0) for curve in curves.values())
+        last = min(max((step for step, _ in curve), default=0) for curve in by_seed.values())
         if not last:
             raise SystemExit(f"{run} has a seed without an evaluation")
-        curves = {seed: [row for row in curve if row[0] <= last] for seed, curve in curves.items()}
+        by_seed = {seed: [row for row in curve if row[0] <= last]
+                   for seed, curve in by_seed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "versions.json"):
         shutil.copyfile(run / file, folder / file)
-    curves.draw_learning_curves(folder / PICTURE, {env_id: curves}, name)
-    scores = read() | {name: {(seed, step): round(value, 3) for seed, curve in curves.items()
+    curves.draw_learning_curves(folder / PICTURE, {env_id: by_seed}, name)
+    scores = read() | {name: {(seed, step): round(value, 3) for seed, curve in by_seed.items()
                               for step, value in curve}}
     with SCORES.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -10,7 +10,7 @@ import scipy.stats
 
 from lab.errors import UserError
 from lab.report import compare, published, runs
-from lab.report import warnings as found
+from lab.report import warnings as report_warnings
 
 V4, V5 = "HalfCheetah-v4", "HalfCheetah-v5"
 
@@ -43,7 +43,7 @@ def seeds(*finals, first=0):
 
 
 def warnings(*arguments):
-    return found.find(runs.load(list(map(str, arguments))))
+    return report_warnings.find(runs.load(list(map(str, arguments))))
 
 
 # Reading
