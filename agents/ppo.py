@@ -375,7 +375,7 @@ class Agent:
     def _learned(self):
         """What target_kl stops: weights and Adam's moments, each (S, in, out)."""
         moments = [x for p in self.parameters for x in self.optimizer.state.get(p, {}).values()]
-        return [p.data for p in self.parameters] + [x for x in moments if x.dim() == 3]
+        return [p.detach() for p in self.parameters] + [x for x in moments if x.dim() == 3]
 
     def hidden_activations(self):
         """Of each network's hidden layers, (S, B, width), for the last minibatch of an update."""
