@@ -1,5 +1,5 @@
-"""A run and a study that were written before lab/ had folders. Their environment has the module
-lab.probe_envs in its id, which is lab.envs.probes now; the run had 6 of 60 steps left."""
+"""Resume a run and a study that were written when lab/ had no subfolders. Their environment id has
+the old module lab.probe_envs, now lab.envs.probes; 6 of the run's 60 steps are left."""
 
 import json
 import shutil

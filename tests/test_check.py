@@ -1,4 +1,4 @@
-"""python -m lab.check: what it says of broken agents, of foreign ones and of its own probes."""
+"""python -m lab.check on broken agents, on agents with other names, and its probe environments."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent."""
+"""Checkpoints are atomic and checksummed."""
 
 import os
 import pickle

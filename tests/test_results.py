@@ -1,4 +1,4 @@
-"""Reading run folders, what a reader is warned of, and the comparison across environments."""
+"""Reports: reading run folders, warnings, and the comparison across environments."""
 
 import json
 import math

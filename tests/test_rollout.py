@@ -1,7 +1,7 @@
-"""The training loop and the evaluation loop: what they do with time, ends, faults and interrupts.
+"""The training and evaluation loops: steps, episode ends, faults and interrupts.
 
-The scripted agent acts with threes, so that the return of a Diary episode is thrice its length,
-which the first observation tells."""
+The scripted agent always acts 3, so the return of a Diary episode is three times its length, which
+is in the first observation."""
 
 import dataclasses
 import signal

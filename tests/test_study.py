@@ -1,4 +1,4 @@
-"""A study with a made-up trainer: what becomes of each trial, of a kill, of bad input."""
+"""Studies with a fake trainer: states of trials, kills, bad input."""
 
 import contextlib
 import io

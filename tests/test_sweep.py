@@ -1,4 +1,4 @@
-"""Shares of the seeds, and jobs in processes: what becomes of each."""
+"""Splitting seeds into stacks, and jobs in parallel processes."""
 
 import math
 import multiprocessing

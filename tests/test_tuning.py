@@ -1,4 +1,4 @@
-"""The space, what a trial registers, what is asked next, the pruner, the journal."""
+"""The search space, the surrogate's data, suggestions, the pruner, the journal."""
 
 import json
 import math
