@@ -327,7 +327,7 @@ def test_of_two_versions_of_an_environment_one_counts(tmp_path):
     methods = load(tmp_path, a={V4: seeds(1.0), V5: seeds(2.0), "Ant-v4": seeds(1.0)})
     left_out = []
     assert compare.shared(methods, left_out) == [("Ant-v4", 30), (V5, 30)]
-    assert left_out == [f"{V4} (as {V5} is another version)"]
+    assert left_out == [f"{V4} (an older version of {V5})"]
 
 
 def test_aggregates_are_of_normalised_scores(tmp_path):

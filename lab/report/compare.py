@@ -43,7 +43,7 @@ def shared(methods: Sequence[Method], left_out: list[str]) -> list[Shared]:
         else:
             task = versioned(environment)[0]
             if task in found:
-                left_out.append(f"{found[task].environment} (as {environment} is another version)")
+                left_out.append(f"{found[task].environment} (an older version of {environment})")
             found[task] = Shared(environment, step)
     return list(found.values())
 

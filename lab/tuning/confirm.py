@@ -61,16 +61,16 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
         (name, study.defaults.config | settings, mean, returns)
         for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
     Console().print(summary.table(study.space, rows, len(seeds)))
-    named = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
+    winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
     kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",
             "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
-        "options": {key: getattr(options, key) for key in kept}, "config": named[1],
-        "study": {"is": named[0], "confirmed": named[3], "seeds": list(seeds)}})
-    picture = study.folder / "study.png"
-    summary.draw(picture, study.space, study.trials, f"{study.defaults.name}: "
+        "options": {key: getattr(options, key) for key in kept}, "config": winner[1],
+        "study": {"is": winner[0], "confirmed": winner[3], "seeds": list(seeds)}})
+    plot = study.folder / "study.png"
+    summary.draw(plot, study.space, study.trials, f"{study.defaults.name}: "
                  f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
-    verdict = "nothing beat the defaults" if named[0] == "defaults" else f"best: {named[0]}"
-    print(f"{verdict} on the held-out seeds\nplot:     {picture}\ntrain it: python learn_simple.py "
+    verdict = "nothing beat the defaults" if winner[0] == "defaults" else f"best: {winner[0]}"
+    print(f"{verdict} on the held-out seeds\nplot:     {plot}\ntrain it: python learn_simple.py "
           f"--config {study.folder / 'best.json'} --seeds 4 --log")
