@@ -1,7 +1,7 @@
-"""Statistics over seeds: the seed is the unit of replication, never the episode.
+"""Statistics over seeds: the unit of replication is the seed, not the episode.
 
-Across environments as in Agarwal et al. 2021, arXiv 2108.13264: `strata` holds, for each
-environment, the scores of its runs, an array (..., n) with an n of its own.
+Across environments as in Agarwal et al. 2021, arXiv 2108.13264: `strata` has one array (..., n) per
+environment, the scores of its n runs; n may differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ import numpy as np
 from scipy import stats
 
 Strata = Sequence[np.ndarray]
-RESAMPLES = 2_000  # of a bootstrap
+RESAMPLES = 2_000  # bootstrap resamples
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """-> mean, lower and upper bound of Student's t interval; nan bounds for a single value."""
+    """-> mean, lower and upper bound of Student's t interval; nan bounds below two values."""
     x = np.asarray(values, float)
     mean = float(x.mean()) if len(x) else float("nan")
     if len(x) < 2:
@@ -33,35 +33,35 @@ def iqm(values: Sequence[float]) -> float:
 
 
 def pooled_iqm(strata: Strata) -> np.ndarray:
-    """-> (...), the mean of the middle half of all runs of all environments."""
+    """-> (...): the mean of the middle half of the runs, pooled over environments."""
     return np.asarray(stats.trim_mean(np.concatenate(strata, axis=-1), 0.25, axis=-1))
 
 
 def performance_profile(strata: Strata, scores: np.ndarray) -> np.ndarray:
-    """-> (..., T): the share of runs above each of the scores (T,), averaged over environments
-    (section 4.2)."""
+    """-> (..., T): share of runs above each of the scores (T,), averaged over environments (section
+    4.2)."""
     return np.mean([(x[..., None, :] > scores[:, None]).mean(-1) for x in strata], axis=0)
 
 
 def probability_of_improvement(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
                                ) -> np.ndarray:
-    """-> (...): that a draw of x (..., n) lies above one of y (..., m), ties by half (section
+    """-> (...): P(X > Y) for draws from x (..., n) and y (..., m), ties counting half (section
     4.3)."""
     a, b = np.asarray(x, float)[..., :, None], np.asarray(y, float)[..., None, :]
     return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
 
 
 def mean_improvement(pairs: Strata) -> np.ndarray:
-    """-> (...): the probability of improvement, averaged over environments; of each, x and y."""
+    """-> (...): probability of improvement, averaged over environments. pairs: x, y, x, y, ..."""
     return np.mean([probability_of_improvement(x, y)
                     for x, y in zip(pairs[::2], pairs[1::2], strict=True)], axis=0)
 
 
 def stratified_bootstrap(strata: Strata, statistic: Callable[[Strata], np.ndarray],
                          confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """-> lower and upper bound of the percentile interval of statistic(strata): the runs of each
-    environment are drawn anew with replacement (section 4.1). The same strata, the same interval;
-    nan bounds where an environment has a single run, whose spread nobody knows."""
+    """-> lower and upper bound of the percentile interval of statistic(strata), resampling the runs
+    of each environment with replacement (section 4.1). The bootstrap has a fixed seed. nan bounds
+    if an environment has a single run."""
     rng = np.random.default_rng(0)
     drawn = [x[rng.integers(len(x), size=(RESAMPLES, len(x)))] for x in strata]
     values = statistic(drawn)

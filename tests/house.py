@@ -1,7 +1,7 @@
-"""The shape of the repository, in numbers: python -m tests.house
+"""Metrics of the repository: python -m tests.house
 
-The agents' lengths and what a fork of one costs, their longest function, and what each module of
-lab/ imports of lab/. Goals are printed, not enforced; circles and upward imports fail a test.
+Length of the agents and cost of their forks, their longest functions, and the imports between
+modules of lab/. Goals are printed, not enforced; a test fails on import cycles and upward imports.
 """
 
 import ast

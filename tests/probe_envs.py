@@ -1,5 +1,5 @@
-"""Environments for the tests: one with a known optimum; one that says in its observation where it
-is; some that break; and some that the lab refuses. No torch: a worker that imports this stays
+"""Environments for the tests: one with a known optimum, some whose observations hold the episode
+and the step, some that fail, and some that the lab rejects. Does not import torch, so workers stay
 small."""
 
 import multiprocessing

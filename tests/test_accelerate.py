@@ -1,4 +1,4 @@
-"""How an update step runs: compiler or none, its count, threads, device, precision."""
+"""Accelerator: compilation, the update count, threads, device, precision."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""What holds for every agent in agents/, found by glob."""
+"""Tests that run on every agent in agents/."""
 
 import ast
 import copy

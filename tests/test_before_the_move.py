@@ -1,5 +1,5 @@
-"""A run and a study that were written before lab/ had folders. Their environment has the module
-lab.probe_envs in its id, which is lab.envs.probes now; the run had 6 of 60 steps left."""
+"""Resume a run and a study that were written when lab/ had no subfolders. Their environment id has
+the old module lab.probe_envs, now lab.envs.probes; 6 of the run's 60 steps are left."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def test_an_old_run_goes_on_and_is_reported(run, capsys):
     stacks = sorted(run.glob("*/tiny/stack_0_1"))
     assert [checkpoint.load_latest(stack)["step"] for stack in stacks] == [54, 54]
     assert train.run(["--resume", str(run)]) == 0, capsys.readouterr().err
-    assert "cannot be put back" not in capsys.readouterr().out
+    assert "cannot be restored" not in capsys.readouterr().out
     for stack in stacks:
         assert checkpoint.load_latest(stack)["step"] == 60
         rows = read_metrics(stack.parent / "seed_1/metrics.jsonl")

@@ -1,4 +1,4 @@
-"""CEM: its search against a slow loop, the plans that it keeps, and its update."""
+"""CEM: the search against a slow loop, the stored plans, and the update."""
 
 import copy
 import io

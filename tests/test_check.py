@@ -1,4 +1,4 @@
-"""python -m lab.check: what it says of broken agents, of foreign ones and of its own probes."""
+"""python -m lab.check on broken agents, on agents with other names, and its probe environments."""
 
 import re
 import shutil
@@ -173,7 +173,7 @@ def test_a_replay_that_cannot_wrap_is_not_passed(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text.replace("buffer_size", "memory"))
     subject = check.parse([str(path)])
-    assert "not seen" in check.failure(check.CHECKS[RING], subject)
+    assert "not tested" in check.failure(check.CHECKS[RING], subject)
 
 
 @pytest.mark.parametrize("gamma", [0.6, 0.8, 1.0])

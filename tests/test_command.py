@@ -1,4 +1,4 @@
-"""The command line: what it refuses, what it takes, and what a run leaves behind."""
+"""The command line: options, errors, and the files of a run."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""DroQ against a slow reference written from the paper, and the law of its dropout masks."""
+"""DroQ against a slow reference written from the paper; the distribution of its dropout masks."""
 
 import itertools
 

@@ -1,5 +1,5 @@
-"""What holds for every backend of lab/envs. The Diary environments say in their observations in
-which episode and at which step they are; a pendulum is held against its equation of motion."""
+"""Tests that run on every backend of lab/envs. Observations of the Diary environments hold the
+episode and the step; a pendulum is compared with its equation of motion."""
 
 import os
 import sys

@@ -1,5 +1,4 @@
-"""lab/ is built from the ground up: no circle, no upward import, no module that needs another to be
-imported first."""
+"""lab/ is layered: no import cycles, no upward imports, and every module can be imported first."""
 
 import subprocess
 import sys

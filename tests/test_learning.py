@@ -1,4 +1,4 @@
-"""Which rows of a run the results keep."""
+"""bench/learning.py: which rows of a run go into the results."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The plan: what is tried, what it is told to cost, what is chosen, remembered and left."""
+"""lab.plan: candidates, estimates, the choice, its cache, and leftovers."""
 
 import dataclasses
 import json

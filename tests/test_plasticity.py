@@ -1,4 +1,4 @@
-"""The measures of plasticity: by hand, on real networks, and when they are taken."""
+"""Plasticity metrics: checked by hand, on real networks, and when they are logged."""
 
 import itertools
 import math

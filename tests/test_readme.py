@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is so."""
+"""Statements in README.md and docs/ are true."""
 
 import json
 import math

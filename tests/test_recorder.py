@@ -1,4 +1,4 @@
-"""What a run leaves on disk."""
+"""The files of a run."""
 
 import json
 import time
@@ -176,7 +176,7 @@ def test_a_full_disk_is_reported_once_and_ends_nothing(tmp_path, capsys):
     for step in (20, 30):
         writer.write({"step": step, "loss/qf": 1.0})
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and "logging failed, training goes on: " in errors[0]
+    assert len(errors) == 1 and "logging failed, training continues: " in errors[0]
     writer.close({}, None)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10]
 

@@ -1,4 +1,4 @@
-"""Reading run folders, what a reader is warned of, and the comparison across environments."""
+"""Reports: reading run folders, warnings, and the comparison across environments."""
 
 import json
 import math
@@ -91,7 +91,7 @@ def test_an_unreadable_row_is_named(tmp_path, line):
     run = write_run(tmp_path / "a", {V4: seeds(5.0)})
     path = run / V4 / "sac/seed_0/metrics.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 6, is no row of metrics"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 6, is not a row of metrics"):
         runs.load([str(run)])
 
 
@@ -106,8 +106,8 @@ def test_a_pause_is_not_wall_clock(tmp_path):
     seed = runs.load([str(run)])[0].results[V4].seeds[0]
     assert seed.paused == 10_800
     assert [e.seconds for e in seed.curve] == [0, 60, 600, 660, 720, 780, 840, 900, 960]
-    assert warnings(run)[-1] == (f"a in {V4} seems to have been stopped for 180 min, which its "
-                                 "wall-clock leaves out")
+    assert warnings(run)[-1] == (f"a in {V4} was apparently stopped for 180 min, which its "
+                                 "wall-clock time leaves out")
 
 
 # Names
@@ -129,7 +129,7 @@ def test_names_are_given_or_the_folders(tmp_path):
     methods = runs.load([f"x={a}", str(b)])
     for name, place in (("x", 0), (a.name, 0), (str(a), 0), ("b", 1)):
         assert runs.find(methods, name) is methods[place]
-    with pytest.raises(UserError, match="'c' is none of the runs: x, b"):
+    with pytest.raises(UserError, match="'c' is not one of the runs: x, b"):
         runs.find(methods, "c")
 
 
@@ -139,7 +139,7 @@ def test_one_name_pools_seeds_and_environments(tmp_path):
     (method,) = runs.load([f"x={a}", f"x={b}"])
     assert method.results[V4].returns(30) == [1, 2, 3]
     assert method.results[V5].returns(30) == [9], "v4 and v5 are never pooled"
-    with pytest.raises(UserError, match="seed 0 of HalfCheetah-v5 would be twice in 'x'"):
+    with pytest.raises(UserError, match="'x' has seed 0 of HalfCheetah-v5 twice"):
         runs.load([f"x={b}", f"x={write_run(tmp_path / 'c', {V5: seeds(1.0)})}"])
 
 
@@ -153,7 +153,7 @@ def test_five_finished_seeds_alone_need_no_warning(tmp_path):
 def test_few_seeds_are_told(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(*range(4)), V5: seeds(*range(5))})
     assert warnings(run) == [
-        f"fewer than 5 seeds, whose intervals say little: a in {V4} (4)"]
+        f"fewer than 5 seeds, so the intervals are unreliable: a in {V4} (4)"]
 
 
 def test_an_unfinished_run_is_shown_as_far_as_every_seed_got(tmp_path):
@@ -174,8 +174,8 @@ def test_a_seed_that_did_not_get_to_the_end_is_left_out_and_told(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(*range(5)) | {7: [50.0]}})
     assert runs.load([str(run)])[0].results[V4].returns(30) == [0, 1, 2, 3, 4]
     assert warnings(run) == [
-        f"a in {V4}: left out are seeds that did not get to 30 steps: 7 (at 15); if they "
-        "diverged, the others' mean is too good"]
+        f"a in {V4}: left out, because they did not reach 30 steps, are seeds 7 (at 15); if "
+        "they diverged, the mean of the others is biased upwards"]
 
 
 def test_final_returns_at_different_steps_are_told(tmp_path):
@@ -223,7 +223,7 @@ def test_seeds_that_tuned_the_settings_are_told(tmp_path):
     study = write_study(tmp_path / "studies/s")
     tuned = write_run(tmp_path / "tuned", {V4: seeds(*range(8))}, settings={"gamma": 0.9})
     (line,) = warnings(tuned)
-    assert line.startswith(f"tuned in {V4} is reported on seeds that the study s had tuned its "
+    assert line.startswith(f"tuned in {V4} is reported on seeds that the study s tuned its "
                            "settings on (0 to 5)") and str(study / "confirmed") in line
     given = study / "best.json"  # with a flag that won over it
     named = write_run(tmp_path / "elsewhere/named", {V4: seeds(*range(5))},
@@ -231,8 +231,8 @@ def test_seeds_that_tuned_the_settings_are_told(tmp_path):
     assert len(warnings(named)) == 1 and "(0 to 4)" in warnings(named)[0]
     given.rename(tmp_path / "best.json")
     assert warnings(named) == [
-        f"named has the settings of {given}, a study that is not to be found: "
-        "whether it was tuned on the seeds that are reported is not known"]
+        f"named has the settings of {given}, but that study is missing: it may "
+        "have been tuned on the seeds reported here"]
 
 
 def test_what_no_study_tuned_on_these_seeds_is_not_told(tmp_path):
@@ -327,7 +327,7 @@ def test_of_two_versions_of_an_environment_one_counts(tmp_path):
     methods = load(tmp_path, a={V4: seeds(1.0), V5: seeds(2.0), "Ant-v4": seeds(1.0)})
     left_out = []
     assert compare.shared(methods, left_out) == [("Ant-v4", 30), (V5, 30)]
-    assert left_out == [f"{V4} (as {V5} is another version)"]
+    assert left_out == [f"{V4} (an older version of {V5})"]
 
 
 def test_aggregates_are_of_normalised_scores(tmp_path):

@@ -1,7 +1,7 @@
-"""The training loop and the evaluation loop: what they do with time, ends, faults and interrupts.
+"""The training and evaluation loops: steps, episode ends, faults and interrupts.
 
-The scripted agent acts with threes, so that the return of a Diary episode is thrice its length,
-which the first observation tells."""
+The scripted agent always acts 3, so the return of a Diary episode is three times its length, which
+is in the first observation."""
 
 import dataclasses
 import signal
@@ -447,7 +447,7 @@ def test_a_seed_whose_metrics_turn_nan_fails_once_and_the_others_go_on(tmp_path,
     resumed = run(job)
     failures = [m for m in resumed if "failed_seed" in m]
     assert failures == resumed[:1] == [{"failed_seed": 5, "reason": "failed before"}]
-    assert [m["step"] for m in resumed[1:3]] == [60, 60] and "begin anew" in resumed[1]["warning"]
+    assert [m["step"] for m in resumed[1:3]] == [60, 60] and "start again" in resumed[1]["warning"]
     assert {seed: list(rows) for seed, rows in files_of(job).items()} == steps
 
 
@@ -464,7 +464,8 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoint, "save", full)
     messages = run(make_job(run=str(tmp_path), checkpoint_every=60))
     warnings = [m for m in messages if "warning" in m]
-    assert [m["step"] for m in warnings] == [60, 100] and "no checkpoint" in warnings[0]["warning"]
+    assert [m["step"] for m in warnings] == [60, 100]
+    assert "checkpoint not written" in warnings[0]["warning"]
     assert list(rows_of(messages)[0])[-1] == 100
 
 
@@ -498,6 +499,6 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
     job = make_job(run=str(tmp_path), checkpoint_every=50)
     run(job)
     config = job.config | settings.pop("config", {})
-    with pytest.raises(UserError, match=f"began with {name} = .* not .*: put it back") as caught:
+    with pytest.raises(UserError, match=f"started with {name} = .* not .*: restore") as caught:
         run(dataclasses.replace(job, config=config, **settings))
     assert "\n" not in str(caught.value)

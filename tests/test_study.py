@@ -1,4 +1,4 @@
-"""A study with a made-up trainer: what becomes of each trial, of a kill, of bad input."""
+"""Studies with a fake trainer: states of trials, kills, bad input."""
 
 import contextlib
 import io
@@ -166,7 +166,7 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
     assert registered[done[8].settings["actor_lr"]] < -9_000
     out, err = capsys.readouterr()
     assert err == "FAILED trial 2: its process ended with code -9\n"
-    assert "trial 2: its process ended with code -9; it is tried again" in out
+    assert "trial 2: its process ended with code -9; restarting" in out
     assert "9/9 trials: 5 completed, 1 pruned, 2 diverged, 1 failed, 0 running; best " in out
 
 
@@ -260,7 +260,7 @@ def test_the_table_by_hand():
     assert rows["tuned (posterior mean)"] == ["", "4.2", "3.0"]
     assert rows["confirmed, mean"] == ["2.0", "2.5", "5.0"] and rows["n"] == ["3", "2", "1"]
     assert rows["95% t interval"] == ["-0.5 to 4.5", "-3.9 to 8.9", "needs 2 seeds"]
-    assert rows["P(above the defaults)"] == ["", "0.67", "1.00"]  # 4 of 6 pairs, ties by half
+    assert rows["P(better than defaults)"] == ["", "0.67", "1.00"]  # 4 of 6 pairs, ties by half
 
 
 def test_tensorboard_has_a_row_and_a_curve_for_each_trial(finished):
@@ -347,7 +347,7 @@ def test_a_second_tuner_on_a_study_is_refused(tmp_path, capsys):
     with contextlib.closing(Journal(tmp_path / "studies/mine/trials.jsonl")):
         before = contents(tmp_path)
         assert tune(tmp_path, "--trials", "2") == 2
-    assert "another tuner works on" in capsys.readouterr().err and contents(tmp_path) == before
+    assert "another tuner is running on" in capsys.readouterr().err and contents(tmp_path) == before
 
 
 def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path, capsys):
@@ -369,22 +369,22 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("--space actr_lr=0:1", r"--space actr_lr=0:1: agents/sac.py has no setting 'actr_lr'; did you"
                             r" mean actor_lr"),
-    ("--space batch_size=8.5:64", r"batch_size is int, and 8.5 is not"),
+    ("--space batch_size=8.5:64", r"batch_size must be int, not 8.5"),
     ("--space", r"--space is empty"),
-    ("--space gamma=0.99:0.9", r"LOW must lie below HIGH, not 0.99 and 0.9"),
+    ("--space gamma=0.99:0.9", r"LOW must be below HIGH, not 0.99 and 0.9"),
     ("--space actor_lr=log:0:1e-2", r"a log scale needs LOW above 0, not 0"),
     ("--space gamma=0.9:1.5", r"sac.py on Pendulum-v1: gamma must lie in \[0, 1\], not 1.5"),
-    ("--steps 100 --eval-every 200", r"--steps 100 is less than one evaluation: --eval-every is"),
-    ("--gamma 0.9 --space actor_lr=log:1e-5:1e-2", r"mine is a study with another space: "
-     r"actor_lr=log:1e-5:1e-1 gamma=0.9:0.99, not actor_lr=log:1e-5:1e-2; give another --name"),
-    ("--tau 0.5", r"mine is a study with another config: tau=0.005, not tau=0.5; give another"),
-    ("--steps 200", r"mine is a study with another steps: 100, not 200; give another --name"),
+    ("--steps 100 --eval-every 200", r"--steps 100 is less than --eval-every 200"),
+    ("--gamma 0.9 --space actor_lr=log:1e-5:1e-2", r"mine was started with space "
+     r"actor_lr=log:1e-5:1e-1 gamma=0.9:0.99, not actor_lr=log:1e-5:1e-2; choose another --name"),
+    ("--tau 0.5", r"mine was started with config tau=0.005, not tau=0.5; choose another"),
+    ("--steps 200", r"mine was started with steps 100, not 200; choose another --name"),
     ("--trials 0", r"--trials must be at least 1, not 0"),
     ("--workers 0", r"--workers must be at least 1, not 0"),
     ("--confirm-seeds 0", r"--confirm-seeds must be at least 1, not 0"),
     ("--n-warmup-steps -1", r"--n-warmup-steps must be 0 or more, not -1"),
-    ("--trials 500_001", r"--trials 500001 of --seeds 2 would train on held-out seeds"),
-    ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study is of one environment, not Pendulum"),
+    ("--trials 500_001", r"--trials 500001 x --seeds 2 reaches the held-out seeds"),
+    ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study takes one --env, not Pendulum"),
     ("--no-log", r"--no-log"),
 ])
 def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, flags, words):
@@ -446,7 +446,7 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
     assert tune(tmp_path, *flags) == 0
     (trial,) = trials(tmp_path)
     assert trial.state == "completed" and sorted(trial.evaluations) == [50, 100, 150, 200]
-    assert "trial 0: its process ended with code -9; it is tried again" in capfd.readouterr().out
+    assert "trial 0: its process ended with code -9; restarting" in capfd.readouterr().out
     folder = tmp_path / "studies/mine"
     assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))
     assert (folder / "study.png").exists() and (folder / "best.json").exists()

@@ -1,4 +1,4 @@
-"""Shares of the seeds, and jobs in processes: what becomes of each."""
+"""Splitting seeds into stacks, and jobs in parallel processes."""
 
 import math
 import multiprocessing
@@ -139,7 +139,7 @@ def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path):
     told = {place: [message.get("warning", message.get("step")) for message in all_of_it
                     if "warning" in message or "rows" in message]
             for place, all_of_it in messages.items()}
-    again = "its process ended with code -9; it is tried again"
+    again = "its process ended with code -9; restarting"
     assert told == {0: [10, 20, again, 30, 40], 1: [10, 20, again, again]}
 
 

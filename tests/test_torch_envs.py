@@ -1,5 +1,5 @@
-"""lab/envs/torch_tasks.py: three environments against gymnasium's own, the quadrotor against the
-definition of a rigid body, and the machinery that they share."""
+"""lab/envs/torch_tasks.py: three environments against gymnasium's, the quadrotor against rigid-body
+dynamics, and the code that they share."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The space, what a trial registers, what is asked next, the pruner, the journal."""
+"""The search space, the surrogate's data, suggestions, the pruner, the journal."""
 
 import json
 import math
@@ -69,21 +69,21 @@ def test_a_log_axis_and_equal_shares():
 
 @pytest.mark.parametrize("text, words", [
     ("lrr=log:1e-5:1e-2", r"mine.py has no setting 'lrr'; did you mean lr"),
-    ("size=2.5:4.5", r"size is int, and 2.5 is not"),
-    ("size=int:2.5:4", r"the bounds should be whole numbers, not 2.5:4"),
-    ("learn=int:0:1", r"learn is bool, and 0 is not"),
-    ("kind=cat:a,1", r"kind is str, and 1 is not"),
-    ("lr=1:a", r"the bounds should be numbers, not 1:a"),
-    ("lr=0.5:0.1", r"LOW must lie below HIGH, not 0.5 and 0.1"),
-    ("lr=0.5:0.5", r"LOW must lie below HIGH"),
-    ("lr=0:nan", r"LOW must lie below HIGH"),
-    ("lr=0:inf", r"LOW must lie below HIGH"),
+    ("size=2.5:4.5", r"size must be int, not 2.5"),
+    ("size=int:2.5:4", r"the bounds must be whole numbers, not 2.5:4"),
+    ("learn=int:0:1", r"learn must be bool, not 0"),
+    ("kind=cat:a,1", r"kind must be str, not 1"),
+    ("lr=1:a", r"the bounds must be numbers, not 1:a"),
+    ("lr=0.5:0.1", r"LOW must be below HIGH, not 0.5 and 0.1"),
+    ("lr=0.5:0.5", r"LOW must be below HIGH"),
+    ("lr=0:nan", r"LOW must be below HIGH"),
+    ("lr=0:inf", r"LOW must be below HIGH"),
     ("lr=log:0:1", r"a log scale needs LOW above 0, not 0"),
     ("size=logint:-1:8", r"a log scale needs LOW above 0, not -1"),
     ("size=cat:64", r"cat needs at least two different choices"),
     ("size=cat:64,64", r"cat needs at least two different choices"),
-    ("size", r"it should be NAME=LOW:HIGH"),
-    ("lr=exp:1:2", r"it should be NAME=LOW:HIGH"),
+    ("size", r"expected NAME=LOW:HIGH"),
+    ("lr=exp:1:2", r"expected NAME=LOW:HIGH"),
 ])
 def test_a_bad_parameter_is_named(text, words):
     with pytest.raises(UserError, match=words) as error:
@@ -308,7 +308,7 @@ def test_a_journal_gives_back_its_trials_and_tolerates_a_torn_line(tmp_path):
 
 def test_a_second_tuner_is_refused_until_the_first_has_ended(tmp_path):
     first = Journal(tmp_path / "trials.jsonl")
-    with pytest.raises(UserError, match="another tuner works on"):
+    with pytest.raises(UserError, match="another tuner is running on"):
         Journal(tmp_path / "trials.jsonl")
     first.close()
     Journal(tmp_path / "trials.jsonl").close()
@@ -317,5 +317,5 @@ def test_a_second_tuner_is_refused_until_the_first_has_ended(tmp_path):
 def test_a_journal_that_is_broken_before_its_end_is_refused(tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text('{"space": {}}\nnonsense\n{"trial": 0, "settings": {}}\n')
-    with pytest.raises(UserError, match=r"trials\.jsonl is broken"):
+    with pytest.raises(UserError, match=r"trials\.jsonl is corrupt"):
         Journal(path)

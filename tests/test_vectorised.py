@@ -1,4 +1,4 @@
-"""learn_vectorised.py: what it takes and leaves."""
+"""learn_vectorised.py: options and files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Films of trained agents: the returns, the pictures, and what is refused."""
+"""lab.watch: returns, frames, and errors."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
-"""Worker processes: what they share and in which order they step, and what becomes of everybody
-when one of them, or the main process, is killed, stopped or breaks."""
+"""Worker processes: what they share, the order of steps, and what happens when a worker or the main
+process is killed, stopped or raises."""
 
 import contextlib
 import dataclasses

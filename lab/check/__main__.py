@@ -1,10 +1,11 @@
-"""Whether an agent's file keeps the contract and falls into none of the known traps.
+"""Check that an agent keeps the contract and has none of the common bugs.
 
-    python -m lab.check agents/mine.py                        one line for each check
-    python -m lab.check agents/mine.py --tau 0.01 --cuda      its own settings are flags
+    python -m lab.check agents/mine.py                        prints one line per check
+    python -m lab.check agents/mine.py --tau 0.01 --cuda      the agent's settings are flags
 
-The agent is seen through its methods alone. It is made small, where its Config has fields of
-usual names; flags win over that. Exit code 0: all passed, 1: some failed, 2: bad input.
+Only the agent's public methods are used. To be fast, settings with the usual names (batch_size,
+*_width, *_lr, ...) are changed; flags override that. Exit code: 0 if all checks passed, 1 if some
+failed, 2 on bad input.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ from lab.options import find_agent, read_flags
 @dataclass(frozen=True)
 class Options:
     agent: tyro.conf.Positional[str] = "agents/sac.py"  # the agent's file
-    cuda: bool = False  # check it on the GPU
+    cuda: bool = False  # run the checks on the GPU
 
 
 def parse(argv: Sequence[str]) -> AgentUnderTest:
-    """Small, unless the agent refuses such settings. UserError on flags that it refuses."""
+    """The agent with fast settings, or its defaults if it rejects those. UserError on bad flags."""
     index = find_agent(argv)
     path = Options.agent if index is None else argv[index]
     module = load_agent(path)
@@ -57,17 +58,17 @@ def _subject(argv: Sequence[str], index: int | None, defaults: Any) -> AgentUnde
     except UserError:
         raise
     except Exception:
-        pass  # the checks will say it
+        pass  # the checks report it
     return subject
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check, print -> exit code."""
+    """Run and print all checks -> exit code."""
     prepare_process()
-    subject, begun, passed = parse(argv), time.monotonic(), 0
+    subject, started, passed = parse(argv), time.monotonic(), 0
     defaults = dataclasses.asdict(load_agent(subject.path).Config())
     changed = [f"{name} {x}" for name, x in subject.config.items() if x != defaults[name]]
-    print(f"{subject.path} with {', '.join(changed) or 'its own settings'}", flush=True)
+    print(f"{subject.path} with {', '.join(changed) or 'default settings'}", flush=True)
     live = sys.stdout.isatty()
     for name, fn in CHECKS.items():
         print(f"        {name} ...\r" if live else "", end="", flush=True)
@@ -75,12 +76,12 @@ def run(argv: Sequence[str]) -> int:
         passed += reason is None
         line = f"FAILED  {name}: {reason}" if reason else f"passed  {name}"
         print(line + "    " * live, flush=True)
-    print(f"{passed} of {len(CHECKS)} checks passed in {time.monotonic() - begun:.0f} s")
+    print(f"{passed} of {len(CHECKS)} checks passed in {time.monotonic() - started:.0f} s")
     return 0 if passed == len(CHECKS) else 1
 
 
 def failure(fn: Check, subject: AgentUnderTest) -> str | None:
-    """Why the check fails, in one line; None if it passes."""
+    """The reason if the check fails, in one line; None if it passes."""
     try:
         fn(subject)
         return None

@@ -1,4 +1,4 @@
-"""The known traps, a check for each. The agent is seen through its five verbs alone."""
+"""One check for each common bug, using only the agent's public methods and its state."""
 
 import ast
 import copy
@@ -32,11 +32,11 @@ from lab.envs.spec import EnvSpec
 from lab.training.evaluation import evaluate
 
 Check = Callable[[AgentUnderTest], None]
-CHECKS: dict[str, Check] = {}  # by what they assert, in the order of a run
+CHECKS: dict[str, Check] = {}  # name -> check, in the order of a run
 
 
 class Failed(Exception):
-    """A check's reason, in one line."""
+    """A check failed; the message is one line."""
 
 
 def require(ok: bool, reason: str) -> None:
@@ -45,7 +45,7 @@ def require(ok: bool, reason: str) -> None:
 
 
 def require_same(ours: dict[str, Any], theirs: dict[str, Any], reason: str) -> None:
-    """In `reason` a {} stands for the name of what differs."""
+    """A {} in `reason` is replaced by the name of the first difference."""
     for name in differing(ours, theirs):
         raise Failed(reason.format(name))
 
@@ -71,7 +71,7 @@ def _imports(subject: AgentUnderTest) -> None:
 
 
 @check("act, observe and update return what the contract says")
-def _verbs(subject: AgentUnderTest) -> None:
+def _contract(subject: AgentUnderTest) -> None:
     check_contract(subject.path, subject.config, SPEC, NUM_ENVS, subject.device)
 
 
@@ -82,13 +82,13 @@ def _any_number(subject: AgentUnderTest) -> None:
         for explore in (True, False):
             obs = torch.zeros(len(SEEDS), n, SPEC.obs_dim, device=subject.device)
             shape = tuple(agent.act(obs, explore=explore).shape)
-            right = len(SEEDS), n, SPEC.action_dim
-            require(shape == right, f"act gave {shape} where {right} is right")
+            expected = len(SEEDS), n, SPEC.action_dim
+            require(shape == expected, f"act returned shape {shape}, not {expected}")
 
 
 @check("actions stay within the bounds of each dimension")
 def _bounds(subject: AgentUnderTest) -> None:
-    """Before learning and in it. In float32, centre + scale is not always the bound."""
+    """Before and after updates. In float32, centre + scale can exceed the bound."""
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         edges = torch.rand(2, 50, generator=generator) * 10 - 5
@@ -101,7 +101,7 @@ def _bounds(subject: AgentUnderTest) -> None:
                 obs = scale * torch.randn(len(SEEDS), NUM_ENVS, SPEC.obs_dim, generator=generator)
                 actions = agent.act(obs.to(subject.device), explore=explore).cpu()
                 beyond = torch.maximum(low - actions, actions - high).amax().item()
-                require(beyond <= 0, f"act(obs, explore={explore}) left them by {beyond:.2g}")
+                require(beyond <= 0, f"act(obs, explore={explore}) exceeds them by {beyond:.2g}")
 
 
 @check("acting without exploring changes nothing")
@@ -110,15 +110,15 @@ def _frozen(subject: AgentUnderTest) -> None:
     before = copy.deepcopy(flat_state(save_state(agent)))
     obs = torch.rand(len(SEEDS), 5, SPEC.obs_dim).to(subject.device)
     first, second = agent.act(obs, explore=False), agent.act(obs, explore=False)
-    require(torch.equal(first, second), "the second action on the same observation was another")
+    require(torch.equal(first, second), "two calls with the same obs gave different actions")
     require(not first.requires_grad, "the action has a gradient")
-    require_same(before, flat_state(save_state(agent)), "it changed {} of its state")
+    require_same(before, flat_state(save_state(agent)), "it changed {} in the agent's state")
 
 
-@check("metrics are finite, detached, one for each seed")
+@check("metrics are finite, detached and of shape (S,)")
 def _metrics(subject: AgentUnderTest) -> None:
     history = drive(subject.make(), subject.steps(SEEDS))
-    require(bool(history), f"update gave none in {NUM_ENVS * STEPS} transitions of each seed")
+    require(bool(history), f"update returned none in {NUM_ENVS * STEPS} transitions per seed")
     for metrics in history:
         for name, value in metrics.items():
             require(tuple(value.shape) == (len(SEEDS),),
@@ -129,26 +129,26 @@ def _metrics(subject: AgentUnderTest) -> None:
 
 @check("updates change every weight matrix")
 def _learning(subject: AgentUnderTest) -> None:
-    """A target network's, too; not those of a module frozen on purpose (requires_grad=False) that
-    no other module of the agent has the shape of a target for."""
+    """Target networks included. Frozen modules (requires_grad=False) are left out, unless they have
+    the shapes of a trained module and are therefore taken for target networks."""
     agent = subject.make()
     before = copy.deepcopy(flat_state(save_state(agent)))
     S, frozen = len(SEEDS), frozen_on_purpose(agent)
     matrices = [name for name, x in before.items() if isinstance(x, torch.Tensor)
                 and x.dim() > 2 and min(x.shape[-2:]) > 1 and len(x) % S == 0
                 and name.split("/")[0] not in frozen]
-    require(bool(matrices), "its state holds none of shape (S, ..., in, out)")
+    require(bool(matrices), "its state has none of shape (S, ..., in, out)")
     drive(agent, subject.steps(SEEDS))
     after = flat_state(save_state(agent))
     for name in matrices:
         for index in range(S):
             old, new = (state[name].chunk(S)[index] for state in (before, after))
-            require(not torch.equal(old, new), f"{name} of its state stays as it was")
+            require(not torch.equal(old, new), f"{name} in its state did not change")
 
 
 def frozen_on_purpose(agent: Any) -> set[str]:
-    """Attributes that are modules without a trainable parameter, and no target network: none of
-    the agent's trained modules has the same parameters."""
+    """Attributes that are modules without trainable parameters and not target networks: no trained
+    module has the same parameter shapes."""
     modules = {name: x for name, x in vars(agent).items() if isinstance(x, torch.nn.Module)}
     shapes = {name: [p.shape for p in x.parameters()] for name, x in modules.items()}
     trained = {name for name, x in modules.items() if any(p.requires_grad for p in x.parameters())}
@@ -156,18 +156,18 @@ def frozen_on_purpose(agent: Any) -> set[str]:
             if not any(shapes[name] == shapes[other] for other in trained)}
 
 
-@check("the same seeds give the same, other seeds something else")
+@check("the same seeds repeat exactly, other seeds differ")
 def _repeatable(subject: AgentUnderTest) -> None:
     (_, first), (_, second), (_, other) = map(subject.trained, (SEEDS, SEEDS, (3, 4, 5)))
-    require_same(first, second, "{} was another in a second run of the same seeds")
-    require("the exploring action" in differing(first, other), "seeds 3 to 5 explore as 0 to 2")
+    require_same(first, second, "{} differs between two runs of the same seeds")
+    require("the exploring action" in differing(first, other), "seeds 3 to 5 explore like 0 to 2")
     explored = first["the exploring action"]
-    require(not torch.equal(*explored[:2]), "seed 1 explores as seed 0 does")
+    require(not torch.equal(*explored[:2]), "seed 1 explores like seed 0")
 
 
-@check("a seed in a stack trains as it does alone")
+@check("a seed trains the same in a stack as alone")
 def _alone(subject: AgentUnderTest) -> None:
-    """In float64, where nothing but a mistake shows; in float32 where the agent is bound to it."""
+    """In float64, where rounding is negligible; in float32 if the agent does not run in float64."""
     try:
         stack, alone = _stack_and_alone(subject, torch.float64)
     except Exception:
@@ -177,11 +177,11 @@ def _alone(subject: AgentUnderTest) -> None:
         x, y = ours[name], theirs[name]
         exact = x.dtype == y.dtype == torch.float64
         if not exact and name not in alone[1]:
-            continue  # Adam scales rounding up where a gradient is 0
+            continue  # Adam amplifies rounding where a gradient is 0
         error = torch.where(x == y, 0.0, (x - y).abs().double() / (1 + y.abs()))
         worst = error.amax().item() if error.numel() else 0.0
         require(worst < (1e-9 if exact else 1e-2),
-                f"{name} of seed 3 is another among 8 seeds, by {worst:.1g}")
+                f"{name} of seed 3 is different in a stack of 8 seeds, by {worst:.1g}")
 
 
 def _stack_and_alone(subject: AgentUnderTest, dtype: torch.dtype) -> list[tuple[Any, Metrics]]:
@@ -193,20 +193,20 @@ def _stack_and_alone(subject: AgentUnderTest, dtype: torch.dtype) -> list[tuple[
         torch.set_default_dtype(default)
 
 
-@check("a NaN stays in its seed, and its metrics show it")
+@check("a NaN stays in its seed and shows in its metrics")
 def _nan(subject: AgentUnderTest) -> None:
-    clean, spoilt = (subject.trained(SEEDS, nan_seed) for nan_seed in (None, 1))
+    clean, broken = (subject.trained(SEEDS, nan_seed) for nan_seed in (None, 1))
     for index in (0, 2):
-        one, other = (seed_slices(trained, index, len(SEEDS)) for trained in (clean, spoilt))
+        one, other = (seed_slices(trained, index, len(SEEDS)) for trained in (clean, broken))
         require_same(one, other, f"a NaN in the rewards of seed 1 changed {{}} of seed {index}")
-    shown = any(x[1].isnan() for name, x in spoilt[1].items() if name not in ACTIONS)
-    require(shown, "no metric of that seed became NaN, by which a run would see it")
+    shown = any(x[1].isnan() for name, x in broken[1].items() if name not in ACTIONS)
+    require(shown, "no metric of seed 1 became NaN, so a run would not notice")
 
 
-@check("a saved agent continues exactly")
+@check("a restored agent continues exactly")
 def _resume(subject: AgentUnderTest) -> None:
     steps, agents = subject.steps(SEEDS), [subject.make(), subject.make((5, 6, 7))]
-    first, second = steps[: STEPS // 2 + 3], steps[STEPS // 2 + 3 :]  # amid a rollout
+    first, second = steps[: STEPS // 2 + 3], steps[STEPS // 2 + 3 :]  # in the middle of a rollout
     drive(agents[0], first)
     forgotten = not_in_state(agents[0], subject.make())
     file = io.BytesIO()
@@ -216,12 +216,12 @@ def _resume(subject: AgentUnderTest) -> None:
     for agent in agents:
         drive(agent, second)
     ours, theirs = (subject.acts(x, len(SEEDS)) | flat_state(save_state(x)) for x in agents)
-    hint = f"; STATE does not name {', '.join(forgotten)}, which changed" if forgotten else ""
-    require_same(ours, theirs, f"after a restored checkpoint {{}} differs from the original{hint}")
+    hint = f"; STATE lacks {', '.join(forgotten)}, which changed" if forgotten else ""
+    require_same(ours, theirs, f"{{}} differs after restoring a checkpoint{hint}")
 
 
 def not_in_state(agent: Any, fresh: Any) -> list[str]:
-    """Attributes that training changed and that STATE does not name."""
+    """Attributes that training changed and that STATE lacks."""
     def leaves(name: str, owner: Any) -> dict[str, Any]:
         x: Any = getattr(owner, name, None)
         return flat_state(x.state_dict() if hasattr(x, "state_dict") else x)
@@ -233,39 +233,39 @@ def not_in_state(agent: Any, fresh: Any) -> list[str]:
 
 def require_best(subject: AgentUnderTest, state: int, mistake: str) -> None:
     chosen = subject.decisions[0][state]
-    scale = f"from -1, wrong, to 1, best, it chose {chosen:.2f}"
-    require(math.isfinite(chosen) and abs(chosen) > 0.2, f"it did not learn to decide: {scale}")
+    scale = f"from -1 (wrong) to 1 (best), it chose {chosen:.2f}"
+    require(math.isfinite(chosen) and abs(chosen) > 0.2, f"it did not learn the task: {scale}")
     require(chosen > 0, f"{mistake}: {scale}")
 
 
 @check("a truncation bootstraps")
 def _truncation(subject: AgentUnderTest) -> None:
-    require_best(subject, probes.TRUNCATED, "what lies behind a truncation had no value")
+    require_best(subject, probes.TRUNCATED, "it cut the bootstrap at a truncation")
 
 
 @check("a termination does not bootstrap")
 def _termination(subject: AgentUnderTest) -> None:
-    require_best(subject, probes.TERMINATED, "what lies behind a termination had a value")
+    require_best(subject, probes.TERMINATED, "it bootstrapped at a termination")
 
 
 @check("the successor is the true next_obs")
 def _successor(subject: AgentUnderTest) -> None:
     require_best(subject, probes.SUCCESSOR,
-                 "the next episode's beginning was taken for the successor")
+                 "it used the first observation of the next episode as next_obs")
 
 
-@check("a full replay does not join its newest to its oldest")
+@check("a full replay does not pair its newest row with its oldest")
 def _ring(subject: AgentUnderTest) -> None:
     rows = subject.decisions[1]
-    require(rows <= RING_ROWS, f"not seen, because its replay has {rows} rows and no setting "
-                               f"buffer_size that bounds it to {RING_ROWS}")
+    require(rows <= RING_ROWS, f"not tested: its replay has {rows} rows, and no setting "
+                               f"buffer_size limits it to {RING_ROWS}")
     require_best(subject, probes.RING,
-                 "the oldest observation was taken for the newest one's successor")
+                 "it used the oldest observation as next_obs of the newest row")
 
 
-@check("learns where the optimum is known")
+@check("learns a task with a known optimum")
 def _learns(subject: AgentUnderTest) -> None:
-    """To less than half of the cost of the best constant action, each seed."""
+    """Each seed reaches less than half the cost of the best constant action."""
     evaluation = make_envs("lab/Target-v0", SEEDS, 20, device=subject.device)
     reached = [-math.inf]
 
@@ -274,5 +274,5 @@ def _learns(subject: AgentUnderTest) -> None:
         return min(reached) > probes.BEST_CONSTANT / 2
 
     require(subject.train("lab/Target-v0", learnt),
-            f"return {min(reached):.3f} in its worst seed, where the optimum is 0 and "
-            f"{probes.BEST_CONSTANT:.3f} needs no observation")
+            f"the worst seed reached return {min(reached):.3f}; the optimum is 0, the best "
+            f"constant action reaches {probes.BEST_CONSTANT:.3f}")

@@ -1,5 +1,4 @@
-"""An agent driven through its methods alone, to see what it does: for lab/check/ and the
-tests."""
+"""Drives an agent through its public methods, for lab/check/ and the tests."""
 
 import functools
 import re
@@ -18,12 +17,12 @@ Metrics = dict[str, torch.Tensor]
 Step = tuple[torch.Tensor, ...]  # obs, rewards, next_obs, terminations, truncations
 
 SPEC = EnvSpec("check", 3, 2, (-1.0, 0.0), (1.0, 4.0), None)
-NUM_ENVS, STEPS = 4, 60  # of a seed, where it is driven by made-up transitions
+NUM_ENVS, STEPS = 4, 60  # per seed, on random transitions
 ACTIONS = {"the action": False, "the exploring action": True}
-SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # where it trains on a probe environment
+SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # on a probe environment
 RING_ROWS = 2 * PROBE_ENVS
 
-# Settings that keep this short, by patterns of their names; those of another type are left alone.
+# Fast settings, by patterns of their names; a setting of another type is left alone.
 SMALL: dict[str, int | float] = {
     r"(\w+_)?batch_size": 64, r"(\w+_)?(width|units|hidden_(dim|size))": 32,
     r"(\w+_)?(lr|learning_rate)": 3e-3, "gamma": 0.8, "tau": 0.02, "learning_starts": 100,
@@ -32,14 +31,14 @@ SMALL: dict[str, int | float] = {
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that SMALL knows, with its values."""
+    """The settings that match SMALL, with its values."""
     return {name: value for name, old in config.items() for pattern, value in SMALL.items()
             if re.fullmatch(pattern, name) and (old is None or type(old) is type(value))}
 
 
 @dataclass
 class AgentUnderTest:
-    """The agent at `path`, to be made again and again."""
+    """Makes, trains and runs the agent at `path`."""
 
     path: str
     config: dict[str, Any]
@@ -47,7 +46,7 @@ class AgentUnderTest:
 
     def make(self, seeds: Sequence[int] = SEEDS, num_envs: int = NUM_ENVS,
              total_steps: int = NUM_ENVS * STEPS, spec: EnvSpec = SPEC, **settings: Any) -> Any:
-        """Settings that its Config lacks are dropped. UserError if it refuses the others."""
+        """Build an agent without settings that its Config lacks. UserError if it rejects one."""
         config = self.config | {k: v for k, v in settings.items() if k in self.config}
         return build_agent(self.path, config, spec, seeds, num_envs, total_steps,
                            self.device, lambda fn: fn)
@@ -63,13 +62,13 @@ class AgentUnderTest:
         return agent, last | self.acts(agent, len(seeds))
 
     def acts(self, agent: Any, stack: int) -> Metrics:
-        """On the same observations for every seed, (S, N, A)."""
+        """Its actions (S, N, A), with and without exploration, on the same obs for every seed."""
         obs = torch.linspace(-1, 1, NUM_ENVS * SPEC.obs_dim).view(1, NUM_ENVS, -1)
         obs = obs.repeat(stack, 1, 1).to(self.device)
         return {name: agent.act(obs, explore=explore) for name, explore in ACTIONS.items()}
 
     def train(self, env_id: str, done: Callable[[Any], bool], **settings: Any) -> bool:
-        """Until `done(agent)`, which is asked sixteen times -> whether it was."""
+        """Train until `done(agent)`, called up to sixteen times -> whether it returned True."""
         training = make_envs(env_id, SEEDS, PROBE_ENVS, device=self.device)
         agent = self.make(SEEDS, PROBE_ENVS, PROBE_STEPS, training.spec, **settings)
         obs = training.reset()
@@ -85,10 +84,10 @@ class AgentUnderTest:
 
     @functools.cached_property
     def decisions(self) -> tuple[list[float], int]:
-        """After training on Fork -> its decisions there, from -1, wrong, to 1, best, each the mean
-        over the seeds; and the rows of its replay, 0 without one.
+        """Train on Fork -> its decisions there, from -1 (wrong) to 1 (best), mean over seeds; and
+        the number of rows of its replay, 0 without one.
 
-        The replay is to hold two steps: half of the time the newest and the oldest are neighbours.
+        The replay holds only two steps, so half of its rows are newest rows next to the oldest.
         """
         space, reached, rows = probes.Fork.action_space, list[float](), 0
         low, high = float(space.low[0]), float(space.high[0])
@@ -108,8 +107,8 @@ class AgentUnderTest:
 
 
 def make_steps(seeds: Sequence[int], num_envs: int, count: int, obs_dim: int = 3) -> list[Step]:
-    """Transitions of made-up environments, each seed's its own whatever the stack: a list of
-    (obs, rewards, next_obs, terminations, truncations)."""
+    """Random transitions: a list of (obs, rewards, next_obs, terminations, truncations). Those of a
+    seed do not depend on the other seeds in the stack."""
     generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
 
     def draw(*shape: int) -> torch.Tensor:
@@ -124,9 +123,9 @@ def make_steps(seeds: Sequence[int], num_envs: int, count: int, obs_dim: int = 3
 
 
 def drive(agent: Any, steps: Sequence[Step], nan_seed: int | None = None) -> list[Metrics]:
-    """The loop of training/loop.py on made-up transitions -> the metrics of every update.
+    """The loop of training/loop.py on the given transitions -> the metrics of every update.
 
-    `nan_seed` puts a NaN into the rewards of that index in the stack."""
+    `nan_seed`: set the rewards of the seed at this index in the stack to NaN."""
     history = []
     for obs, rewards, next_obs, terminations, truncations in steps:
         actions = agent.act(obs)
@@ -141,7 +140,7 @@ def drive(agent: Any, steps: Sequence[Step], nan_seed: int | None = None) -> lis
 
 
 def flat_state(state: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a state_dict by its path."""
+    """Nested state -> {path: leaf}."""
     if isinstance(state, dict) or hasattr(state, "items"):
         return {k: v for key, value in state.items()
                 for k, v in flat_state(value, f"{prefix}{key}/").items()}
@@ -151,15 +150,15 @@ def flat_state(state: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def seed_slices(trained: tuple[Any, Metrics], index: int, stack: int) -> Metrics:
-    """What belongs to the seed at `index`: of each stacked tensor of an agent's state, and of its
-    metrics and actions."""
+    """The slice of the seed at `index` from each stacked tensor of the agent's state, metrics and
+    actions."""
     agent, seen = trained
     return {name: x[index] for name, x in (flat_state(save_state(agent)) | seen).items()
             if isinstance(x, torch.Tensor) and x.shape[:1] == (stack,)}
 
 
 def same(a: Any, b: Any) -> bool:
-    """To the bit on a CPU; a GPU may add in another order."""
+    """Bit-identical on a CPU; close on a GPU, which may sum in a different order."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.device.type == "cpu" or not a.is_floating_point():
@@ -168,6 +167,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
-    """The names of what is not the same."""
+    """The names of the entries that differ."""
     yield from sorted(a.keys() ^ b.keys())
     yield from (name for name in a if name in b and not same(a[name], b[name]))

@@ -1,4 +1,4 @@
-"""Any number of runs, compared: tables, intervals and curves.
+"""Compare runs: tables, intervals and learning curves.
 
     python -m lab.report runs/a runs/b --against a
 """
@@ -19,20 +19,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Not with lab/options.py's parser: importing torch takes longer than a report."""
+    """Does not use lab/options.py, because importing torch takes longer than the report."""
     parser = _Parser("python -m lab.report", description=(
-        "Compare finished or unfinished runs: in the terminal, as Markdown and as one HTML page."))
+        "Compare runs, finished or not, in the terminal, as Markdown and as one HTML page."))
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help=(
-        "a run's folder; folders of one NAME are pooled as one method"))
+        "a run folder; folders with the same NAME are pooled into one method"))
     parser.add_argument("--against", metavar="NAME", help=(
-        "the method, or a folder of it, that the others are compared with"))
+        "the baseline: a method, or one of its run folders"))
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER",
-                        help="where report.md, report.html and the pictures go (default: report)")
+                        help="where report.md, report.html and the plots go (default: report)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    """-> exit code: 0, or 2 for bad input, told in one line."""
+    """-> exit code: 0, or 2 for bad input, with a one-line message."""
     try:
         options = parse(argv)
         methods = runs.load(options.runs)

@@ -1,4 +1,4 @@
-"""What methods reached across environments, how fast, and beside published points."""
+"""Methods across environments, steps to a threshold, and published results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,26 +10,27 @@ from lab import stats
 from lab.report import published
 from lab.report.runs import Method, Result
 
-LEVELS = (0.25, 0.5, 0.75, 1.0)  # normalised scores that count as thresholds
-NEAR = 0.9  # of a published point's steps: an evaluation that early is compared with it
+LEVELS = (0.25, 0.5, 0.75, 1.0)  # thresholds, in normalised scores
+NEAR = 0.9  # compare a published point with an evaluation from 0.9 of its steps on
 
 
 class Interval(NamedTuple):
     value: float
-    lower: float  # nan: too few seeds
+    lower: float  # nan if there are too few seeds
     upper: float
 
 
 class Shared(NamedTuple):
-    """An environment that methods share, and the step at which they are compared there."""
+    """An environment that the methods have in common, and the step of the comparison."""
 
     environment: str
     step: int
 
 
 def shared(methods: Sequence[Method], left_out: list[str]) -> list[Shared]:
-    """The environments in which every method has evaluations, each at the last step that all of
-    them reached; of one in two versions the newer. What is left out is told, with the reason."""
+    """The environments in which every method has evaluations, each at the last step that all
+    methods reached. Of two versions of an environment, the newer one. Appends to `left_out` the
+    environments that are left out, with the reason."""
     found: dict[str, Shared] = {}
     for environment in sorted({e for method in methods for e in method.results}, key=versioned):
         lacking = [m.name for m in methods if environment not in m.results]
@@ -42,7 +43,7 @@ def shared(methods: Sequence[Method], left_out: list[str]) -> list[Shared]:
         else:
             task = versioned(environment)[0]
             if task in found:
-                left_out.append(f"{found[task].environment} (as {environment} is another version)")
+                left_out.append(f"{found[task].environment} (an older version of {environment})")
             found[task] = Shared(environment, step)
     return list(found.values())
 
@@ -59,14 +60,14 @@ class Aggregate:
     method: str
     runs: int
     iqm: Interval
-    scores: np.ndarray  # (T,), where the profile is known
-    profile: np.ndarray  # (T,): the share of runs above
+    scores: np.ndarray  # (T,), the x axis of the profile
+    profile: np.ndarray  # (T,): share of runs above each score
     lower: np.ndarray
     upper: np.ndarray
 
 
 def aggregates(methods: Sequence[Method], environments: Sequence[Shared]) -> list[Aggregate]:
-    """Of environments that have a reference."""
+    """IQM and performance profile of each method. The environments must have a reference."""
     strata: dict[str, list[np.ndarray]] = {}
     for method in methods:
         strata[method.name] = []
@@ -75,8 +76,8 @@ def aggregates(methods: Sequence[Method], environments: Sequence[Shared]) -> lis
             assert reference, environment
             returns = np.array(method.results[environment].returns(step))
             strata[method.name].append(reference.normalise(returns))
-    every = np.concatenate([x for each in strata.values() for x in each])
-    scores = np.linspace(min(0.0, every.min()), max(1.0, every.max()), 201)
+    pooled = np.concatenate([x for each in strata.values() for x in each])
+    scores = np.linspace(min(0.0, pooled.min()), max(1.0, pooled.max()), 201)
     result = []
     for name, each in strata.items():
         bounds = stats.stratified_bootstrap(each, stats.pooled_iqm)
@@ -89,7 +90,7 @@ def aggregates(methods: Sequence[Method], environments: Sequence[Shared]) -> lis
 
 
 class Improvement(NamedTuple):
-    """That a run of `method` lies above one of the baseline, averaged over environments."""
+    """P(a run of `method` scores higher than a run of the baseline), mean over environments."""
 
     method: str
     environments: list[Shared]
@@ -98,7 +99,7 @@ class Improvement(NamedTuple):
 
 
 def improvements(methods: Sequence[Method], baseline: Method) -> list[Improvement]:
-    """Over the environments that each shares with the baseline, with a reference or without."""
+    """Each method over the environments that it has in common with the baseline."""
     result = []
     for method in methods:
         environments = shared([method, baseline], [])
@@ -114,19 +115,19 @@ def improvements(methods: Sequence[Method], baseline: Method) -> list[Improvemen
 
 
 class Reached(NamedTuple):
-    seeds: int  # that got there
-    median: float  # steps, over all seeds, those that never got there at infinity
+    seeds: int  # that reached it
+    median: float  # steps, over all seeds; inf for a seed that did not reach it
 
 
 def steps_to(result: Result, threshold: float) -> Reached:
-    """Of each seed, the first evaluation that is not below the threshold."""
+    """The step of each seed's first evaluation at or above the threshold, summarised."""
     steps = [next((e.step for e in seed.curve if e.value >= threshold), np.inf)
              for seed in result.seeds.values()]
     return Reached(int(np.isfinite(steps).sum()), float(np.median(steps)))
 
 
 class Beside(NamedTuple):
-    """A published point and what was reached there."""
+    """A published point and the returns at that step."""
 
     point: published.Row
     step: int  # of the evaluations
@@ -134,7 +135,7 @@ class Beside(NamedTuple):
 
 
 def beside_published(result: Result) -> list[Beside]:
-    """Every point of the same algorithm and the very same environment that was got to."""
+    """The published points of the same algorithm and environment version that the run reached."""
     found = []
     for point in published.points(result.agent, result.environment):
         reached = result.at(point.steps)

@@ -1,4 +1,4 @@
-"""What a report says: the tables and figures, from the methods."""
+"""The contents of a report: tables, figures and their captions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ T_INTERVAL = "95% t interval"
 
 
 def blocks(methods: Sequence[Method], baseline: Method | None, out: Path) -> list[Block]:
-    """The figures are written to `out`."""
+    """All parts of the report, in order. Writes the figures to `out`."""
     by_environment: dict[str, list[Result]] = {}
     for environment in sorted({e for m in methods for e in m.results}, key=compare.versioned):
         by_environment[environment] = [m.results[environment] for m in methods
@@ -44,18 +44,18 @@ def final_returns(results: Sequence[Result]) -> Table:
                      duration(seconds), number(mean), span(bounds), number(stats.median(returns))])
     return Table(
         ("environment", "method", "n", "steps", "wall-clock", "mean", T_INTERVAL, "median"), rows,
-        "Evaluation return: deterministic actions, the mean over a seed's episodes, at the last "
-        "evaluation. n is the number of seeds; mean, Student's t interval and median are over "
-        "seeds. Steps are transitions of one seed. Wall-clock is of the stack that a seed was "
-        "trained in, evaluation included, from its first logged row.", 2)
+        "Return of the last evaluation: deterministic actions, mean over the episodes of a seed. "
+        "n is the number of seeds; mean, Student's t interval and median are over seeds. Steps "
+        "are transitions of one seed. Wall-clock is the training time of the stack of seeds since "
+        "the first logged row, with evaluations.", 2)
 
 
 def each_seed(results: Sequence[Result]) -> Table:
     rows = [[result.environment, result.method,
              "; ".join(f"{n}: {number(evaluation.value)}" for n, evaluation in found.items())]
             for result in results if (found := result.at(result.step))]
-    return Table(("environment", "method", "each seed: its return"), rows,
-                 "The same evaluations, seed by seed.", 3)
+    return Table(("environment", "method", "return of each seed"), rows,
+                 "The same evaluations for each seed.", 3)
 
 
 def learning_curves(by_environment: dict[str, list[Result]], out: Path, colors: dict[str, str]
@@ -66,10 +66,10 @@ def learning_curves(by_environment: dict[str, list[Result]], out: Path, colors: 
         figures.learning_curves(path, results, colors)
         counts = "; ".join(f"{r.method}: n = {len(r.seeds)}" for r in results)
         drawn.append(Figure(path, (
-            f"{environment}. {counts}. Thin lines: seeds; thick lines: their mean; bands: its 95% "
-            "t interval at each step; crosses, if any: published means of the same algorithm and "
-            "version of the environment. Left over the steps of one seed, right over the "
-            "wall-clock of its stack.")))
+            f"{environment}. {counts}. Thin lines: seeds; thick lines: mean over seeds; bands: 95% "
+            "t interval of the mean; crosses: published means of the same algorithm on the same "
+            "version of the environment. Left: over steps of one seed; right: over wall-clock "
+            "time of the stack.")))
     return [Heading("Learning curves"), *drawn]
 
 
@@ -82,7 +82,7 @@ def across_environments(methods: Sequence[Method], out: Path, colors: dict[str, 
     without = f" Left out: {'; '.join(left_out)}." if left_out else ""
     if not shared:
         return [Heading("Across environments"),
-                Text(f"No environment with a reference is in every method.{without}")]
+                Text(f"The methods have no environment with a reference in common.{without}")]
     aggregates = compare.aggregates(methods, shared)
     path = out / "across_environments.png"
     figures.across_environments(path, aggregates, colors)
@@ -91,16 +91,17 @@ def across_environments(methods: Sequence[Method], out: Path, colors: dict[str, 
              span(each.iqm[1:], "{:.2f}".format)] for each in aggregates]
     return [
         Heading("Across environments"),
-        Text("Normalised score = (return - random) / (reference - random), so that random actions "
-             f"have 0 and the reference 1. Over {where}.{without}"),
+        Text("Normalised score = (return - random) / (reference - random): 0 is random actions, 1 "
+             f"the reference. Environments: {where}.{without}"),
         Table(("method", "environments", "n", "IQM", "95% bootstrap interval"), rows,
-              "n is the number of runs, one a seed and environment. IQM: the mean of the middle "
-              "half of their scores. The interval is a percentile bootstrap that draws the runs of "
-              f"each environment anew, {stats.RESAMPLES:,} times (Agarwal et al. 2021)."),
+              "n is the number of runs, one per seed and environment. IQM (interquartile mean): "
+              "mean of the middle half of the scores. The interval is a percentile bootstrap, "
+              f"stratified by environment, with {stats.RESAMPLES:,} resamples (Agarwal et al. "
+              "2021)."),
         Figure(path, "Left: IQM (tick) and its interval (bar). Right: performance profiles, the "
-                     "share of runs above each score, averaged over environments; the curve that "
-                     "lies higher is better, and the bands are 95% bootstrap intervals at each "
-                     f"score. {', '.join(f'{a.method}: n = {a.runs}' for a in aggregates)}.")]
+                     "share of runs above each score, averaged over environments, with 95% "
+                     "pointwise bootstrap bands. Higher is better. "
+                     f"{', '.join(f'{a.method}: n = {a.runs}' for a in aggregates)}.")]
 
 
 def improvements(methods: Sequence[Method], baseline: Method, out: Path, colors: dict[str, str]
@@ -108,8 +109,8 @@ def improvements(methods: Sequence[Method], baseline: Method, out: Path, colors:
     heading = Heading(f"Probability of improvement over {baseline.name}")
     found = compare.improvements(methods, baseline)
     left_out = {m.name for m in methods} - {baseline.name} - {each.method for each in found}
-    without = [Text("Left out, without evaluations at equal steps in the same environment: "
-                    f"{', '.join(sorted(left_out))}.")] if left_out else []
+    without = [Text("Left out, because there are no evaluations at equal steps in a common "
+                    f"environment: {', '.join(sorted(left_out))}.")] if left_out else []
     if not found:
         return [heading, *without]
     path = out / "improvement.png"
@@ -117,16 +118,17 @@ def improvements(methods: Sequence[Method], baseline: Method, out: Path, colors:
     rows = [[each.method, ", ".join(environment for environment, _ in each.environments),
              " and ".join(map(str, each.runs)), f"{each.probability.value:.2f}",
              span(each.probability[1:], "{:.2f}".format)] for each in found]
-    caption = (f"That a random run lies above a random run of {baseline.name}, ties counting half, "
-               "averaged over the environments that both have, at equal steps. ")
+    caption = ("Probability that a random run scores higher than a random run of "
+               f"{baseline.name} at equal steps, ties counting half, averaged over the common "
+               "environments. ")
     return [
         heading, *without,
-        Table(("method", "environments", "n of both", "probability",
+        Table(("method", "environments", "n of each", "probability",
                "95% bootstrap interval"), rows,
-              f"{caption}0.5 is no difference. It says how often, not how much (Agarwal et al. "
-              "2021).", 2),
-        Figure(path, f"{caption}Tick: the estimate; bar: its 95% stratified bootstrap interval; an "
-                     "interval that holds 0.5 (dashed) leaves open which is better.")]
+              f"{caption}0.5 means no difference. It does not measure the size of the difference "
+              "(Agarwal et al. 2021).", 2),
+        Figure(path, f"{caption}Tick: estimate; bar: 95% stratified bootstrap interval. If the "
+                     "interval contains 0.5 (dashed), the data do not show which is better.")]
 
 
 def thresholds(by_environment: dict[str, list[Result]]) -> list[Block]:
@@ -150,15 +152,14 @@ def thresholds(by_environment: dict[str, list[Result]]) -> list[Block]:
     return [
         Heading("Steps to threshold"),
         Table(("environment", "method", "n", *heads), rows,
-              "The steps of a seed until its first evaluation at or above the return of that "
-              "normalised score: the median over seeds, and how many of n got there. A seed that "
-              "never did counts as later than any other; - where the median seed never did."
-              f"{named}", 2),
+              "Steps until the first evaluation at or above that normalised score: median over "
+              "seeds and, in brackets, how many of the n seeds reached it. A seed that did not "
+              f"reach it counts as infinity; - means that the median is infinite.{named}", 2),
         references([environment for environment in by_environment if environment not in without])]
 
 
 def references(environments: Sequence[str]) -> Table:
-    """The returns of the scores."""
+    """The return that each normalised score stands for."""
     notes, rows = Notes(), []
     for environment in environments:
         reference = published.reference(environment)
@@ -167,13 +168,13 @@ def references(environments: Sequence[str]) -> Table:
                      *(number(reference.at(level)) for level in compare.LEVELS)])
     return Table(("environment", "reference", "score 0",
                   *(f"score {level:g}" for level in compare.LEVELS)), rows,
-                 "The returns that normalised scores stand for. Score 0 is the mean of uniform "
-                 "random actions over 100 episodes (bench/random_policy.py), score 1 the "
-                 f"reference. {notes}")
+                 "Returns of the normalised scores. Score 0 is the mean return of uniform random "
+                 "actions over 100 episodes (bench/random_policy.py), score 1 the reference. "
+                 f"{notes}")
 
 
 class Notes:
-    """Long texts, once each below a table, and their marks in it."""
+    """Footnotes of a table: mark() returns the number, str() the list."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -197,10 +198,10 @@ def beside_published(results: Sequence[Result]) -> list[Block]:
                          str(len(returns))])
     if not rows:
         return []
-    return [Heading("Beside published results"), Table(
+    return [Heading("Published results"), Table(
         ("environment", "method", "published at", "mean", "by", "here at", "mean", T_INTERVAL, "n"),
-        rows, "Published means of the same algorithm in the same version of the environment, and "
-        "the runs' evaluation at those steps. Networks and other settings may differ. "
+        rows, "Published means of the same algorithm on the same version of the environment, and "
+        "these runs at the same number of steps. Networks and other settings may differ. "
         f"{notes}", 2)]
 
 
@@ -215,8 +216,8 @@ def runs(methods: Sequence[Method]) -> Table:
             rows.append([method.name, run.settings["agent"], str(run.folder),
                          ", ".join(differing)])
     return Table(("method", "agent", "folder", "settings"), rows,
-                 "Settings are those in which runs of the same agent differ; all of them lie in "
-                 "each folder's config.json.", 4)
+                 "Only settings in which runs of the same agent differ. Each folder's config.json "
+                 "has all of them.", 4)
 
 
 def number(x: float) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees of one run: the table at the end and the learning curves."""
+"""The final table and the learning curves of one run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
 
 
 def final_returns(group: Path, seeds: Sequence[int], steps: int) -> dict[int, float]:
-    """The last evaluation return of each seed that got as far as `steps`."""
+    """The last evaluation return of each seed that reached `steps`."""
     curves = read_curves(group, seeds, "return/eval")
     return {seed: curve[-1][1] for seed, curve in curves.items() if curve and curve[-1][0] >= steps}
 
@@ -26,7 +26,7 @@ def read_curves(group: Path, seeds: Sequence[int], tag: str) -> Curves:
 
 
 def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
-    """environment -> seed -> final return, as a table with intervals."""
+    """{environment: {seed: final return}} -> a table with intervals."""
     result = Table(title=title, title_justify="left")
     for heading in ("environment", "n", "mean", "95% t interval", "IQM", "each seed"):
         name = heading == "environment"
@@ -42,7 +42,7 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
 
 
 def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -> None:
-    """One panel for each environment."""
+    """One panel per environment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,13 +55,13 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
                  ylabel="evaluation return")
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{title} (each seed thin, mean and 95% t interval)")
+    figure.suptitle(f"{title} (thin: seeds; thick: mean; band: 95% t interval)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def draw_curve(axis: Any, by_seed: Curves, color: str, label: str | None = None) -> None:
-    """Every seed thin, their mean thick, its 95% t interval."""
+    """Seeds as thin lines, their mean as a thick one, its 95% t interval as a band."""
     for curve in by_seed.values():
         steps, returns = zip(*curve, strict=True) if curve else ((), ())
         axis.plot(steps, returns, color=color, linewidth=0.8, alpha=0.4)
@@ -72,7 +72,7 @@ def draw_curve(axis: Any, by_seed: Curves, color: str, label: str | None = None)
 
 
 def band(by_seed: Curves) -> list[tuple[int, float, float, float]]:
-    """(step, mean, lower, upper) at the steps that every seed has which got as far."""
+    """(step, mean, lower, upper) over the seeds that got that far, if all have the step."""
     at_step: dict[int, list[float]] = {}
     for curve in by_seed.values():
         for step, value in curve:

@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The plots of a report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 COLORS = [f"C{index}" for index in range(10)]
-BEYOND = 1.05  # of the longest curve: published points further out are not drawn
+BEYOND = 1.05  # no published points beyond this multiple of the longest curve
 pyplot.rcParams.update({
     "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "font.size": 10, "legend.frameon": False, "savefig.dpi": 130})
 
 
 def learning_curves(path: Path, results: Sequence[Result], colors: dict[str, str]) -> None:
-    """The methods of one environment, over steps and over wall-clock."""
+    """All methods in one environment, over steps and over wall-clock time."""
     figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained",
                                                  sharey=True)
     unit, seconds = time_unit(max((seed.curve[-1].seconds for result in results
@@ -52,7 +52,7 @@ def learning_curves(path: Path, results: Sequence[Result], colors: dict[str, str
 
 
 def _published(axis: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
-    """Crosses, once for each algorithm, in the colour of its first method."""
+    """Crosses, once per algorithm, in the colour of its first method."""
     ends = [seed.curve[-1].step for result in results for seed in result.seeds.values()
             if seed.curve]
     drawn = set()
@@ -67,14 +67,14 @@ def _published(axis: Any, results: Sequence[Result], colors: dict[str, str]) -> 
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """-> the unit for so long a time, and its seconds."""
+    """-> a suitable unit for this duration, and its length in seconds."""
     return next((pair for pair in (("h", 3600.0), ("min", 60.0)) if seconds > 2 * pair[1]),
                 ("s", 1.0))
 
 
 def across_environments(path: Path, aggregates: Sequence[Aggregate], colors: dict[str, str]
                         ) -> None:
-    """Interquartile means, and performance profiles."""
+    """Interquartile means and performance profiles."""
     figure, (means, profiles) = pyplot.subplots(
         1, 2, figsize=(10, max(3.2, 1.6 + 0.4 * len(aggregates))), layout="constrained",
         width_ratios=(2, 3))
@@ -100,7 +100,7 @@ def improvements(path: Path, found: Sequence[Improvement], baseline: str, colors
         _interval(axis, index, each.probability, colors[each.method])
     axis.axvline(0.5, color="black", linewidth=1, linestyle="--")
     _names(axis, [each.method for each in found])
-    axis.set(xlabel=f"probability that a run lies above one of {baseline}", xlim=(-0.02, 1.02))
+    axis.set(xlabel=f"P(a run scores higher than one of {baseline})", xlim=(-0.02, 1.02))
     figure.savefig(path)
     pyplot.close(figure)
 

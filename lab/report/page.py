@@ -1,4 +1,4 @@
-"""A report as blocks, and the three ways to show them: terminal, Markdown, one HTML file."""
+"""A report is a list of blocks, rendered to the terminal, to Markdown or to one HTML file."""
 
 import base64
 import html
@@ -31,7 +31,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str
-    words: int = 1  # columns of words, to the left; numbers are to the right
+    words: int = 1  # number of leading text columns (left-aligned); the others are numbers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Figure:
     caption: str
 
 
-WIDTH = 120  # columns, where the output is no terminal
+WIDTH = 120  # columns, if the output is not a terminal
 Block = Heading | Text | Warnings | Table | Figure
 
 
@@ -62,7 +62,7 @@ def show(title: str, blocks: Sequence[Block]) -> None:
                 console.print(_rich(block))
                 console.print(block.caption, style="dim")
             case Figure(file):
-                console.print(f"picture: {file}")
+                console.print(f"plot: {file}")
 
 
 def _rich(block: Table) -> table.Table:
@@ -76,7 +76,7 @@ def _rich(block: Table) -> table.Table:
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Figures are referred to by their file's name, beside it."""
+    """Links figures by file name, so they must be in the same folder."""
     parts = [f"# {title}"]
     for block in blocks:
         match block:
@@ -120,7 +120,7 @@ img { max-width: 100%; height: auto; }
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """One HTML file that needs no other: the pictures lie in it."""
+    """One self-contained HTML file with embedded plots."""
     body = "\n".join(_html(block) for block in blocks)
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -1,8 +1,8 @@
-"""What others have published, and the scores that returns are normalised by: published.csv.
+"""Published returns, and the references for normalised scores: published.csv.
 
-An environment is its whole id: v4 and v5 of a task are two. The algorithm is the stem of an agent's
-file; `reference` and `random` are the returns at which a normalised score is 1 and 0. Means are of
-evaluation returns at `steps`; 0 where they depend on none.
+`environment` is the full id: v4 and v5 of a task are different environments. `algorithm` is the
+stem of an agent's file, or `reference` or `random` for the returns with normalised score 1 and 0.
+`mean` is an evaluation return at `steps`; `steps` is 0 if the return does not depend on training.
 """
 
 import csv
@@ -24,8 +24,8 @@ class Row(NamedTuple):
 
 
 class Reference(NamedTuple):
-    random: float  # return of uniform random actions: score 0
-    good: float  # score 1
+    random: float  # return of uniform random actions, score 0
+    good: float  # reference return, score 1
     source: str  # of `good`
 
     def normalise(self, returns: np.ndarray) -> np.ndarray:
@@ -48,6 +48,6 @@ def points(algorithm: str, environment: str) -> list[Row]:
 
 
 def reference(environment: str) -> Reference | None:
-    """None where no good return is stated."""
+    """None if published.csv has no reference for the environment."""
     good, random = points("reference", environment), points("random", environment)
     return Reference(random[0].mean, good[0].mean, good[0].source) if good and random else None

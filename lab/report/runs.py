@@ -1,7 +1,7 @@
-"""What run folders hold: every evaluation of every seed, by method and environment.
+"""Read run folders: every evaluation of every seed, by method and environment.
 
-A method is one run's folder, or several that the user puts under one name. Nothing outside the
-folders is read and no code in them runs, so that they may be unfinished, or come from elsewhere.
+A method is one run folder, or several that the user gives the same name. Nothing outside the
+folders is read and no code in them runs, so they may be unfinished or from someone else.
 """
 
 import hashlib
@@ -18,24 +18,24 @@ from typing import Any, NamedTuple
 from lab.errors import UserError
 from lab.training import recorder
 
-# Options that change what is learnt or how it is measured, beside the agent's own settings
+# Options that change learning or evaluation, besides the agent's settings
 SHARED = ("clip_reward", "precision", "num_envs", "eval_episodes")
-LATE = 1.01  # an evaluation may lie so much after a step: many environments make large steps
-STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # of a run's folder
-PAUSE = 60.0, 10.0  # rows that lie so many seconds, and medians, apart: the run was stopped
+LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
+STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
+PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
 
 
 class Evaluation(NamedTuple):
     step: int
     value: float  # return
-    seconds: float  # of wall-clock since the seed's first row
+    seconds: float  # wall-clock time since the seed's first row, without pauses
 
 
 @dataclass(frozen=True)
 class Seed:
     curve: list[Evaluation]
     reached: int  # steps
-    paused: float  # seconds, which no evaluation's hold
+    paused: float  # seconds; not in the evaluations' times
 
 
 @dataclass
@@ -46,18 +46,18 @@ class Result:
     environment: str
     agent: str
     seeds: dict[int, Seed] = field(default_factory=dict)
-    planned: int = 0  # steps
+    planned: int = 0  # steps, from config.json
 
     @property
     def step(self) -> int:
-        """Where it is read off: at the end, if a seed got there, else at the last evaluation that
-        every seed has; 0 if there is none yet."""
+        """The step at which the final return is taken: the end if a seed finished, else the last
+        evaluation of the slowest seed; 0 if there is none."""
         ends = [seed.curve[-1].step for seed in self.seeds.values() if seed.curve]
         finished = [end for end in ends if end >= self.planned]
         return min(finished or ends, default=0)
 
     def at(self, step: int) -> dict[int, Evaluation]:
-        """The last evaluation up to `step` of each seed that got so far."""
+        """The last evaluation up to `step` of each seed that reached it."""
         found = {}
         for n, seed in sorted(self.seeds.items()):
             before = [e for e in seed.curve if e.step <= LATE * step]
@@ -72,9 +72,9 @@ class Result:
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    options: dict[str, Any]  # of config.json; {} without one, as the next two
+    options: dict[str, Any]  # from config.json; {} without one, as `config`
     config: dict[str, Any]
-    settings: dict[str, Any]  # all that must be equal where runs are pooled
+    settings: dict[str, Any]  # must be equal for runs that are pooled
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Method:
 
 
 def load(arguments: Sequence[str]) -> list[Method]:
-    """Of run folders, each FOLDER or NAME=FOLDER; one name pools its folders. UserError if a
-    folder or a row cannot be read, or a seed would be there twice."""
+    """Load run folders, given as FOLDER or NAME=FOLDER; equal names are pooled. UserError if one
+    cannot be read, or if a method has a seed twice."""
     methods: dict[str, Method] = {}
     for name, folder in named(arguments):
         add_run(methods.setdefault(name, Method(name)), folder)
@@ -94,8 +94,8 @@ def load(arguments: Sequence[str]) -> list[Method]:
 
 
 def named(arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """Each folder with the name given, or its own without the stamp, or, where another run has
-    that, its own. UserError if another has even that."""
+    """-> (name, folder) pairs. Without NAME=, the name is the folder's without the timestamp, or
+    with it if that is ambiguous. UserError if it is still ambiguous."""
     pairs = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
@@ -107,17 +107,17 @@ def named(arguments: Sequence[str]) -> list[tuple[str, Path]]:
                  if not name and names.count(own) > 1]
         if not twice:
             return [(name, folder) for name, (_, folder) in zip(names, pairs, strict=True)]
-    raise UserError(f"two runs are called {twice[0]!r}: give them as NAME=FOLDER, where one name "
+    raise UserError(f"two runs are called {twice[0]!r}: give them as NAME=FOLDER; the same NAME "
                     "for both pools them")
 
 
 def find(methods: Sequence[Method], name: str) -> Method:
-    """By its name or one of its folders."""
+    """The method with this name or run folder."""
     for method in methods:
         folders = [run.folder.resolve() for run in method.runs]
         if name in (method.name, *(f.name for f in folders)) or Path(name).resolve() in folders:
             return method
-    raise UserError(f"{name!r} is none of the runs: {', '.join(m.name for m in methods)}")
+    raise UserError(f"{name!r} is not one of the runs: {', '.join(m.name for m in methods)}")
 
 
 def add_run(method: Method, folder: Path) -> None:
@@ -127,7 +127,7 @@ def add_run(method: Method, folder: Path) -> None:
     paths = {path: int(match[1]) for path in sorted(folder.glob("*/*/seed_*/metrics.jsonl"))
              if (match := re.fullmatch(r"seed_(\d+)", path.parent.name))}
     if not paths:
-        raise UserError(f"{folder} holds no metrics: <environment>/<agent>/seed_<n>/metrics.jsonl")
+        raise UserError(f"{folder} has no metrics: <environment>/<agent>/seed_<n>/metrics.jsonl")
     agents = set()
     for path, number in paths.items():
         environment, agent, *_ = path.relative_to(folder).parts
@@ -135,8 +135,8 @@ def add_run(method: Method, folder: Path) -> None:
         agents.add(agent)
         result = method.results.setdefault(environment, Result(method.name, environment, agent))
         if number in result.seeds:
-            raise UserError(f"seed {number} of {environment} would be twice in {method.name!r}: "
-                            f"{folder} has it too")
+            raise UserError(f"{method.name!r} has seed {number} of {environment} twice: it is also "
+                            f"in {folder}")
         seed = result.seeds[number] = read_seed(path)
         result.planned = max(result.planned, options.get("steps", seed.reached))
     settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
@@ -149,7 +149,7 @@ def add_run(method: Method, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """-> options and the agent's config, empty without a config.json, as in a study's trials."""
+    """-> options, agent config. Both are empty without a config.json, as in trials of a study."""
     if not folder.is_dir():
         raise UserError(f"no such run folder: {folder}")
     path = folder / "config.json"
@@ -161,7 +161,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no run's config.json: {error!r}") from error
+        raise UserError(f"{path} is not a run's config.json: {error!r}") from error
 
 
 def read_seed(path: Path) -> Seed:
@@ -182,8 +182,8 @@ def read_seed(path: Path) -> Seed:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, float, float | None]]:
-    """step, wall time, evaluation return if there was one. UserError at a row that is none; a torn
-    last line, left by a kill or still being written, is no row."""
+    """-> step, wall time, evaluation return or None. UserError if a row is invalid. An incomplete
+    last line, after a kill or while it is being written, is skipped."""
     try:
         lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -198,4 +198,4 @@ def read_rows(path: Path) -> Iterator[tuple[int, float, float | None]]:
                 raise ValueError(f"return/eval {value}")
             yield int(row["step"]), float(row["wall_time"]), value
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}, is no row of metrics: {error!r}") from error
+            raise UserError(f"{path}, line {number}, is not a row of metrics: {error!r}") from error

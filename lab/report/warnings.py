@@ -1,4 +1,4 @@
-"""What a reader must know before the numbers of a report."""
+"""The warnings at the top of a report."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 from lab.report.runs import Method, Result, Run
 from lab.training import recorder
 
-FEW = 5  # seeds; with fewer an interval says little
+FEW = 5  # warn below this number of seeds
 
 
 def find(methods: Sequence[Method]) -> list[str]:
     results = [result for method in methods for result in method.results.values()]
     few = [f"{result.method} in {result.environment} ({n})" for result in results
            if 0 < (n := len(result.at(result.step))) < FEW]
-    found = [f"fewer than {FEW} seeds, whose intervals say little: {', '.join(few)}"] if few else []
+    found = []
+    if few:
+        found.append(f"fewer than {FEW} seeds, so the intervals are unreliable: {', '.join(few)}")
     found += [line for result in results for line in unfinished(result)]
     found += different_steps(results)
     for method in methods:
@@ -36,12 +38,12 @@ def unfinished(result: Result) -> Iterator[str]:
     lost = sorted(result.seeds.keys() - result.at(step).keys()) if step else []
     if lost:
         each = ", ".join(f"{n} (at {result.seeds[n].reached:,})" for n in lost)
-        yield (f"{name}: left out are seeds that did not get to {step:,} steps: {each}; if they "
-               "diverged, the others' mean is too good")
+        yield (f"{name}: left out, because they did not reach {step:,} steps, are seeds {each}; if "
+               "they diverged, the mean of the others is biased upwards")
     paused = max(seed.paused for seed in result.seeds.values())
     if paused:
-        yield (f"{name} seems to have been stopped for {paused / 60:.0f} min, which its wall-clock "
-               "leaves out")
+        yield (f"{name} was apparently stopped for {paused / 60:.0f} min, which its wall-clock "
+               "time leaves out")
 
 
 def different_steps(results: Sequence[Result]) -> Iterator[str]:
@@ -49,12 +51,12 @@ def different_steps(results: Sequence[Result]) -> Iterator[str]:
         steps = {r.method: r.step for r in results if r.environment == environment and r.step}
         if len(set(steps.values())) > 1:
             each = ", ".join(f"{name} at {step:,}" for name, step in steps.items())
-            yield (f"{environment}: final returns are at different steps ({each}); across "
-                   "environments methods are compared at equal steps")
+            yield (f"{environment}: final returns are at different steps ({each}); the comparison "
+                   "across environments uses equal steps")
 
 
 def different_settings(method: Method) -> Iterator[str]:
-    """Of runs that are pooled under one name."""
+    """Warn if runs with different settings are pooled under one name."""
     given = [run.settings for run in method.runs]
     names = list(dict.fromkeys(name for settings in given for name in settings))
     for name in names:
@@ -75,12 +77,12 @@ class Study(NamedTuple):
     folder: Path
     agent: str
     environment: str
-    seeds: range  # that its trials trained
+    seeds: range  # of its trials
     best: dict[str, Any] | None  # the settings of its best.json; None: the defaults
 
 
 def read_study(folder: Path) -> Study | None:
-    """None if there is no study that has ended."""
+    """None if the folder has no finished study."""
     try:
         best = json.loads((folder / "best.json").read_text())
         header, *events = recorder.read_metrics(folder / "trials.jsonl")
@@ -93,9 +95,9 @@ def read_study(folder: Path) -> Study | None:
 
 
 def tuned_on(method: Method, run: Run) -> Iterator[str]:
-    """Settings look good on the seeds that chose them. A run has the settings of a study if it was
-    given the study's best.json, has the same settings as one in a study beside it, or is one of a
-    study's own."""
+    """Warn if a run reports seeds that its settings were tuned on, which biases its mean upwards. A
+    run has a study's settings if it was started from the study's best.json, has the same config as
+    the best.json of a study in the same runs folder, or is a run of the study itself."""
     given = Path(run.options.get("config") or "")
     home = run.folder.absolute().parent
     origins = [given.parent.absolute()] if given.name == "best.json" else []
@@ -104,16 +106,16 @@ def tuned_on(method: Method, run: Run) -> Iterator[str]:
                if (study := read_study(folder))]
     studies = [study for study in studies if study.folder in own or study.best == run.config]
     if origins and not studies:
-        yield (f"{method.name} has the settings of {given}, a study that is not to be found: "
-               "whether it was tuned on the seeds that are reported is not known")
+        yield (f"{method.name} has the settings of {given}, but that study is missing: it may have "
+               "been tuned on the seeds reported here")
     for study in studies:
         result = method.results.get(study.environment)
         if study.best is None or result is None or result.agent != study.agent:
             continue
         if overlap := sorted(result.seeds.keys() & set(study.seeds)):
             yield (f"{method.name} in {study.environment} is reported on seeds that the study "
-                   f"{study.folder.name} had tuned its settings on ({_span(overlap)}), so it looks "
-                   f"better than it is: {study.folder / 'confirmed'} holds held-out seeds")
+                   f"{study.folder.name} tuned its settings on ({_span(overlap)}), so its mean is "
+                   f"biased upwards: {study.folder / 'confirmed'} has held-out seeds")
 
 
 def _span(seeds: Sequence[int]) -> str:

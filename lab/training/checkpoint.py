@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or absent: step_<step>-<sha256>.pt, the last two are kept.
+"""Atomic, checksummed checkpoints: step_<step>-<sha256>.pt; the last two are kept.
 
-Written beside their final name, flushed to the disk, then renamed: a kill at any moment leaves the
-checkpoint before. The name carries the hash of the bytes, because torch.load does not notice
-flipped ones; the file itself is what torch.save wrote. Loading never runs code (weights_only).
+Each is written to a temporary file, flushed to disk and renamed, so a kill at any moment leaves the
+previous one intact. The name holds the SHA-256 of the file, because torch.load does not detect
+flipped bits. The file is what torch.save wrote. Loading never runs code (weights_only).
 
-A large tensor, as a replay is, lies in blocks/, each named by its hash: what has not changed since
-the last checkpoint is not written again.
+Large tensors, such as a replay, are stored in blocks/, each named by its hash. Blocks that have not
+changed since the last checkpoint are not written again.
 """
 
 import contextlib
@@ -26,43 +26,43 @@ from lab.errors import UserError
 
 KEPT = 2
 LOCK_SECONDS = 30.0
-BLOCK = 2**22  # bytes; a tensor with fewer stays in the file
+BLOCK = 2**22  # bytes; smaller tensors stay in the file
 NAME = re.compile(r"step_(\d+)-([0-9a-f]{64})\.pt")
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone. UserError if it is another's, which does not end soon, as
-    it does when its parent was killed."""
+    """Hold an exclusive lock on the folder. Waits up to LOCK_SECONDS, because the child of a killed
+    run needs a moment to exit; then UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while not locked(file):
             if time.monotonic() > deadline:
-                raise UserError(f"another process trains in {folder}: wait until it has ended")
+                raise UserError(f"another process is training in {folder}: wait until it ends")
             time.sleep(0.1)
         yield
 
 
 def locked(file: IO[bytes]) -> bool:
-    """Whether it is now this process's, until it closes the file or ends."""
+    """Try to lock the file -> success. The lock lasts until the file is closed."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        return True  # not on this system
+        return True  # no fcntl on this system: no locks
     except OSError:
         return False
     return True
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` (tensors, numbers, strings in dicts and lists) -> its file."""
+    """Write `state` (tensors, numbers, strings in dicts and lists) -> the file."""
     folder.mkdir(parents=True, exist_ok=True)
     blocks = folder / "blocks"
-    for left_behind in (*folder.glob("*.tmp"), *blocks.glob("*.tmp")):
-        left_behind.unlink()
+    for leftover in (*folder.glob("*.tmp"), *blocks.glob("*.tmp")):
+        leftover.unlink()
     state = pytree.tree_map_only(
         torch.Tensor, lambda x: _put(blocks, x) if x.nbytes >= BLOCK else x, state)
     temporary = folder / f"unfinished_{step}.tmp"
@@ -76,7 +76,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     os.replace(temporary, final)
     _sync(folder)
     others = _newest_first(folder)
-    kept = [p for p in others if p.name <= final.name][:KEPT]  # later ones were broken: passed over
+    kept = [p for p in others if p.name <= final.name][:KEPT]  # later ones are corrupt
     for old in set(others) - set(kept):
         old.unlink()
     if blocks.exists():
@@ -85,14 +85,14 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
-    """The newest whole checkpoint, or None. A broken one is named on stderr and passed over."""
+    """The newest intact checkpoint, or None. A corrupt one is reported on stderr and skipped."""
     for path in _newest_first(folder):
         try:
             with open(path, "rb") as file:
                 match = NAME.fullmatch(path.name)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if match is None or match[2] != digest:
-                    raise ValueError("its bytes are not those that were written")
+                    raise ValueError("its hash does not match")
                 file.seek(0)
                 state: Any = torch.load(file, map_location=device, weights_only=True)
             return pytree.tree_map(
@@ -100,12 +100,12 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
                 is_leaf=_in_blocks)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
-            print(f"checkpoint {path} is passed over: {reason}", file=sys.stderr)
+            print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
     return None
 
 
 def _put(blocks: Path, tensor: torch.Tensor) -> dict[str, Any]:
-    """-> what stands for the tensor in the file."""
+    """Write the tensor as blocks -> the dict that replaces it in the file."""
     blocks.mkdir(exist_ok=True)
     content, digests = _bytes_of(tensor.detach().cpu().contiguous()), []
     for start in range(0, len(content), BLOCK):
@@ -137,10 +137,10 @@ def _get(blocks: Path, x: dict[str, Any], device: str) -> torch.Tensor:
     for number, digest in enumerate(x["blocks"]):
         block, path = content[number * length :][:length], blocks / Path(digest).name
         with open(path, "rb") as file:
-            whole = file.readinto(block) == len(block)
-        if not whole or hashlib.sha256(block).hexdigest() != digest:
-            path.unlink()  # so that the next checkpoint writes it again
-            raise ValueError(f"block {path.name[:8]} is not what was written")
+            complete = file.readinto(block) == len(block)
+        if not complete or hashlib.sha256(block).hexdigest() != digest:
+            path.unlink()  # the next checkpoint writes it again
+            raise ValueError(f"block {path.name[:8]} is corrupt")
     return tensor.to(device)
 
 
@@ -150,18 +150,18 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _sweep(blocks: Path, kept: list[Path]) -> None:
-    """Remove the blocks that no checkpoint names; none, should one of them be unreadable."""
+    """Remove blocks that no kept checkpoint uses; if one cannot be read, remove none."""
     try:
-        named = {digest for path in kept for digest in _named_by(
+        used = {digest for path in kept for digest in _blocks_used_by(
             torch.load(path, map_location="cpu", weights_only=True, mmap=True))}
     except Exception:
         return
     for block in blocks.iterdir():
-        if block.name not in named:
+        if block.name not in used:
             block.unlink()
 
 
-def _named_by(state: Any) -> Iterator[str]:
+def _blocks_used_by(state: Any) -> Iterator[str]:
     for x in pytree.tree_leaves(state, is_leaf=_in_blocks):
         if _in_blocks(x):
             yield from x["blocks"]

@@ -8,15 +8,14 @@ import torch
 from lab.envs.base import EVALUATION, VectorEnvs
 from lab.errors import UserError
 
-OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N): returns so far; who has not ended
-ENDLESS = 10_000  # steps after which an episode of an environment without a limit counts so
+OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N) each: returns so far, still running
+ENDLESS = 10_000  # step limit for environments without max_episode_steps
 
 
 def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep = lambda *_: None
              ) -> list[float]:
-    """Mean return of each seed over one deterministic episode in each of its environments.
-    UserError if an episode does not end. `on_step` is called before the first step and after
-    each."""
+    """-> the mean return of each seed, over one deterministic episode per environment. `on_step` is
+    called before the first step and after each step. UserError if an episode does not end."""
     obs = evaluation.reset(EVALUATION, *stream)
     returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
     running = torch.ones_like(returns, dtype=torch.bool)

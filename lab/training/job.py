@@ -1,4 +1,4 @@
-"""What one process trains, and the jobs that a script's options ask for."""
+"""Job: what one process trains. make_jobs: command-line options -> jobs."""
 
 import contextlib
 import itertools
@@ -21,31 +21,31 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What one process trains: a stack of seeds on one environment."""
+    """One process: a stack of seeds on one environment."""
 
     agent_path: str
     config: dict[str, Any]  # the agent's
     env_id: str
     seeds: tuple[int, ...]
-    steps: int  # transitions of one seed, like all that follow
+    steps: int  # transitions of one seed; the intervals below too
     eval_every: int
     log_every: int
-    checkpoint_every: int | None  # none: a tenth of the run or five minutes; 0: only at the end
-    eval_episodes: int = 5  # of one seed, at each evaluation
+    checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
+    eval_episodes: int = 5  # per seed and evaluation
     num_envs: int = 1
-    backend: str | None = None  # none: torch for a torch/ id, else sync
-    workers: int | None = None  # processes or threads of the backend; none: physical cores
-    groups: int = 1  # of environments, that step in turn
+    backend: str | None = None  # None: torch for a torch/ id, else sync
+    workers: int | None = None  # processes or threads of the backend; None: physical cores
+    groups: int = 1  # groups of environments that step in turn
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
-    clip_reward: tuple[float, float] | None = None  # in training; evaluation is on the raw reward
-    run: str | None = None  # the run's folder; None: leave no files
-    name: str = ""  # of the run, in the words given
+    clip_reward: tuple[float, float] | None = None  # in training only, not in evaluation
+    run: str | None = None  # the run folder; None: write no files
+    name: str = ""  # of the run, as given by --name
 
     @property
     def group(self) -> Path | None:
-        """The folder of this environment and agent."""
+        """The subfolder of this environment and agent."""
         name = Path(self.agent_path).stem
         return group_folder(Path(self.run), self.env_id, name) if self.run else None
 
@@ -55,8 +55,7 @@ class Job:
 
     @property
     def eval_backend(self) -> str | None:
-        """Without processes of its own, which are worth their start only where there are many
-        steps."""
+        """Evaluation takes too few steps to make up for starting worker processes."""
         return "sync" if self.backend == "workers" else self.backend
 
 
@@ -72,7 +71,7 @@ def make_evaluation(job: Job) -> VectorEnvs:
 
 def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
               ) -> list[Job]:
-    """UserError on nonsense; nothing is written before every job has been checked."""
+    """One job per environment and share of the seeds. UserError on bad options; writes no files."""
     check_options(options)
     device = "cuda" if options.cuda else "cpu"
     check_device(device)
@@ -98,9 +97,9 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
 
 
 def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list[tuple[int, ...]]:
-    """Shares of the seeds, one stack each, so that the processes end early and stacks stay large.
+    """Split the seeds into stacks so that the run ends early; on a tie, into fewer, larger stacks.
 
-    A share of size n costs about n; the processes work through environments x shares of them.
+    A stack of n seeds is assumed to cost n. The processes work through environments x shares.
     """
     def cost(shares: int) -> int:
         rounds = math.ceil(environments * shares / processes)
@@ -112,8 +111,8 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 
 
 def dry_run(job: Job) -> EnvSpec:
-    """The agent's first steps on made-up observations -> its environment's spec. UserError if
-    either cannot work; nothing is written."""
+    """Run the agent on random observations up to its first update -> the environment's spec.
+    UserError if the environment or the agent fails; writes no files."""
     with contextlib.closing(make_envs(job.env_id, [0], 1, job.eval_backend, job.device)) as one:
         spec = one.spec
     check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)

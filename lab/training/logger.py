@@ -1,4 +1,4 @@
-"""When a run logs, evaluates and saves, so that loop.py stays the algorithm's."""
+"""Logging, evaluation and checkpoints of a run, kept out of the loop in loop.py."""
 
 import math
 import time
@@ -17,16 +17,16 @@ from lab.training.job import Emit, Job, make_evaluation
 from lab.training.recorder import SeedRecorder
 
 CHECKPOINT_SECONDS = 300
-DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # left out of a row where they are not finite
+DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # these may be NaN without failing the seed
 
 
 def due(step: int, every: int, num_envs: int) -> bool:
-    """Whether the last num_envs transitions crossed a multiple of `every`; 0 is never."""
+    """Whether the last num_envs transitions crossed a multiple of `every`; 0: never."""
     return bool(every) and step // every > (step - num_envs) // every
 
 
 class TrainLogger:
-    """When to log, evaluate and checkpoint, so that the loop stays the algorithm's."""
+    """Decides after each environment step whether to log, evaluate and checkpoint, and does it."""
 
     def __init__(self, job: Job, accelerate: Accelerator, training: VectorEnvs, emit: Emit):
         self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
@@ -35,19 +35,19 @@ class TrainLogger:
         self.metrics: dict[str, torch.Tensor] = {}
         self.failed: set[int] = set()
         self.last_eval: list[float] = []
-        self.clock = self.beat = self.saved = time.perf_counter()
-        self.tried = False  # whether the environments can be put back
+        self.clock = self.last_emit = self.saved = time.perf_counter()
+        self.restore_checked = False  # whether can_restore_exactly() has given an answer
         self.logged_step = self.logged_updates = 0
         self.speed: dict[str, float] = {}
 
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
-        """At the start, or where the last checkpoint was written -> the step, obs (S, N, O)."""
+        """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
-        if step < self.job.steps:  # or else what is there is whole
+        if step < self.job.steps:  # else the run is complete
             self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                               for seed in self.job.seeds]
         if state is None:
@@ -61,17 +61,17 @@ class TrainLogger:
             return step, torch.empty(0)
         obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
         if lost:
-            self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes begin "
-                       "anew: their environment cannot be put back where it was"})
+            self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
+                       "again: their environment cannot be restored"})
         return step, obs
 
     def _check_settings(self, state: dict[str, Any]) -> None:
-        """UserError if the run was begun with others: its result would be of neither."""
+        """UserError if the run was started with other settings."""
         now = self._settings()
         for name, value in state.get("settings", now).items():
             if now.get(name) != value:
-                raise UserError(f"{self.job.run} began with {name} = {value}, not {now.get(name)}: "
-                                "put it back, or begin a new run")
+                raise UserError(f"{self.job.run} was started with {name} = {value}, not "
+                                f"{now.get(name)}: restore the setting, or start a new run")
 
     def _settings(self) -> dict[str, str]:
         others = ("env_id", "seeds", "num_envs", "precision", "clip_reward")
@@ -79,14 +79,14 @@ class TrainLogger:
             self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
-        """After every step of the environments."""
+        """Call after every environment step."""
         job, end = self.job, step >= self.job.steps
         self.metrics.update(metrics)
         evaluating = end or due(step, job.eval_every, job.num_envs)
         if evaluating or due(step, job.log_every, job.num_envs):
             self.write_rows(step, agent, evaluating)
-        elif time.perf_counter() - self.beat > 1:
-            self.beat = time.perf_counter()
+        elif time.perf_counter() - self.last_emit > 1:
+            self.last_emit = time.perf_counter()
             self.emit({"step": step})
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
@@ -94,10 +94,10 @@ class TrainLogger:
             self.save(step, agent)
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
-        """One row for each seed: the last losses, the episodes since the last row, the speed."""
+        """One row per seed: the last update's metrics, episodes since the last row, speed."""
         now = time.perf_counter()
         updates = self.accelerate.updates - self.logged_updates
-        if updates or not self.speed:  # a rollout without its update would seem too fast
+        if updates or not self.speed:  # PPO: do not count a rollout without its update
             per_second = len(self.job.seeds) / (now - self.clock)
             self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
                           "perf/updates_per_s": updates * per_second}
@@ -107,10 +107,10 @@ class TrainLogger:
             self.last_eval = evaluate(agent, self.evaluation, step)
         self.measure_plasticity(agent)
         columns = {}
-        if self.metrics:  # here and in finished() the host waits for the device
+        if self.metrics:  # the host waits for the device here and in finished()
             values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
             columns = dict(zip(self.metrics, values, strict=True))
-            self.metrics = {}  # or the rows until the next update would repeat them
+            self.metrics = {}  # do not repeat them in rows before the next update
         rows, finished = {}, self.training.finished()
         for index, seed in enumerate(self.job.seeds):
             row = {tag: values[index] for tag, values in columns.items()}
@@ -132,11 +132,11 @@ class TrainLogger:
                 if self.recorders:
                     self.recorders[index].write({"step": step} | row | self.speed)
         self.emit({"step": step, "rows": rows, **self.speed})
-        self.beat = time.perf_counter()
-        self.clock += self.beat - now  # evaluation is not training
+        self.last_emit = time.perf_counter()
+        self.clock += self.last_emit - now  # speed leaves out evaluation
 
     def measure_plasticity(self, agent: Any) -> None:
-        """Of the last batch, if there was an update since the last row."""
+        """Plasticity metrics of the last batch, if there was an update since the last row."""
         if self.metrics:
             self.metrics |= plasticity.measure(agent)
 
@@ -149,13 +149,13 @@ class TrainLogger:
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval})
             except OSError as error:
-                self.emit({"step": step, "warning": f"no checkpoint: {error}"})
-            if not self.tried:
+                self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
+            if not self.restore_checked:
                 exact = self.training.can_restore_exactly()
-                self.tried = exact is not None
+                self.restore_checked = exact is not None
                 if exact is False:
-                    self.emit({"step": step, "warning": "the environment cannot be put back where "
-                               "it was: a resumed run begins new episodes"})
+                    self.emit({"step": step, "warning": "the environment cannot be restored: a "
+                               "resumed run starts new episodes"})
         self.saved = time.perf_counter()
         for recorder in self.recorders:
             recorder.board.flush()

@@ -12,7 +12,7 @@ from lab.training.logger import TrainLogger
 
 
 def train(job: Job, emit: Emit) -> None:
-    """Train to the end, from the last checkpoint if there is one. Progress goes to `emit`."""
+    """Train to the end, resuming from the last checkpoint if there is one. `emit` gets progress."""
     accelerate = Accelerator(job.compile, job.precision, job.device)
     training = make_training(job)
     with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
@@ -38,9 +38,9 @@ def train(job: Job, emit: Emit) -> None:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C ends at once.
+    """Ctrl-C and SIGTERM request a checkpoint and exit; a second Ctrl-C exits at once.
 
-    At the end the signal goes on to the handler that it was meant for."""
+    On leaving the context, the signal is raised again for the previous handler."""
 
     def __enter__(self) -> "Interrupts":
         self.received: list[int] = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def measure(agent: Any) -> dict[str, Tensor]:
     """-> metrics, (S,) each, of the networks in agent.hidden_activations(); {} without that method.
 
-    Call it after an update. It draws no random number and changes nothing that training reads.
+    Call it after an update. It draws no random numbers and does not affect training.
     """
     if not hasattr(agent, "hidden_activations"):
         return {}

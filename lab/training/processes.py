@@ -1,4 +1,4 @@
-"""Jobs in parallel local processes, and what becomes of each."""
+"""Run jobs in parallel local processes; restart killed ones."""
 
 import contextlib
 import multiprocessing
@@ -17,15 +17,15 @@ from lab.errors import UserError
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 
-RETRIES = 2  # of a job whose process was killed
-Report = Callable[[int, dict[str, Any]], None]  # the job's index, and a message of its process
+RETRIES = 2  # restarts of a job whose process was killed
+Report = Callable[[int, dict[str, Any]], None]  # called with the job's index and a message
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, str]:
-    """Train every job -> why each failed one failed, by its index. One job runs in this process.
+    """Train all jobs -> {index: reason} of those that failed. A single job runs in this process.
 
-    A process that is killed is tried again from its job's checkpoint, if the run leaves any.
-    KeyboardInterrupt passes through after the processes have written their checkpoints.
+    A killed process restarts from its checkpoint, if the run writes any. KeyboardInterrupt
+    propagates after the processes have written their checkpoints.
     """
     if len(jobs) == 1:
         failure = _attempt(train, jobs[0], lambda message: report(0, message))
@@ -45,22 +45,22 @@ def run_jobs(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, s
                 elif message.cause == "killed" and jobs[index].run and retries[index] < RETRIES:
                     retries[index] += 1
                     waiting.insert(0, index)
-                    report(index, {"warning": f"{message.reason}; it is tried again"})
+                    report(index, {"warning": f"{message.reason}; restarting"})
                 else:
                     failures[index] = message.reason
     return failures
 
 
 class Failure(NamedTuple):
-    """Why a job did not get to its end."""
+    """Why a job did not finish."""
 
     reason: str
-    cause: str  # "killed" its process; "settings": refused, or too large for memory; "error"
+    cause: str  # "killed", "settings" (refused, or out of memory) or "error" (any other exception)
 
 
 class Processes:
-    """One process for each job, which is known by a key; leaving the context stops them all.
-    `work(job, emit)` is what they do, a function of a module."""
+    """One process per job, identified by a key. Leaving the context stops all of them. Each calls
+    `work(job, emit)`, which must be a module-level function."""
 
     def __init__(self, work: Callable[[Job, Emit], None] = train) -> None:
         self.work = work
@@ -71,7 +71,7 @@ class Processes:
         return self
 
     def start(self, key: int) -> None:
-        """A process that imports what it needs (seconds) until it is given its job."""
+        """Start a process, which spends seconds on imports and then waits for its job."""
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         ours, theirs = context.Pipe()
         process = context.Process(target=_child, args=(theirs, os.getpid(), self.work))
@@ -80,17 +80,17 @@ class Processes:
         self.running[key] = process, ours
 
     def give(self, key: int, job: Job) -> None:
-        with contextlib.suppress(OSError):  # it was killed: receive tells
+        with contextlib.suppress(OSError):  # the process was killed: receive() reports it
             self.running[key][1].send(job)
 
     def receive(self, timeout: float | None = None
                 ) -> Iterator[tuple[int, dict[str, Any] | Failure | None]]:
-        """Wait for messages -> each with its key; at the end of a process its Failure, or None."""
+        """Wait for messages -> (key, message). The last one of a process is a Failure or None."""
         ready = connection.wait([pipe for _, pipe in self.running.values()], timeout)
         for key, (process, pipe) in list(self.running.items()):
             if pipe not in ready:
                 continue
-            try:  # each process has its own pipe, so a kill breaks only that
+            try:  # one pipe per process: a kill breaks no other
                 message = pipe.recv()
             except (EOFError, OSError):
                 process.join()
@@ -106,7 +106,7 @@ class Processes:
                 yield key, message
 
     def end(self, key: int) -> None:
-        """Ask for a checkpoint and an end, after the step that it is at."""
+        """Ask the process to write a checkpoint and exit after its current step."""
         self.running[key][0].terminate()
 
     def __exit__(self, *exception: object) -> None:
@@ -129,7 +129,7 @@ def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit],
 
 
 def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
-    """Do it -> None, or why it failed; the traceback of an unexpected failure goes to stderr."""
+    """Run the job -> None, or why it failed. Unexpected exceptions print a traceback."""
     try:
         work(job, emit)
     except UserError as error:
@@ -140,6 +140,6 @@ def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure
         traceback.print_exc()
         first = str(error).strip().splitlines()[0] if str(error) else ""
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            "can't allocate memory" in str(error))  # what torch says of a CPU's
+            "can't allocate memory" in str(error))  # torch, on a CPU
         return Failure(f"{type(error).__name__}: {first}", "settings" if memory else "error")
     return None

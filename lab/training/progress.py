@@ -1,4 +1,4 @@
-"""Live progress of a sweep, one line for each environment; plain lines when not a terminal."""
+"""Live progress of a run, one line per environment; plain lines when not a terminal."""
 
 import time
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lab.training.job import Job
 
-PLAIN_SECONDS = 10.0  # between two plain lines of an environment
+PLAIN_SECONDS = 10.0  # between two plain lines of one environment
 
 
 class SweepProgress:
-    """Feed it every job's messages; use it as a context."""
+    """A context manager; pass every job's messages to update()."""
 
     def __init__(self, jobs: Sequence[Job]):
         self.jobs, self.console = jobs, Console()
         self.steps = [0] * len(jobs)
-        self.begun: dict[str, float] = {}  # when each environment's first job began
-        self.resumed: dict[int, int] = {}  # the step from which each job goes on
+        self.started: dict[str, float] = {}  # environment -> start time of its first job
+        self.resumed: dict[int, int] = {}  # job -> the step that it resumed from
         self.speeds: list[tuple[float, float]] = [(0.0, 0.0)] * len(jobs)
         self.returns: dict[str, dict[int, float]] = {job.env_id: {} for job in jobs}
         self.totals = {e: sum(j.steps * len(j.seeds) for j in jobs if j.env_id == e)
@@ -51,7 +51,7 @@ class SweepProgress:
         if "step" not in message or "failed_seed" in message:
             return
         self.steps[index] = message["step"]
-        self.begun.setdefault(job.env_id, time.monotonic())
+        self.started.setdefault(job.env_id, time.monotonic())
         self.resumed.setdefault(index, message["step"])
         if "rows" in message:
             self.speeds[index] = message["perf/steps_per_s"], message["perf/updates_per_s"]
@@ -77,5 +77,5 @@ class SweepProgress:
         if not self.console.is_terminal and (
                 finished or (done > before and now - self.printed[env_id] >= PLAIN_SECONDS)):
             self.printed[env_id] = float("inf") if finished else now
-            left = (total - done) * (now - self.begun[env_id]) / max(done - before, 1)
+            left = (total - done) * (now - self.started[env_id]) / max(done - before, 1)
             print(f"{env_id}: {done}/{total} steps, ETA {left:.0f} s, {state}", flush=True)

@@ -1,10 +1,10 @@
-"""What a run leaves on disk. metrics.jsonl is the truth; TensorBoard is a view of it.
+"""The files of a run. metrics.jsonl is the source of truth; TensorBoard shows the same data.
 
     runs/<name>-<yyyymmdd-hhmmss>/
         config.json  versions.json  <agent>.py  learning_curves.png
         <env_id>/<agent>/seed_<n>/      metrics.jsonl, TensorBoard events
         <env_id>/<agent>/all_seeds/     TensorBoard: mean and 95% interval of return over the seeds
-        <env_id>/<agent>/stack_<a>_<b>/ checkpoints of the seeds a to b, which one process trains
+        <env_id>/<agent>/stack_<a>_<b>/ checkpoints of seeds a to b, which one process trains
 """
 
 import contextlib
@@ -32,19 +32,19 @@ RETURNS = ("return/train", "return/eval")
 
 
 def safe_name(name: str) -> str:
-    """The words of a name, fit for a folder."""
+    """The name with characters replaced that are unsafe in a folder name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
 
 
 def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str, Any]) -> Path:
-    """A new folder under root with the run's settings and sources. UserError if unwritable."""
+    """A new folder under root with the run's settings and source. UserError if unwritable."""
     folder = new_folder(root, name)
     describe_run(folder, agent_path, config)
     return folder
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """root/<name>-<stamp>, which was not there before. UserError if it cannot be."""
+    """Create root/<name>-<timestamp>, with -2, -3, ... if it exists. UserError if unwritable."""
     safe, stamp = safe_name(name), time.strftime("%Y%m%d-%H%M%S")
     with writable(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def new_folder(root: Path, name: str) -> Path:
 
 
 def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None:
-    """Its settings, versions and source."""
+    """Write the run's settings, package versions and agent source into the folder."""
     with writable(folder.parent):
         write_json(folder / "config.json", config)
         write_json(folder / "versions.json", versions())
@@ -66,7 +66,7 @@ def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None
 
 @contextlib.contextmanager
 def writable(root: Path) -> Iterator[None]:
-    """A UserError in place of what the system says."""
+    """Turn an OSError into a UserError."""
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ def writable(root: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that decide a result, and the processor."""
+    """Versions of Python and of packages that can change results; the system and the processor."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -98,12 +98,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def group_folder(run: Path, env_id: str, agent_name: str) -> Path:
-    """Where the seeds of one environment lie; an id like "torch/Pendulum-v1" stays one folder."""
+    """<run>/<environment>/<agent>; slashes in the id, as in "torch/Pendulum-v1", are replaced."""
     return run / re.sub(r"[^\w.-]+", "_", env_id) / agent_name
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line, left by a kill, is no row."""
+    """The rows of a metrics.jsonl, up to the first incomplete line, which a kill can leave."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -117,46 +117,46 @@ def tensorboard(folder: Path, **settings: Any) -> Any:
     """A SummaryWriter."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    _quieten_its_threads()
+    _silence_writer_threads()
     return SummaryWriter(str(folder), **settings)
 
 
 @functools.cache
-def _quieten_its_threads() -> None:
-    """When one cannot write, the next call on its SummaryWriter says so: once is enough."""
-    before = threading.excepthook
+def _silence_writer_threads() -> None:
+    """No traceback when a TensorBoard thread cannot write: the next SummaryWriter call raises."""
+    previous = threading.excepthook
 
-    def quieter(failure: threading.ExceptHookArgs) -> None:
-        theirs = type(failure.thread).__module__.startswith("tensorboard")
-        if not (theirs and isinstance(failure.exc_value, OSError)):
-            before(failure)
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        from_writer = type(failure.thread).__module__.startswith("tensorboard")
+        if not (from_writer and isinstance(failure.exc_value, OSError)):
+            previous(failure)
 
-    threading.excepthook = quieter
+    threading.excepthook = hook
 
 
 def add_hparams(board: Any, settings: dict[str, Any], final: float) -> None:
-    """The row of these settings against the final evaluation return."""
+    """Add an HParams row: settings and the final evaluation return."""
     flat = {name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in settings.items()}
     board.add_hparams(flat, {"hparam/return_eval": final}, run_name=".")
 
 
 class SeedRecorder:
-    """The rows of one seed. What an interrupted run wrote after the step `start` is dropped."""
+    """Writes the rows of one seed. On resume, rows after step `start` are dropped."""
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start]
-        whole = path.with_suffix(".tmp")  # a kill must not cut the rows that are kept
-        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        whole.replace(path)
+        temporary = path.with_suffix(".tmp")  # rename, so that a kill loses no rows
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
         self.file = path.open("a")
         self.board = tensorboard(folder, purge_step=start + 1)
         self.failed = False
 
     def write(self, row: dict[str, float]) -> None:
-        """One row with its step. A full disk is reported once and does not end the training."""
+        """Write one row. A full disk is reported once and does not stop training."""
         try:
             self.file.write(json.dumps(row | {"wall_time": time.time()}) + "\n")
             self.file.flush()
@@ -165,11 +165,11 @@ class SeedRecorder:
                     self.board.add_scalar(tag, value, row["step"])
         except OSError as error:
             if not self.failed:
-                print(f"logging failed, training goes on: {error}", file=sys.stderr)
+                print(f"logging failed, training continues: {error}", file=sys.stderr)
             self.failed = True
 
     def close(self, settings: dict[str, Any], final: float | None) -> None:
-        """Add the HParams row, settings against the final evaluation return."""
+        """Add the HParams row, if there is a final evaluation return, and close the files."""
         try:
             if final is not None:
                 add_hparams(self.board, settings, final)
@@ -180,19 +180,19 @@ class SeedRecorder:
 
 
 class AllSeeds:
-    """The TensorBoard run with mean and interval of the returns over the seeds, as a band."""
+    """TensorBoard: mean and 95% t interval of the returns over seeds, as a band."""
 
     def __init__(self, folder: Path, seeds: Sequence[int]):
         self.folder, self.alive = folder, set(seeds)
-        self.written = dict.fromkeys(RETURNS, -1)  # the last step of each tag
-        shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # a view, made anew on resuming
+        self.written = dict.fromkeys(RETURNS, -1)  # tag -> last written step
+        shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # rebuilt on resume
         self.board = tensorboard(folder / "all_seeds")
         charts = {tag: ["Margin", [f"{tag}_mean", f"{tag}_lower", f"{tag}_upper"]]
                   for tag in RETURNS}
         self.board.add_custom_scalars({"mean and 95% interval over the seeds": charts})
 
     def refresh(self) -> None:
-        """Append the steps that every seed still alive has reached since the last call."""
+        """Append the new steps that every seed has reached, failed ones aside."""
         rows = [read_metrics(self.folder / f"seed_{seed}" / "metrics.jsonl")
                 for seed in sorted(self.alive)]
         for tag in RETURNS:

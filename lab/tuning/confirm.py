@@ -1,4 +1,4 @@
-"""The end of a study: its best settings and the defaults on seeds that no trial has seen."""
+"""The end of a study: train the best settings and the defaults on held-out seeds."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from lab.tuning.surrogate import Candidate
 
 
 def train(study: Study, best: Sequence[Candidate]) -> list[str]:
-    """Train the best and the defaults on seeds that no trial has seen -> what failed."""
+    """Train the best settings and the defaults on held-out seeds -> the failures, a line each."""
     seeds = held_out(study)
     jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
             for run, config in entries(study, best).items()
             for share in split_seeds(seeds, 1 + len(best), study.workers)]
-    jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # confirmed before
+    jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # the rest are done
     names = ", ".join(candidate.name for candidate in best)
-    print(f"the defaults, {names}, afresh on {len(seeds)} held-out seeds:", flush=True)
+    print(f"training the defaults, {names} on {len(seeds)} held-out seeds:", flush=True)
     with SweepProgress(jobs) as progress:
         failures = run_jobs(jobs, study.workers, progress.update) if jobs else {}
     lost = [f"{Path(jobs[index].run or '').name}: {why}" for index, why in failures.items()]
     diverged = [job for index, job in enumerate(jobs) if index not in failures
                 and len(finals(job)) < len(job.seeds)]
-    return lost + [f"{Path(job.run or '').name}: a seed is not finite" for job in diverged]
+    return lost + [f"{Path(job.run or '').name}: a seed diverged" for job in diverged]
 
 
 def held_out(study: Study) -> range:
@@ -40,19 +40,19 @@ def held_out(study: Study) -> range:
 
 
 def entries(study: Study, best: Sequence[Candidate]) -> dict[Path, dict[str, Any]]:
-    """The folder of each confirmation, and the agent's config: the defaults, then the best."""
+    """Run folder -> the agent's config: the defaults, then the best settings."""
     folder, config = study.folder / "confirmed", study.defaults.config
     return {folder / "defaults": config} | {
         folder / name.replace(" ", "_"): config | settings for name, settings, _ in best}
 
 
 def finals(job: Job) -> dict[int, float]:
-    """The final return of each of its seeds that has got there."""
+    """Seed -> final return, of the seeds that finished."""
     return curves.final_returns(job.group, job.seeds, job.steps) if job.group else {}
 
 
 def show(study: Study, best: Sequence[Candidate]) -> None:
-    """The table, best.json and the picture."""
+    """Print the table; write best.json and study.png."""
     options, seeds = study.options, tuple(held_out(study))
     jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
             for run in entries(study, best)]
@@ -61,16 +61,16 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
         (name, study.defaults.config | settings, mean, returns)
         for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
     Console().print(summary.table(study.space, rows, len(seeds)))
-    named = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
+    winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
     kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",
             "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
-        "options": {key: getattr(options, key) for key in kept}, "config": named[1],
-        "study": {"is": named[0], "confirmed": named[3], "seeds": list(seeds)}})
-    picture = study.folder / "study.png"
-    summary.draw(picture, study.space, study.trials, f"{study.defaults.name}: "
+        "options": {key: getattr(options, key) for key in kept}, "config": winner[1],
+        "study": {"is": winner[0], "confirmed": winner[3], "seeds": list(seeds)}})
+    plot = study.folder / "study.png"
+    summary.draw(plot, study.space, study.trials, f"{study.defaults.name}: "
                  f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
-    verdict = "nothing beat the defaults" if named[0] == "defaults" else f"best: {named[0]}"
-    print(f"{verdict} on the held-out seeds\npicture: {picture}\ntrain it: python learn_simple.py "
+    verdict = "nothing beat the defaults" if winner[0] == "defaults" else f"best: {winner[0]}"
+    print(f"{verdict} on the held-out seeds\nplot:     {plot}\ntrain it: python learn_simple.py "
           f"--config {study.folder / 'best.json'} --seeds 4 --log")

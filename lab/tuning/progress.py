@@ -10,21 +10,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lab.tuning.trials import Trial
 
-PLAIN_SECONDS = 10.0  # between two plain lines of an environment
+PLAIN_SECONDS = 10.0  # between two plain lines
 
 
 class StudyProgress:
-    """Of a study: trials that ended, and how; the best; when the trials will have ended."""
+    """Shows the number of trials in each state, the best trial and the ETA."""
 
     def __init__(self, options: Any, trials: Sequence[Trial]):
         self.options, self.trials, self.console = options, trials, Console()
         self.best: tuple[Trial, float] | None = None
-        self.steps: dict[int, int] = {}  # that each running trial has reached
+        self.steps: dict[int, int] = {}  # trial number -> step
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
                             MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
                             console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("trials", total=options.trials, state="starting")
-        self.printed, self.begun = (-1, 0.0), time.monotonic()
+        self.printed, self.started = (-1, 0.0), time.monotonic()
         self.before = self._work()
 
     def __enter__(self) -> "StudyProgress":
@@ -39,13 +39,13 @@ class StudyProgress:
         self.console.print(text, highlight=False)
 
     def reach(self, number: int, step: int) -> None:
-        """A trial's first step is where its checkpoint left it: not this program's work."""
+        """The first step of a resumed trial is its checkpoint's: the ETA leaves it out."""
         if number not in self.steps:
             self.before += step / self.options.steps
         self.steps[number] = step
 
     def _work(self) -> float:
-        """Trials' worth of steps behind us; a pruned trial has none left."""
+        """Progress in trials: an ended trial counts 1, a running one its share of the steps."""
         return sum(self.steps.get(trial.number, 0) / self.options.steps
                    if trial.state == "running" else 1.0 for trial in self.trials)
 
@@ -61,7 +61,7 @@ class StudyProgress:
         now, done = time.monotonic(), sum(ended.values())
         progress, left = self._work() - self.before, self.options.trials - self._work()
         if progress > 0.1:
-            state += f"; ETA {max(left, 0) * (now - self.begun) / progress:.0f} s"
+            state += f"; ETA {max(left, 0) * (now - self.started) / progress:.0f} s"
         self.bar.update(self.task, completed=done, state=state)
         if not self.console.is_terminal and self.trials and (
                 done != self.printed[0] or now - self.printed[1] >= PLAIN_SECONDS):

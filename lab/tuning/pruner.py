@@ -9,9 +9,9 @@ from lab.tuning.trials import Trial
 
 def prune(trial: Trial, trials: Sequence[Trial], n_startup_trials: int = 5, n_warmup_steps: int = 0,
           interval_steps: int = 1, n_min_trials: int = 1) -> bool:
-    """Whether to stop `trial` at its last evaluation: Vizier's median rule (Golovin et al. 2017,
-    section 3.2.1). Its best evaluation so far lies strictly below the median of the completed
-    trials' running averages at that step. The names are those of Optuna's MedianPruner."""
+    """Whether to stop `trial` at its last evaluation, by Vizier's median rule (Golovin et al. 2017,
+    section 3.2.1): prune if its best evaluation so far is strictly below the median of the
+    completed trials' running averages at that step. Arguments as in Optuna's MedianPruner."""
     steps = sorted(trial.evaluations)
     step, before = steps[-1], steps[-2] if len(steps) > 1 else -1
     due = n_warmup_steps + (step - n_warmup_steps) // interval_steps * interval_steps

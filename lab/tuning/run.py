@@ -1,10 +1,10 @@
-"""A study from its options to its table: trials in processes, confirmation, what is left behind.
+"""A study, from its options to its table: trials in parallel processes, then confirmation.
 
-    runs/studies/<name>/            no name: the agent's, with a stamp
-        trials.jsonl                the truth, see trials.Journal
+    runs/studies/<name>/            without --name: the agent's name and a timestamp
+        trials.jsonl                the journal, see trials.Journal
         config.json  versions.json  <agent>.py  best.json  study.png
-        trials/<n>/                 what a run leaves, its checkpoints until it ended
-        confirmed/<its name>/       what a run leaves
+        trials/<n>/                 same files as a run; checkpoints are deleted when it ends
+        confirmed/<name>/           same files as a run
         tensorboard/trial_<n>/      TensorBoard: the HParams row and the curve of a trial
 """
 
@@ -25,20 +25,20 @@ from lab.tuning.space import Space
 from lab.tuning.study import HELD_OUT, Study
 from lab.tuning.trials import Journal
 
-TOP = 3  # settings that are confirmed
-# What may differ when a study goes on
+TOP = 3  # settings to confirm
+# Options that may change when a study is resumed
 FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
         "config", "resume", "log", "space")
 
 
 def tune(options: Tune, config: dict[str, Any]) -> int:
-    """-> exit code: 0; 1 if no trial completed, or a confirmation failed."""
+    """-> exit code: 0, or 1 if no trial completed or a confirmation failed."""
     searched, job = check(options, config)
     folder, journal = open_study(options, config, searched, job)
     with contextlib.closing(journal):
         study = Study(options, searched, job, folder, journal)
-        print(f"study folder: {folder}\nafter a stop: python hypertune.py --resume {folder}\n"
-              f"watch it:     tensorboard --logdir {folder / 'tensorboard'}", flush=True)
+        print(f"study folder: {folder}\nto resume:    python hypertune.py --resume {folder}\n"
+              f"to watch:     tensorboard --logdir {folder / 'tensorboard'}", flush=True)
         study.run()
         lost = [f"trial {trial.number}: {trial.reason}" for trial in study.trials
                 if trial.state == "failed"]
@@ -54,23 +54,23 @@ def tune(options: Tune, config: dict[str, Any]) -> int:
 
 
 def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
-    """-> the space, and the job of the defaults. UserError on all that can be known beforehand;
-    nothing is written."""
+    """-> the space, and the job of the defaults. UserError if a trial could not start; writes no
+    files."""
     [job, *_] = make_jobs(options, config, 1, None)
     if len(options.env) != 1:
-        raise UserError(f"a study is of one environment, not {' '.join(options.env)}")
+        raise UserError(f"a study takes one --env, not {' '.join(options.env)}")
     searched = space.read(options.space, load_agent(options.agent).Config, options.agent)
     if job.eval_every > options.steps:
-        raise UserError(f"--steps {options.steps} is less than one evaluation: --eval-every is "
-                        f"{job.eval_every}")
+        raise UserError(f"--steps {options.steps} is less than --eval-every {job.eval_every}: no "
+                        "trial would be evaluated")
     if (options.n_warmup_steps or 0) < 0:
         raise UserError(f"--n-warmup-steps must be 0 or more, not {options.n_warmup_steps}")
     if options.trials * options.seeds > HELD_OUT:
-        raise UserError(f"--trials {options.trials} of --seeds {options.seeds} would train on "
-                        f"held-out seeds, which start at {HELD_OUT}")
+        raise UserError(f"--trials {options.trials} x --seeds {options.seeds} reaches the held-out "
+                        f"seeds, which start at {HELD_OUT}")
     spec = dry_run(job)
     for parameter in searched.parameters:
-        for value in parameter.bounds():  # the agent itself knows what it takes
+        for value in parameter.bounds():  # the agent checks them
             build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
                         job.device, lambda fn: fn)
     return searched, job
@@ -78,8 +78,8 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
 
 def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
                ) -> tuple[Path, Journal]:
-    """-> its folder and its journal, new or to be gone on with. UserError if it is another's, or
-    began with other settings."""
+    """-> the study's folder and its journal, new or resumed. UserError if another tuner has it open
+    or its settings differ."""
     described = describe(options, config, job.name)
     agent, root = Path(options.agent), options.runs / "studies"
     if not options.name and not options.resume:
@@ -106,13 +106,14 @@ def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
     return folder, journal
 
 
-def _compare(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in now.items():
-        before = begun.get(key)
+def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        before = old.get(key)
         if before == value:
             continue
         if isinstance(value, dict) and isinstance(before, dict):
-            before, value = (" ".join(f"{k}={v}" for k, v in a.items() if b.get(k) != v) or "less"
-                             for a, b in ((before, value), (value, before)))
-        raise UserError(f"{folder} is a study with another {key}: {before}, not {value}; give "
-                        "another --name")
+            before, value = (
+                " ".join(f"{k}={v}" for k, v in a.items() if b.get(k) != v) or "nothing else"
+                for a, b in ((before, value), (value, before)))
+        raise UserError(f"{folder} was started with {key} {before}, not {value}; choose another "
+                        "--name")

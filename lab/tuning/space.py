@@ -3,8 +3,8 @@
     qf_lr=log:1e-4:3e-3   batch_size=int:64:512   qf_width=logint:64:1024   gamma=0.95:0.999
     policy_delay=cat:1,2,3   tune_alpha=cat:true,false
 
-Every whole number and every choice has an equal share of its axis. Choices that are numbers keep
-their order; more than two others get an axis each.
+Each integer and each choice takes an equal share of its axis. Numeric choices are sorted on one
+axis; three or more choices of other types are one-hot.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ FORMS = "NAME=LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH, logint:LOW:HIGH or cat:A,B,C
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tuned field of the agent's Config. With choices, low and high bound their index."""
+    """One tuned field of the agent's Config. With choices, low and high bound the index."""
 
     name: str
-    text: str  # what the user gave
+    text: str  # as in --space
     low: float
     high: float
     log: bool = False
@@ -46,7 +46,7 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """Axes of the cube that it takes."""
+        """Number of axes in the cube."""
         return len(self.choices) if self.one_hot else 1
 
     def _ends(self) -> tuple[float, float]:
@@ -55,14 +55,14 @@ class Parameter:
         return (math.log(low), math.log(high)) if self.log else (low, high)
 
     def numbers(self, x: np.ndarray) -> np.ndarray:
-        """Of any shape, in the unit interval -> values, or indices of choices."""
+        """x in [0, 1], any shape -> values, or indices of choices."""
         start, end = self._ends()
         values = start + x * (end - start)
         values = np.exp(values) if self.log else values
         return np.clip(np.round(values) if self.whole else values, self.low, self.high)
 
     def positions(self, values: np.ndarray) -> np.ndarray:
-        """The inverse of numbers."""
+        """The inverse of numbers()."""
         start, end = self._ends()
         return ((np.log(values) if self.log else values) - start) / (end - start)
 
@@ -74,7 +74,7 @@ class Parameter:
         return self.positions(np.array([float(number)]))
 
     def decode(self, x: np.ndarray) -> Any:
-        """(size,) -> the value; floats keep six digits, which is what the journal holds."""
+        """(size,) -> the value; floats are rounded to six significant digits."""
         if self.one_hot:
             return self.choices[int(x.argmax())]
         number = float(self.numbers(x)[0])
@@ -83,7 +83,7 @@ class Parameter:
         return int(number) if self.whole else min(max(float(f"{number:.6g}"), self.low), self.high)
 
     def bounds(self) -> tuple[Any, ...]:
-        """Values that the agent has to accept."""
+        """Both ends of the range, or all choices: values that the agent must accept."""
         ends = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
         return self.choices or ends
 
@@ -94,7 +94,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Axes of the cube."""
+        """Number of axes of the cube."""
         return sum(parameter.size for parameter in self.parameters)
 
     def _split(self, x: np.ndarray) -> list[np.ndarray]:
@@ -102,16 +102,16 @@ class Space:
         return np.split(x, ends[:-1], axis=-1)
 
     def encode(self, settings: dict[str, Any]) -> np.ndarray:
-        """-> the exact vector of these settings, (size,)."""
+        """-> the settings' vector, (size,)."""
         return np.concatenate([p.encode(settings[p.name]) for p in self.parameters])
 
     def decode(self, x: np.ndarray) -> dict[str, Any]:
-        """Any vector (size,) of the cube -> the settings in whose cell it lies."""
+        """(size,) in the cube -> settings; integers and choices are rounded."""
         parts = zip(self.parameters, self._split(x), strict=True)
         return {parameter.name: parameter.decode(part) for parameter, part in parts}
 
     def snap(self, x: np.ndarray) -> np.ndarray:
-        """(..., size) -> the exact vectors of their cells: between them an objective is flat."""
+        """(..., size) -> the vectors of the settings that they decode to."""
         parts = []
         for parameter, part in zip(self.parameters, self._split(x), strict=True):
             if parameter.one_hot:
@@ -122,19 +122,19 @@ class Space:
         return np.concatenate(parts, axis=-1)
 
     def texts(self) -> dict[str, str]:
-        """What names a study's space in its journal."""
+        """The space as the journal records it: name -> text."""
         return {parameter.name: parameter.text for parameter in self.parameters}
 
 
 def read(texts: Sequence[str], config: type[Any], agent: str) -> Space:
-    """--space as given -> the space, its types checked against the agent's Config. UserError."""
+    """The texts of --space -> the space. UserError if one does not fit the agent's Config."""
     if not texts:
         raise UserError(f"--space is empty: give at least one {FORMS}")
     parameters = [_read_one(text, config, agent) for text in texts]
     names = [parameter.name for parameter in parameters]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"--space names {twice!r} twice")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate:
+        raise UserError(f"--space names {duplicate!r} twice")
     return Space(tuple(sorted(parameters, key=lambda parameter: parameter.name)))
 
 
@@ -147,7 +147,7 @@ def _read_one(text: str, config: type[Any], agent: str) -> Parameter:
     fields = [field.name for field in dataclasses.fields(config)]
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(fields)}"
+        hint = f"did you mean {', '.join(near)}?" if near else f"settings: {', '.join(fields)}"
         raise refuse(f"{agent} has no setting {name!r}; {hint}")
     hint, words = get_type_hints(config)[name], rest.split(":")
     if words[0] == "cat" and len(words) > 1:
@@ -157,15 +157,15 @@ def _read_one(text: str, config: type[Any], agent: str) -> Parameter:
     else:
         kind = words.pop(0) if len(words) == 3 else ""
         if not equals or kind not in KINDS or len(words) != 2:
-            raise refuse(f"it should be {FORMS}")
+            raise refuse(f"expected {FORMS}")
         log, whole = KINDS[kind]
         try:
             low, high = (int(word) if whole else float(word) for word in words)
         except ValueError as error:
             wanted = "whole numbers" if whole else "numbers"
-            raise refuse(f"the bounds should be {wanted}, not {':'.join(words)}") from error
+            raise refuse(f"the bounds must be {wanted}, not {':'.join(words)}") from error
         if not low < high or not math.isfinite(high - low):
-            raise refuse(f"LOW must lie below HIGH, not {words[0]} and {words[1]}")
+            raise refuse(f"LOW must be below HIGH, not {words[0]} and {words[1]}")
         if log and low <= 0:
             raise refuse(f"a log scale needs LOW above 0, not {words[0]}")
         parameter = Parameter(name, rest, low, high, log, whole)
@@ -174,7 +174,7 @@ def _read_one(text: str, config: type[Any], agent: str) -> Parameter:
             typeguard.check_type(value, hint)
         except typeguard.TypeCheckError as error:
             wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise refuse(f"{name} is {wanted}, and {value!r} is not") from error
+            raise refuse(f"{name} must be {wanted}, not {value!r}") from error
     return parameter
 
 

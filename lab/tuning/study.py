@@ -1,4 +1,4 @@
-"""A study's trials, in processes."""
+"""Trials in parallel processes."""
 
 import dataclasses
 import shutil
@@ -17,11 +17,11 @@ from lab.tuning.progress import StudyProgress
 from lab.tuning.space import Space
 from lab.tuning.trials import Journal, Trial
 
-HELD_OUT = 1_000_000  # the first held-out seed; those of the trials lie below
+HELD_OUT = 1_000_000  # the first held-out seed; trials use seeds below it
 
 
 class Study:
-    """Its trials, and the processes that train them."""
+    """The trials of a study and the processes that train them."""
 
     def __init__(self, options: Tune, searched: Space, job: Job, folder: Path, journal: Journal):
         self.options, self.space, self.folder = options, searched, folder
@@ -30,12 +30,12 @@ class Study:
         self.trials = journal.trials()
         self.waiting = [trial for trial in self.trials if trial.state == "running"]
         self.retries = Counter[int]()
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # a view, made anew
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # rebuilt from the journal
         for trial in self.trials:
             self.draw_board(trial)
 
     def job(self, trial: Trial) -> Job:
-        """Each trial has seeds of its own, so that one tried again tells something new."""
+        """Each trial has its own seeds, so repeating a setting adds information."""
         first = trial.number * self.options.seeds
         return dataclasses.replace(
             self.defaults, config=self.defaults.config | trial.settings,
@@ -43,14 +43,14 @@ class Study:
             run=str(self.folder / "trials" / f"{trial.number:03}"))
 
     def run(self) -> None:
-        """Until every trial has ended. KeyboardInterrupt leaves a study that can go on."""
+        """Run trials until all have ended. The study can be resumed after a KeyboardInterrupt."""
         ranked = -1
         with Processes() as pool, StudyProgress(self.options, self.trials) as progress:
             while True:
                 while len(pool.running) < self.workers and (
                         self.waiting or len(self.trials) < self.options.trials):
                     key = self.waiting[0].number if self.waiting else len(self.trials)
-                    pool.start(key)  # it takes longer to start than the surrogate to think
+                    pool.start(key)  # imports while the surrogate is fitted
                     trial = self.waiting.pop(0) if self.waiting else self.ask()
                     pool.give(key, self.job(trial))
                 if not pool.running:
@@ -64,7 +64,7 @@ class Study:
                     self.receive(self.trials[key], message, pool, progress)
 
     def ask(self) -> Trial:
-        """A new trial; it stands in the journal before it trains."""
+        """A new trial, written to the journal before it trains."""
         settings = surrogate.ask(self.space, self.trials, self.options.study_seed)
         trial = Trial(len(self.trials), settings)
         self.journal.append({"trial": trial.number, "settings": settings})
@@ -74,9 +74,9 @@ class Study:
     def receive(self, trial: Trial, message: dict[str, Any] | Failure | None,
                 pool: Processes, progress: StudyProgress) -> None:
         if not isinstance(message, dict):
-            self.over(trial, message, progress)
+            self.process_ended(trial, message, progress)
         elif trial.state != "running":
-            return  # it has been told to end
+            return  # already stopped
         elif "failed_seed" in message:
             self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
             pool.end(trial.number)
@@ -87,19 +87,19 @@ class Study:
                        if "return/eval" in row]
             if returns:
                 self.evaluate(trial, message["step"], returns)
-                if trial.state == "running" and self.falls_behind(trial, message["step"]):
+                if trial.state == "running" and self.should_prune(trial, message["step"]):
                     self.end(trial, "pruned")
                     pool.end(trial.number)
 
     def evaluate(self, trial: Trial, step: int, returns: list[float]) -> None:
-        """A trial that goes on from its checkpoint may tell again what stands in the journal."""
+        """A resumed trial may repeat evaluations that are already in the journal."""
         if step not in trial.evaluations:
             self.journal.append({"trial": trial.number, "step": step, "returns": returns})
             trial.evaluations[step] = returns
         if step >= self.options.steps:
             self.end(trial, "completed")
 
-    def falls_behind(self, trial: Trial, step: int) -> bool:
+    def should_prune(self, trial: Trial, step: int) -> bool:
         given, steps = self.options.n_warmup_steps, self.options.steps
         return self.options.prune and step == max(trial.evaluations) and pruner.prune(
             trial, self.trials, self.options.n_startup_trials,
@@ -110,8 +110,9 @@ class Study:
         trial.state, trial.reason = state, reason
         self.draw_board(trial)
 
-    def over(self, trial: Trial, failure: Failure | None, progress: StudyProgress) -> None:
-        """Its process has ended, in whatever state."""
+    def process_ended(self, trial: Trial, failure: Failure | None,
+                      progress: StudyProgress) -> None:
+        """Mark the trial or queue it again, and remove its checkpoints once it has ended."""
         if trial.state == "running":
             if failure is None:
                 self.catch_up(trial)
@@ -120,7 +121,7 @@ class Study:
             elif self.retries[trial.number] < RETRIES:
                 self.retries[trial.number] += 1
                 self.waiting.insert(0, trial)
-                progress.say(f"trial {trial.number}: {failure.reason}; it is tried again")
+                progress.say(f"trial {trial.number}: {failure.reason}; restarting")
                 return
             else:
                 self.end(trial, "failed", failure.reason)
@@ -131,16 +132,16 @@ class Study:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     def catch_up(self, trial: Trial) -> None:
-        """It was resumed at its end: what was not journaled before a kill lies in its files."""
+        """Read evaluations that a kill kept out of the journal from the trial's metrics.jsonl."""
         job = self.job(trial)
         curves = read_curves(job.group, job.seeds, "return/eval") if job.group else {}
         for points in zip(*curves.values(), strict=False):
             self.evaluate(trial, points[0][0], [value for _, value in points])
         if trial.state == "running":
-            self.end(trial, "failed", "it ended before its last evaluation")
+            self.end(trial, "failed", "ended before its last evaluation")
 
     def draw_board(self, trial: Trial) -> None:
-        """The HParams row and the curve in TensorBoard of a trial that ended with a value."""
+        """TensorBoard: HParams row and curve of a completed or pruned trial."""
         if trial.state not in ("completed", "pruned"):
             return
         folder = self.folder / "tensorboard" / f"trial_{trial.number:03}"

@@ -1,4 +1,4 @@
-"""What a person sees of a study: the table at its end, and its picture."""
+"""The final table of a study and its plot, study.png."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ MARKS = {"completed": ("o", "tab:blue"), "pruned": ("v", "tab:orange"),
 
 def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
           seeds: int) -> Table:
-    """columns: name, config, posterior mean of its trial if any, confirmed returns; the defaults
-    are the first."""
+    """columns: (name, config, posterior mean or None, confirmed returns) of each setting, the
+    defaults first."""
     result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds",
                    title_justify="left")
     result.add_column("")
@@ -39,14 +39,14 @@ def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | Non
         "needs 2 seeds" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
         for _, low, high in intervals))
     result.add_row("n", *(str(len(returns)) for returns in confirmed))
-    result.add_row("P(above the defaults)", "", *(
+    result.add_row("P(better than defaults)", "", *(
         f"{stats.probability_of_improvement(returns, confirmed[0]):.2f}"
         if returns and confirmed[0] else "" for returns in confirmed[1:]))
     return result
 
 
 def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
-    """History, importance, and a slice of the surrogate through the best for each parameter."""
+    """History, importance, and for each parameter a slice through the best trial."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
     shares = surrogate.importance()
     importance.barh(list(shares), list(shares.values()), color="tab:blue")
     importance.invert_yaxis()
-    importance.set(title="importance", xlabel="share of the change when shuffled", xlim=(0, 1))
+    importance.set(title="importance", xlabel="permutation importance (shares of 1)", xlim=(0, 1))
     for axis, parameter in zip(slices, space.parameters, strict=False):
         _draw_slice(axis, surrogate, parameter, trials, best)
     for axis in slices[len(space.parameters):]:
@@ -76,7 +76,7 @@ def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
 
 def _draw_history(axis: Any, surrogate: Surrogate, trials: Sequence[Trial], best: Trial,
                   best_mean: float) -> None:
-    """Every seed thin; a trial that reached no value stands at the foot."""
+    """Small marks are seeds; failed and diverged trials are drawn at the lowest return."""
     values = [value for trial in trials if trial.state in ("completed", "pruned")
               for value in trial.evaluations[max(trial.evaluations)]]
     completed = [trial for trial in trials if trial.state == "completed"]
@@ -89,8 +89,8 @@ def _draw_history(axis: Any, surrogate: Surrogate, trials: Sequence[Trial], best
             axis.plot(*zip(*shown, strict=True), mark, color=color, label=f"{len(shown)} {state}")
     axis.plot([t.number for t in completed], surrogate.means(completed), "o", mfc="none",
               color="black", markersize=8, label="posterior mean")
-    axis.plot(best.number, best_mean, "*", color="black", markersize=14, label="best by it")
-    axis.set(title="history", xlabel="trial", ylabel="evaluation return (pruned: its last)")
+    axis.plot(best.number, best_mean, "*", color="black", markersize=14, label="best trial")
+    axis.set(title="history", xlabel="trial", ylabel="last evaluation return")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
 
@@ -101,7 +101,7 @@ def _height(trial: Trial, lowest: float) -> float:
 
 def _draw_slice(axis: Any, surrogate: Surrogate, parameter: Parameter, trials: Sequence[Trial],
                 best: Trial) -> None:
-    """The posterior through the best setting, two standard deviations wide, and the trials."""
+    """Posterior mean +- two standard deviations through the best trial, and all trials."""
     if parameter.choices:
         values: list[Any] = list(parameter.choices)
     else:
@@ -124,5 +124,5 @@ def _draw_slice(axis: Any, surrogate: Surrogate, parameter: Parameter, trials: S
         axis.set_xticks(xs, [str(value) for value in values])
     if parameter.log:
         axis.set_xscale("log")
-    axis.set(title=f"{parameter.name}, the others at the best", xlabel=parameter.name)
+    axis.set(title=f"{parameter.name} (others as in the best trial)", xlabel=parameter.name)
     axis.grid(alpha=0.3)

@@ -1,8 +1,8 @@
-"""What to try next, and what a trial tells. No processes here.
+"""The surrogate over the trials, and the next suggestion.
 
-`ask` is stateless: the same trials give the same suggestion, whoever asks. The surrogate is
-bayesian-optimization's Gaussian process with a Matern 5/2 kernel and one length scale an axis,
-noise of its own for each point, on the encoded space of space.py.
+`ask` is stateless: the same trials give the same suggestion. The surrogate is the Gaussian process
+of bayesian-optimization on the encoded space of space.py: Matern 5/2 kernel, one length scale per
+axis, and a separate noise variance for each point.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from lab.tuning.space import Space
 from lab.tuning.trials import ENDED, Trial
 
 LENGTH_SCALES = (0.05, 20.0)  # in units of the cube
-ONE_SEED = 0.1  # the noise, in variances of y, where trials of one seed cannot show it
+ONE_SEED = 0.1  # assumed noise variance over the variance of y, if trials have a single seed
 
 
 class Observation(NamedTuple):
-    """What a trial registers with the surrogate."""
+    """One data point of the surrogate."""
 
     settings: dict[str, Any]
     value: float
@@ -32,9 +32,9 @@ class Observation(NamedTuple):
 
 
 def observe(trials: Sequence[Trial]) -> list[Observation]:
-    """What each trial tells. A completed one its mean over seeds; a pruned one what it would have
-    reached, with more noise; one that diverged the worst of the completed; a running one a lie,
-    their mean, so that it is not asked for again; a failed one nothing. [] before one completed."""
+    """Trials -> data points; [] if no trial has completed. Values: completed, the mean over seeds;
+    pruned, an extrapolated final return with more noise; diverged, the worst completed value;
+    running, the mean of the completed (constant liar). Failed trials are left out."""
     completed = [trial for trial in trials if trial.state == "completed"]
     if not completed:
         return []
@@ -47,7 +47,7 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
         value, variance = float(finals.mean()), usual
         if trial.state == "completed":
             value = trial.final
-            if not one_seed:  # the variance of a few seeds is mostly chance itself
+            if not one_seed:  # shrink: a variance over few seeds is noisy
                 variance = (usual + trial.noise()) / 2
         elif trial.state == "pruned":
             step = max(trial.evaluations)
@@ -62,13 +62,14 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
 
 
 class Improvement(acquisition.ExpectedImprovement):
-    """Augmented expected improvement (Huang et al. 2006): over the best posterior mean of what was
-    tried, because the best value that was observed is a lucky seed's, and less where another trial
-    would tell little beside its noise, a standard deviation. The process must be fitted before."""
+    """Augmented expected improvement (Huang et al. 2006). The incumbent is the best posterior mean
+    among the trials, because the highest observed value is often a lucky seed. A penalty favours
+    points where the posterior is uncertain compared with `noise`, a standard deviation. The
+    Gaussian process must be fitted before."""
 
     def __init__(self, noise: float):
         super().__init__(xi=0)
-        self.noise, self.greedy = noise, False  # greedy: the posterior mean itself
+        self.noise, self.greedy = noise, False  # greedy: maximise the posterior mean
 
     def base_acq(self, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
         if self.greedy:
@@ -84,10 +85,10 @@ class Improvement(acquisition.ExpectedImprovement):
 
 def most_probable(objective: Callable[..., tuple[float, np.ndarray]], start: np.ndarray,
                   bounds: np.ndarray) -> tuple[np.ndarray, float]:
-    """The logarithms of the length scales, (size,), at the maximum of likelihood x prior, and its
-    negative logarithm. An optimizer as scikit-learn calls it. The likelihood alone explains few
-    trials in many dimensions by whatever few axes; the prior is log-normal, its variance 3, and
-    longer in more dimensions (Hvarfner et al. 2024, section 4)."""
+    """MAP estimate: -> the log length scales (size,) that maximise likelihood x prior, and the
+    negative log posterior there. Called by scikit-learn as its optimizer. With few trials in many
+    dimensions the likelihood alone overfits a few axes. The prior is log-normal with variance 3
+    and prefers longer scales in more dimensions (Hvarfner et al. 2024, section 4)."""
     middle = 2**0.5 + np.log(len(start)) / 2
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -99,12 +100,12 @@ def most_probable(objective: Callable[..., tuple[float, np.ndarray]], start: np.
     return found.x, float(found.fun)
 
 
-# The matrices are small: threads would only take the workers' cores (4 times the processor time)
+# The matrices are small: BLAS threads would take the workers' cores (4 times the CPU time)
 one_thread = threadpool_limits.wrap(limits=1)
 
 
 class Surrogate:
-    """The Gaussian process over what the trials told; ValueError if that is nothing."""
+    """The Gaussian process fitted to the trials. ValueError if no trial has completed."""
 
     def __init__(self, space: Space, trials: Sequence[Trial], seed: int):
         self.space = space
@@ -114,7 +115,7 @@ class Surrogate:
             points.setdefault(x.tobytes(), []).append(observation)
         if not points:
             raise ValueError("no trial has completed")
-        # a setting that was tried again is one point, the surer for it
+        # trials of the same setting are averaged into one point with less noise
         vectors = [space.encode(same[0].settings) for same in points.values()]
         values = np.array([np.mean([o.value for o in same]) for same in points.values()])
         variances = np.array([np.mean([o.variance for o in same]) / len(same)
@@ -135,19 +136,19 @@ class Surrogate:
     @one_thread
     def predict(self, points: Sequence[np.ndarray], fit: bool = False
                 ) -> tuple[np.ndarray, np.ndarray]:
-        """Encoded (n, size) -> posterior means and standard deviations, (n,) each."""
+        """Encoded points (n, size) -> posterior means and standard deviations, (n,) each."""
         named = [dict(zip(self.optimizer.space.keys, x, strict=True)) for x in points]
         mean, std = self.optimizer.predict(  # type: ignore[misc]
             named, return_std=True, fit_gp=fit)
         return np.asarray(mean), np.asarray(std)
 
     def means(self, trials: Sequence[Trial]) -> list[float]:
-        """The posterior mean of each."""
+        """The posterior mean at each trial's settings."""
         encoded = [self.space.encode(trial.settings) for trial in trials]
         return [float(mean) for mean in self.predict(encoded)[0]]
 
     def ranked(self, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
-        """The completed trials with their posterior means, best first; one of each setting."""
+        """Completed trials with their posterior means, best first; one trial per setting."""
         completed = list({self.space.encode(trial.settings).tobytes(): trial for trial in trials
                           if trial.state == "completed"}.values())
         pairs = zip(completed, self.means(completed), strict=True)
@@ -155,14 +156,14 @@ class Surrogate:
 
     @one_thread
     def suggest(self, greedy: bool = False) -> dict[str, Any]:
-        """What to try next; greedy: the settings of the highest posterior mean, tried or not."""
+        """The settings to try next; greedy: those with the highest posterior mean, tried or not."""
         self.acquisition.greedy = greedy
         x = self.optimizer.suggest()
         return self.space.decode(np.array([x[key] for key in self.optimizer.space.keys]))
 
     def importance(self) -> dict[str, float]:
-        """How much the posterior mean changes when a parameter's values are shuffled among 512
-        points of the space, as shares of 1."""
+        """Permutation importance: the mean squared change of the posterior mean when a parameter is
+        shuffled over 512 points of the space. Shares sum to 1."""
         points = self.space.snap(qmc.Sobol(self.space.size, rng=0).random_base2(9))
         means, order = self.predict(list(points))[0], np.random.default_rng(0).permutation(512)
         changes, start = {}, 0
@@ -176,8 +177,8 @@ class Surrogate:
 
 
 def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any]:
-    """The settings of trial number len(trials). The first, two for each parameter, are a Sobol
-    sequence, and so is what is asked before two have completed."""
+    """The settings of trial number len(trials). The first two trials per parameter, and all until
+    two have completed, follow a Sobol sequence."""
     number = len(trials)
     completed = sum(trial.state == "completed" for trial in trials)
     if number < 2 * len(space.parameters) or completed < 2:
@@ -188,29 +189,29 @@ def ask(space: Space, trials: Sequence[Trial], study_seed: int) -> dict[str, Any
 
 
 def judge(space: Space, trials: Sequence[Trial]) -> Surrogate | None:
-    """What the trials that ended tell; none before one completed."""
+    """The surrogate of the trials that have ended; None if none has completed."""
     ended = [trial for trial in trials if trial.state in ENDED]
     completed = any(trial.state == "completed" for trial in ended)
     return Surrogate(space, ended, 0) if completed else None
 
 
 def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
-    """As of Surrogate.ranked; [] before one completed."""
+    """As Surrogate.ranked; [] if no trial has completed."""
     surrogate = judge(space, trials)
     return surrogate.ranked(trials) if surrogate else []
 
 
 class Candidate(NamedTuple):
-    """What a study recommends."""
+    """A setting that a study recommends."""
 
     name: str
     settings: dict[str, Any]
-    mean: float  # of the posterior
+    mean: float  # posterior mean
 
 
 def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candidate]:
-    """The settings of the highest posterior means, best first: trials that completed and the
-    surrogate's optimum, which has seldom been tried to the letter. [] before one completed."""
+    """The settings with the highest posterior means, best first: completed trials and the
+    surrogate's optimum, which has usually not been tried. [] if no trial has completed."""
     surrogate = judge(space, trials)
     if surrogate is None:
         return []

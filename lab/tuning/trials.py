@@ -1,4 +1,4 @@
-"""The trials of a study, and the journal that they stand in."""
+"""The trials of a study and their journal."""
 
 import json
 import os
@@ -16,8 +16,8 @@ ENDED = ("completed", "pruned", "diverged", "failed")
 
 @dataclass
 class Trial:
-    """One setting and what became of it. "diverged" is whatever its settings are to blame for;
-    "failed" died of something else."""
+    """One setting and its results. State "diverged": the settings are to blame (NaN, out of memory,
+    refused); "failed": anything else, such as a killed process."""
 
     number: int
     settings: dict[str, Any]
@@ -31,42 +31,43 @@ class Trial:
 
     @property
     def final(self) -> float:
-        """Its last evaluation, mean over seeds."""
+        """The last evaluation, mean over seeds."""
         return self.means[max(self.evaluations)]
 
     def at(self, step: int) -> float:
-        """Its evaluation at `step`, or the last one before."""
+        """The last evaluation up to `step`, or the first one if there is none; mean over seeds."""
         reached = [s for s in self.evaluations if s <= step]
         return self.means[max(reached, default=min(self.evaluations))]
 
     def noise(self) -> float:
-        """The variance of the mean over seeds of its last evaluation; nan for one seed."""
+        """Variance of the last evaluation's mean over seeds; nan for one seed."""
         returns = self.evaluations[max(self.evaluations)]
         return float(np.var(returns, ddof=1) / len(returns)) if len(returns) > 1 else float("nan")
 
 
 class Journal:
-    """trials.jsonl, the only truth of a study: what was asked, every evaluation, every end.
+    """trials.jsonl, the write-ahead log of a study: suggestions, evaluations and ends of trials.
 
-    A line is on the disk before its consequences. The file is locked as long as it is open, so
-    that a study has one tuner. UserError if it is another's, or broken before its last line.
+    A line is flushed to disk before the tuner acts on it. The file stays locked while it is open,
+    so a study has one tuner. UserError if another process holds the lock, or if a line other than
+    the last is corrupt.
     """
 
     def __init__(self, path: Path):
         self.file = path.open("a+b")
         if not locked(self.file):
             self.file.close()
-            raise UserError(f"another tuner works on {path.parent}; wait for its end, or give "
-                            "another --name")
+            raise UserError(f"another tuner is running on {path.parent}; wait until it ends, or "
+                            "choose another --name")
         self.file.seek(0)
         content = self.file.read()
-        self.torn: int | None = content.rfind(b"\n") + 1  # a kill tears the last line at most
+        self.torn: int | None = content.rfind(b"\n") + 1  # a kill can truncate the last line
         lines = content[:self.torn].splitlines()
         try:
             self.header, *self.events = [json.loads(line) for line in lines] or [{}]
         except ValueError as error:
             self.file.close()
-            raise UserError(f"{path} is broken: {error}") from error
+            raise UserError(f"{path} is corrupt: {error}") from error
 
     def append(self, event: dict[str, Any]) -> None:
         if self.torn is not None:
@@ -77,7 +78,7 @@ class Journal:
         os.fsync(self.file.fileno())
 
     def trials(self) -> list[Trial]:
-        """As of its opening."""
+        """The trials as of opening the file."""
         trials: list[Trial] = []
         for event in self.events:
             if "settings" in event:

@@ -95,7 +95,7 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(name, tmp_path):
     out_again, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out_again
     assert kills >= 2, "it was too fast to be killed"
-    assert "begin anew" not in out_again
+    assert "start again" not in out_again
 
     (rows, states), (rows_again, states_again) = numbers(whole), numbers(folder())
     assert rows == rows_again and all(rows.values())

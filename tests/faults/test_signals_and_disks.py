@@ -113,6 +113,6 @@ def test_a_full_disk_does_not_end_training_and_the_checkpoint_before_survives(tm
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, 1))
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in err and "4000/4000" in out, (out, err)
-    assert "no checkpoint" in out and "logging failed, training goes on" in err
+    assert "checkpoint not written" in out and "logging failed, training continues" in err
     (stack,) = tmp_path.glob("*/*/sac/stack_*")
     assert 500 <= checkpoint.load_latest(stack)["step"] < 4_000
