@@ -85,7 +85,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("flags, words", [
     ("--env Pendulm-v1", r"unknown environment 'Pendulm-v1'; did you mean Pendulum-v1"),
     ("--env Pendulum-v1 Nonsense", r"environment 'Nonsense'"),
-    ("--env CartPole-v1", r"CartPole-v1 has actions Discrete\(2\)"),
+    ("--env CartPole-v1", r"CartPole-v1 has action space Discrete\(2\)"),
     ("--env lab-tests/Unbounded-v0", r"sac.py on lab-tests/Unbounded-v0: action_\w+ must be fin"),
     ("--env Pendulum-v1 Pendulum-v1", r"different environments, not Pendulum-v1 Pendulum-v1"),
     ("--env", r"different environments, not none"),
@@ -174,7 +174,7 @@ def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
     argv = [sys.executable, "learn_simple.py", *tiny(tmp_path, "--log", "--env", "CartPole-v1")]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert re.fullmatch(r"error: CartPole-v1 has actions Discrete\(2\);.*\n", done.stderr)
+    assert re.fullmatch(r"error: CartPole-v1 has action space Discrete\(2\);.*\n", done.stderr)
 
 
 # Good input

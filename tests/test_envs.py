@@ -476,14 +476,14 @@ def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
     ("HalfChetah-v5", "unknown environment 'HalfChetah-v5'; did you mean HalfCheetah-v5"),
     ("halfcheetah-v5", "did you mean HalfCheetah-v5"),
     ("HalfCheetah-v9", "did you mean HalfCheetah-v5"),
-    ("HalfCheetah", "names no version; say 'HalfCheetah-v5'"),
+    ("HalfCheetah", "has no version; use 'HalfCheetah-v5'"),
     ("nothing-like-it", "cannot make environment 'nothing-like-it'"),
     ("no_such_module:Pendulum-v1", "cannot make environment 'no_such_module:Pendulum-v1'"),
-    ("CartPole-v1", "CartPole-v1 has actions Discrete"),
+    ("CartPole-v1", "CartPole-v1 has action space Discrete"),
     ("tests.probe_envs:lab-tests/DictObservations-v0",
-     "lab-tests/DictObservations-v0 has observations Dict"),
-    ("CarRacing-v3", "CarRacing-v3 has observations Box"),
-    ("tests.probe_envs:lab-tests/WideDictObservations-v0", "has observations Dict"),
+     "lab-tests/DictObservations-v0 has observation space Dict"),
+    ("CarRacing-v3", "CarRacing-v3 has observation space Box"),
+    ("tests.probe_envs:lab-tests/WideDictObservations-v0", "has observation space Dict"),
     ("a:b:c-v0", "cannot make environment 'a:b:c-v0'"),
 ])
 def test_an_environment_that_cannot_work_is_named_in_one_line(backend, env_id, words):
@@ -495,10 +495,10 @@ def test_an_environment_that_cannot_work_is_named_in_one_line(backend, env_id, w
 @on_each(("envpool", "HalfChetah-v5"), ("envpool", "nothing-like-it"), ("envpool", "CartPole-v1"),
          ("torch", "torch/Pendulm-v1"), ("torch", "no_such_module:torch/Pendulum-v1"))
 def test_the_other_backends_name_one_that_cannot_work_as_well(make, env_id):
-    words = {"HalfChetah-v5": "envpool has no environment 'HalfChetah-v5'; it has HalfCheetah-v5",
-             "nothing-like-it": "envpool has no environment 'nothing-like-it'; it has none similar",
-             "CartPole-v1": "CartPole-v1 has actions Discrete",
-             "torch/Pendulm-v1": "no environment torch/Pendulm-v1; there are torch/Pendulum-v1",
+    words = {"HalfChetah-v5": "envpool has no environment 'HalfChetah-v5'; similar: HalfCheetah-v5",
+             "nothing-like-it": "envpool has no environment 'nothing-like-it'; similar: none",
+             "CartPole-v1": "CartPole-v1 has action space Discrete",
+             "torch/Pendulm-v1": "environment torch/Pendulm-v1; choose from torch/Pendulum-v1",
              "no_such_module:torch/Pendulum-v1": "cannot make environment 'no_such_module:"}[env_id]
     with pytest.raises(UserError) as caught:
         make(env_id, [0])
@@ -506,7 +506,7 @@ def test_the_other_backends_name_one_that_cannot_work_as_well(make, env_id):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"backend": "asink"}, r"no backend 'asink'; there are sync, workers, envpool, torch"),
+    ({"backend": "asink"}, r"unknown backend 'asink'; choose from sync, workers, envpool, torch"),
     ({"backend": "sync", "groups": 2}, "--groups 2 needs --backend workers, not sync"),
     ({"groups": 2}, "--groups 2 needs --backend workers, not sync"),
     ({"backend": "envpool", "groups": 3}, "--groups 3 needs --backend workers, not envpool"),
@@ -519,7 +519,7 @@ def test_a_layout_that_cannot_work_is_refused(settings, words):
 
 @pytest.mark.parametrize("backend", ["sync", "workers", "envpool"])
 def test_an_environment_in_torch_is_for_the_torch_backend_alone(backend):
-    with pytest.raises(UserError, match=f"written in torch: leave --backend {backend} out"):
+    with pytest.raises(UserError, match=f"written in torch: remove --backend {backend}$"):
         make_envs("torch/Pendulum-v1", [0], backend=backend)
 
 

@@ -208,7 +208,7 @@ def test_compilation_then_bf16_then_fewer_processes_are_tried(tried, capsys):
     out = capsys.readouterr().out
     line = "\n  python learn_simple.py agents/sac.py --seeds 4 --steps 20_000 --processes 4 " \
            "--compile"
-    assert f"fastest in fp32:{line}\n" in out and f"leaves to you:{line} --precision bf16\n" in out
+    assert f"fastest in fp32:{line}\n" in out and f"results.md):{line} --precision bf16\n" in out
     assert "estimated" in out and "start-up" in out
 
 
@@ -409,7 +409,7 @@ def test_a_planned_run_uses_the_best_and_remembers_it(tried, tmp_path, capsys):
     argv = ["agents/sac.py", "--env", TARGET, "--seeds", "2", "--steps", "3", "--plan", "--log",
             "--runs", str(tmp_path), "--eval-episodes", "1", "--no-compile", *TINY]
     assert train.run(argv) == 0
-    assert "it runs as: python learn_simple.py agents/sac.py" in capsys.readouterr().out
+    assert "running: python learn_simple.py agents/sac.py" in capsys.readouterr().out
     folder, = tmp_path.glob("sac-*")
     options = json.loads((folder / "config.json").read_text())["options"]
     assert options["processes"] == 1 and options["plan"] is False, "no process for 3 steps"
@@ -418,7 +418,7 @@ def test_a_planned_run_uses_the_best_and_remembers_it(tried, tmp_path, capsys):
     assert again.processes == 1 and not again.plan
     count = len(tried)
     assert train.run(argv) == 0 and len(tried) == count
-    assert "planned before" in capsys.readouterr().out
+    assert "using the cached plan" in capsys.readouterr().out
     assert train.run([*argv, "--gamma", "0.9"]) == 0 and len(tried) > count, "another question"
     count = len(tried)
     (tmp_path / "plan.json").write_text("{torn")

@@ -471,11 +471,11 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("settings, words", [
     ({"env_id": "lab-tests/Unbounded-v0"}, "sac.py on lab-tests/Unbounded-v0: action_low"),
-    ({"env_id": "lab-tests/DictObservations-v0"}, "has observations Dict"),
+    ({"env_id": "lab-tests/DictObservations-v0"}, "has observation space Dict"),
     ({"config": {"gama": 0.9}}, "has no setting 'gama'"),
     ({"config": {"gamma": 1.5}}, "gamma must lie in"),
     ({"agent_path": "agents/missing.py"}, "no agent file"),
-    ({"backend": "asink"}, "no backend"),
+    ({"backend": "asink"}, "unknown backend"),
 ])
 def test_a_job_that_cannot_work_is_refused_in_one_line_before_it_writes(tmp_path, settings, words):
     with pytest.raises(UserError) as caught:

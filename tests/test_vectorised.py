@@ -62,9 +62,9 @@ def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
     ("--num-envs 0", "--num-envs must be at least 1, not 0"),
     ("--workers 0", "--workers must be at least 1"),
     ("--groups 2", "--groups 2 needs --backend workers, not torch"),
-    ("--backend workers", "torch/ContinuousCartPole-v1 is written in torch: leave --backend"),
-    ("--env torch/Pendulum-v2", "no environment torch/Pendulum-v2; there are torch/Pendulum-v1"),
-    ("--backend torch --env Hopper-v5", "no environment torch/Hopper-v5"),
+    ("--backend workers", "torch/ContinuousCartPole-v1 is written in torch: remove --backend"),
+    ("--env torch/Pendulum-v2", "environment torch/Pendulum-v2; choose from torch/Pendulum-v1"),
+    ("--backend torch --env Hopper-v5", "unknown environment torch/Hopper-v5"),
     ("--processes 2", "processes"),
 ])
 def test_bad_input_is_one_line(flags, words, capsys, tmp_path):

@@ -244,7 +244,7 @@ def test_each_environment_has_its_film(tmp_path, capsys, no_dry_run):
     assert "(--max-seconds 0.5 of each episode)" in out
     assert out.count("sac on ") == 2
     assert len(list(run.glob("*/sac/watch.gif"))) == 2
-    assert "--out is one film" in refused(capsys, run, "--out", tmp_path / "a.gif")
+    assert "--out writes one film" in refused(capsys, run, "--out", tmp_path / "a.gif")
 
 
 def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_dry_run):
@@ -305,7 +305,7 @@ def test_a_run_in_torch_is_filmed(tmp_path, capsys):
     run = train(tmp_path, env=("torch/ContinuousCartPole-v1",), processes=1)
     returns, _ = filmed(capsys, run, "--seeds", 2)
     assert returns.shape == (3, 2) and (returns >= 1).all()
-    assert "torch/Quadrotor-v0 has no picture" in refused(
+    assert "torch/Quadrotor-v0 cannot be rendered" in refused(
         capsys, train(tmp_path, env=("torch/Quadrotor-v0",), processes=1))
 
 
@@ -364,7 +364,7 @@ def test_mujoco_moves_in_a_film_as_elsewhere(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     ("{run}/none", "no folder {run}/none"),
-    ("{tmp}", "{tmp} is no run's folder and lies in none: there is no config.json"),
+    ("{tmp}", "{tmp} is not in a run folder: found no config.json"),
     ("{group}/all", "no folder"),
     ("{group}/seed_9", "no folder"),
     ("{group}/seed_8", "seed_8 has no checkpoint yet"),
@@ -376,7 +376,7 @@ def test_mujoco_moves_in_a_film_as_elsewhere(tmp_path, capsys, monkeypatch):
     ("{run} --max-seconds 0", "--max-seconds must be at least 0.1, not 0"),
     ("{run} --episode x", "--episode"),
     ("", "PATH"),
-    ("{run} --out {tmp}/a.avi", "a.avi: a film is a .gif or an .mp4"),
+    ("{run} --out {tmp}/a.avi", "a.avi: the name must end in .gif or .mp4"),
     ("{run} --out {tmp}/none/a.gif", "cannot write {tmp}/none/a.gif: choose another place"),
     ("{run} --out {tmp}/a.mp4", "an mp4 needs a package: pip install imageio-ffmpeg"),
     ("{run} --agent {tmp}/none.py", "no agent file '{tmp}/none.py'"),
@@ -409,7 +409,7 @@ def test_a_changed_agent_runs_only_if_it_is_named(trained, run, capsys, no_dry_r
     copy = run / "sac.py"
     copy.write_text(copy.read_text() + "\n# as it was then\n")
     line = refused(capsys, run)
-    assert f"agents/sac.py is not what {run} began with" in line and f"--agent {copy}" in line
+    assert f"agents/sac.py has changed since {run} started" in line and f"--agent {copy}" in line
     returns, _ = filmed(capsys, run, "--agent", copy)
     assert np.array_equal(returns, filmed(capsys, trained, "--out", tmp_path / "a.gif")[0])
 
@@ -433,11 +433,11 @@ def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):
 
 def test_what_draws_nothing_is_one_line(monkeypatch):
     """Drawing is tried in a process of its own, which may end as it likes."""
-    for name, words in (("Diary", "has no picture"), ("Ragged", "draws no array .* but list")):
+    for name, words in (("Diary", "cannot be ren"), ("Ragged", "must render an array .* not list")):
         with pytest.raises(UserError, match=f"lab-tests/{name}-v0 {words}"):
             camera.check(f"tests.probe_envs:lab-tests/{name}-v0")
     monkeypatch.setenv("MUJOCO_GL", "glfw")
-    with pytest.raises(UserError, match=r"cannot be drawn \(glfw: exit code -9\);.*EGL.*OSMesa"):
+    with pytest.raises(UserError, match=r"cannot be rendered \(glfw: exit code -9\);.*EGL.*OSMesa"):
         camera.check("tests.probe_envs:lab-tests/Crashing-v0")
 
 

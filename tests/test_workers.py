@@ -210,7 +210,7 @@ def test_a_stopped_worker_is_a_timeout(make, monkeypatch):
     pids = pids_of(stack)
     monkeypatch.setattr(pool, "STEP_SECONDS", 1.0)
     os.kill(pids[0], signal.SIGSTOP)
-    with fails(pids, 1, "did not answer to a step for 1 s"):
+    with fails(pids, 1, "did not finish a step within 1 s"):
         stack.step(act(1.0, 1.0))
     assert gone(pids)
 
@@ -220,7 +220,7 @@ def test_a_step_that_does_not_end_is_a_timeout(make, monkeypatch):
     stack = make()
     stack.reset()
     pids = pids_of(stack)
-    with fails(pids, 1, "did not answer to a step for 1 s"):
+    with fails(pids, 1, "did not finish a step within 1 s"):
         stack.step(act(SLEEPS, 1.0))
     assert gone(pids)
 
@@ -231,15 +231,15 @@ def test_a_worker_stopped_before_a_reset_is_a_timeout(make, monkeypatch):
     pids = pids_of(stack)
     monkeypatch.setattr(pool, "START_SECONDS", 1.0)
     os.kill(pids[0], signal.SIGSTOP)
-    with fails(pids, 1, "did not answer to a reset for 1 s"):
+    with fails(pids, 1, "did not finish a reset within 1 s"):
         stack.reset()
     assert gone(pids)
 
 
 def test_a_worker_that_does_not_start_is_a_timeout(make, monkeypatch):
     monkeypatch.setattr(pool, "START_SECONDS", 0.01)  # sooner than an interpreter starts
-    with pytest.raises(WorkerError, match=r"worker 1 of 2 \(process \d+\) did not answer to a "
-                       "start for 0 s$"):
+    with pytest.raises(WorkerError, match=r"worker 1 of 2 \(process \d+\) did not finish a "
+                       "start within 0 s$"):
         make()
     assert multiprocessing.active_children() == []
 

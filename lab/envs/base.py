@@ -1,8 +1,8 @@
-"""Environments behind one batch interface: S seeds x N environments, tensors (S, N, ...).
+"""The vector environment interface: S seeds x N environments, tensors (S, N, ...).
 
     envs = make_envs("HalfCheetah-v5", seeds=[0, 1, 2], num_envs=1)
     obs = envs.reset()
-    transition = envs.step(actions)  # or envs.send(actions), something else, envs.receive()
+    transition = envs.step(actions)  # or envs.send(actions), other work, envs.receive()
 """
 
 from collections.abc import Callable, Sequence
@@ -12,23 +12,24 @@ import torch
 
 from lab.envs.spec import EnvSpec
 
-TRAINING, EVALUATION = 0, 1  # streams of environment randomness that never meet
-TORCH = "torch/"  # begins the ids of environments that are written in torch
+TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
+TORCH = "torch/"  # id prefix of the environments written in torch
 
 
 class Transition(NamedTuple):
-    """One step of every environment. next_obs succeeds the action; obs is what to act on next:
-    the same, or the first observation of a new episode where one has ended."""
+    """One step of every environment. next_obs is the result of the action, also when it is
+    terminal. obs is the input of the next action: next_obs, or the first observation of a new
+    episode where one ended."""
 
     next_obs: torch.Tensor  # (S, N, O) float32
     rewards: torch.Tensor  # (S, N) float32
-    terminations: torch.Tensor  # (S, N) float32, 1 where the task ended
-    truncations: torch.Tensor  # (S, N) float32, 1 where the time ran out and the task had not ended
+    terminations: torch.Tensor  # (S, N) float32, 1 at a terminal state
+    truncations: torch.Tensor  # (S, N) float32, 1 at the time limit, 0 if also terminated
     obs: torch.Tensor  # (S, N, O) float32
 
 
 class Finished(NamedTuple):
-    """Of the episodes that one seed finished: how many, and their mean return and length."""
+    """Statistics of one seed's finished episodes: their number, mean return and mean length."""
 
     episodes: int
     episode_return: float
@@ -36,20 +37,20 @@ class Finished(NamedTuple):
 
 
 class VecEnvConfig(NamedTuple):
-    """S seeds x N environments, and what a backend may need to make them."""
+    """S seeds x N environments, and the settings of the backends."""
 
     env_id: str
     seeds: Sequence[int]
     num_envs: int = 1
     device: str = "cpu"
     clip_reward: tuple[float, float] | None = None
-    workers: int | None = None  # processes, or threads; none: one for each physical core
-    groups: int = 1  # that step in turn
+    workers: int | None = None  # processes or threads; none: one per physical core
+    groups: int = 1  # groups of environments that step in turn
     compile: bool = False
 
 
 class VectorEnvs:
-    """What the backends share: `shape` is (S, N), `groups` are the parts of N that step in turn."""
+    """Base class of the backends. `shape`: (S, N). `groups`: slices of N that step in turn."""
 
     spec: EnvSpec
 
@@ -59,40 +60,40 @@ class VectorEnvs:
         self.groups = [slice(None)]
 
     def reset(self, *stream: int) -> torch.Tensor:
-        """-> obs (S, N, O). The one seeded reset, by seed, stream and the environment's n."""
+        """-> obs (S, N, O). Seeds each environment with its seed, `stream` and its index n."""
         raise NotImplementedError
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
-        """actions (S, N, A) in environment units, of one group: the step begins."""
+        """Start a step of one group: actions (S, N in the group, A) in environment units."""
         raise NotImplementedError
 
     def receive(self) -> Transition:
-        """The end of the step that `send` began."""
+        """Wait for the step that `send` started."""
         raise NotImplementedError
 
     def finished(self) -> list[Finished]:
-        """Of each seed, since the last call. On a GPU the host waits here for the device."""
+        """Episode statistics of each seed since the last call. Synchronises with a GPU."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next steps depend on, and episodes that `finished` has not told."""
+        """All that the next steps depend on, and the episodes that `finished` has not returned."""
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
-        """Go on where `state` was taken -> obs (S, N, O), and the number of environments that could
-        not: they begin an episode of that stream."""
+        """Restore `state` -> obs (S, N, O), and the number of environments that could not be
+        restored: these start a new episode, seeded from `stream`."""
         raise NotImplementedError
 
     def can_restore_exactly(self) -> bool | None:
-        """Whether load_state_dict would find the running episode; none: it is too early to say."""
+        """Whether load_state_dict would restore the running episodes; None: not known yet."""
         return True
 
     def close(self) -> None:
-        """Free what the environments hold; calling twice is fine."""
+        """Free the environments' resources; may be called twice."""
 
     def send_groups(self, act: Callable[[torch.Tensor], torch.Tensor], obs: torch.Tensor
                     ) -> torch.Tensor:
-        """act and send, group by group: the first steps while the next is acted on -> actions."""
+        """act and send, group by group -> actions. A group steps while act works on the next."""
         parts = []
         for number, group in enumerate(self.groups):
             parts.append(act(obs[:, group]))
@@ -106,11 +107,11 @@ class VectorEnvs:
 
 
 def summary(sums: Sequence[float]) -> Finished:
-    """From count, sum of returns, sum of lengths."""
+    """From the number of episodes, the sum of returns and the sum of lengths."""
     count = max(1.0, sums[0])
     return Finished(int(sums[0]), sums[1] / count, sums[2] / count)
 
 
 def is_torch(env_id: str) -> bool:
-    """Whether the id, after the module that it may name, is of an environment in torch."""
+    """Whether the id, without its "module:" prefix, names an environment in torch."""
     return env_id.rpartition(":")[2].startswith(TORCH)

@@ -1,4 +1,4 @@
-"""Environments of envpool (C++ threads), an optional extra."""
+"""envpool's environments (C++ threads); envpool is an optional package."""
 
 import dataclasses
 import difflib
@@ -24,8 +24,8 @@ class EnvpoolEnvs(HostEnvs):
                             "(Python 3.11, Linux)") from error
         known = envpool.list_all_envs()
         if config.env_id not in known:
-            near = ", ".join(difflib.get_close_matches(config.env_id, known, n=3)) or "none similar"
-            raise UserError(f"envpool has no environment {config.env_id!r}; it has {near}")
+            near = ", ".join(difflib.get_close_matches(config.env_id, known, n=3)) or "none"
+            raise UserError(f"envpool has no environment {config.env_id!r}; similar: {near}")
         self.package, self.config = envpool, config
         self.pool = self._make([0])
         with warnings.catch_warnings():
@@ -34,7 +34,7 @@ class EnvpoolEnvs(HostEnvs):
             self.action_dtype = self.pool.action_space.dtype
         limit = self.pool.spec.config.max_episode_steps
         super().__init__(config, dataclasses.replace(spec, max_episode_steps=limit))
-        self.running = np.zeros((len(self.env_keys), 2))  # returns and lengths so far
+        self.running = np.zeros((len(self.env_keys), 2))  # return and length of the running episode
 
     def _make(self, seeds: list[int]) -> Any:
         return self.package.make(
@@ -44,7 +44,7 @@ class EnvpoolEnvs(HostEnvs):
     def reset(self, *stream: int) -> torch.Tensor:
         entropy = [np.random.SeedSequence([seed, *(stream or (TRAINING,)), n])
                    for seed, n in self.env_keys]
-        self.pool = self._make([int(e.generate_state(1)[0] >> 1) for e in entropy])  # an int32
+        self.pool = self._make([int(e.generate_state(1)[0] >> 1) for e in entropy])  # fits int32
         self.rows[:] = self.running[:] = self.sums[:] = 0
         self.rows[:, self.spec.obs_dim : -3] = self.pool.reset()[0]
         return self.transition().obs
@@ -62,12 +62,13 @@ class EnvpoolEnvs(HostEnvs):
         ended = np.flatnonzero(rows[:, -2:].any(1))
         if len(ended):
             self.returns[ended], self.running[ended] = self.running[ended], 0
-            fresh, info = self.pool.reset(ended.astype(np.int32))  # the next step does not skip
+            # or the next step would reset these environments and ignore their actions
+            fresh, info = self.pool.reset(ended.astype(np.int32))
             rows[info["env_id"], O : 2 * O] = fresh
         return self.stepped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Its environments do not tell theirs."""
+        """The statistics only: envpool cannot save the state of an environment."""
         return {"sums": torch.from_numpy(self.sums.copy())}
 
     def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:

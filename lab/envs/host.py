@@ -1,4 +1,4 @@
-"""Gymnasium environments behind the batch interface, stepped through arrays on the host."""
+"""Gymnasium environments as vector environments, stepped through arrays on the host."""
 
 import contextlib
 import json
@@ -24,25 +24,25 @@ from lab.envs.shard import (
 )
 from lab.envs.spec import EnvSpec, make_one, probe
 
-REMEMBERED = 10_000  # steps of an episode at most, to take them again
+MAX_HISTORY = 10_000  # longest episode that a restore can replay, steps
 
 
 class HostEnvs(VectorEnvs):
-    """Environments that write their steps into arrays on the host, as EnvShard says."""
+    """Base class of backends that write their steps into arrays on the host; see EnvShard."""
 
     def __init__(self, config: VecEnvConfig, spec: EnvSpec):
         super().__init__(config)
         self.spec = spec
         total = self.shape[0] * self.shape[1]
         self.env_keys = [(seed, n) for seed in config.seeds for n in range(config.num_envs)]
-        self.order = torch.arange(total)  # the row of each key, seed by seed
+        self.order = torch.arange(total)  # the row of each (seed, n), in the order of env_keys
         self.actions = np.zeros((total, spec.action_dim), np.float32)
         self.rows = np.zeros((total, 2 * spec.obs_dim + 3), np.float32)
         self.returns = np.zeros((total, 2))
         self.origins = np.zeros((total, 7), np.uint64)
-        # the running episodes: their lengths, and the actions since the oldest began
+        # of the running episodes: their lengths, and all actions since the oldest one started
         self.ages = np.zeros(total, np.int64)
-        self.history: deque[np.ndarray] = deque(maxlen=REMEMBERED)
+        self.history: deque[np.ndarray] = deque(maxlen=MAX_HISTORY)
         self.sums = np.zeros((3, self.shape[0]))  # count, returns, lengths of finished episodes
         pinned = self.device.type == "cuda"
         self.staged = torch.zeros(self.rows.shape, pin_memory=pinned) if pinned else None
@@ -54,13 +54,13 @@ class HostEnvs(VectorEnvs):
         return self.transition().obs
 
     def put_actions(self, actions: torch.Tensor, rows: Any = slice(None)) -> None:
-        """Into the array, rows of it; the host waits for the device here."""
+        """Copy the actions into these rows of the array. Synchronises with a GPU."""
         flat = actions.cpu().numpy().reshape(-1, self.spec.action_dim)
-        # a broken seed must not break a simulator's process
+        # NaN actions of a diverged seed can crash a simulator
         self.actions[rows] = np.where(np.isfinite(flat), flat, 0)
 
     def stepped(self) -> Transition:
-        """After a step of all environments."""
+        """Update history and episode statistics after a step of all environments."""
         self.history.append(self.actions.copy())
         self.ages += 1
         ended = self.rows[:, -2] + self.rows[:, -1] > 0
@@ -70,15 +70,17 @@ class HostEnvs(VectorEnvs):
             while len(self.history) > longest:
                 self.history.popleft()
             order = self.order.numpy()
-            done = np.concatenate([np.ones((len(order), 1)), self.returns], 1)
-            done = np.where(ended[:, None], done, 0)  # not a product: an old return may be NaN
-            self.sums += done[order].reshape(*self.shape, 3).sum(1).T
+            finished = np.concatenate([np.ones((len(order), 1)), self.returns], 1)
+            # not a product with the mask: a stale return may be NaN
+            finished = np.where(ended[:, None], finished, 0)
+            self.sums += finished[order].reshape(*self.shape, 3).sum(1).T
         return self.transition()
 
     def transition(self) -> Transition:
-        """From the rows, by one copy, of which nothing else holds a part."""
+        """The rows as a Transition, in one copy that shares no memory with them."""
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
-        rows = rows.to(self.device, non_blocking=True)  # pinned: overwritten only after actions.cpu
+        # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
+        rows = rows.to(self.device, non_blocking=True)
         O = self.spec.obs_dim
         next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
         rewards, terminations, truncations = flags.unbind(-1)
@@ -98,32 +100,33 @@ class HostEnvs(VectorEnvs):
                 np.array(self.history, np.float32).reshape(-1, *self.actions.shape))}
 
     def load_state_dict(self, state: dict[str, Any], *stream: int) -> tuple[torch.Tensor, int]:
-        """The episodes begin as they did and take the same actions again."""
+        """Restart each episode from its origin, replay its actions, compare with the saved rows."""
         saved = {name: tensor.cpu().numpy() for name, tensor in state.items()}
         ages, past, O = saved["ages"], saved["actions"], self.spec.obs_dim
         self.origins[:] = saved["origins"].view(np.uint64)
         known = (self.origins[:, 0] != UNKNOWN) & (ages <= len(past))
-        self._again(RESTORE_START, known, 0)
+        self._command_some(RESTORE_START, known, 0)
         for back in range(len(past), 0, -1):
-            self._again(REPLAY_ACTIONS, known & (ages >= back), past[-back])
-        again, before = (rows.copy().view(np.int32) for rows in (self.rows, saved["rows"]))
-        again[ages == 0, :O] = before[ages == 0, :O]  # of an episode that has ended
-        again[ages == 0, 2 * O :] = before[ages == 0, 2 * O :]
+            self._command_some(REPLAY_ACTIONS, known & (ages >= back), past[-back])
+        replayed, before = (rows.copy().view(np.int32) for rows in (self.rows, saved["rows"]))
+        # right after a reset, next_obs and the flags belong to the episode before
+        replayed[ages == 0, :O] = before[ages == 0, :O]
+        replayed[ages == 0, 2 * O :] = before[ages == 0, 2 * O :]
         self.rows[:], self.sums[:] = saved["rows"], saved["sums"]
-        lost = (again != before).any(1) | ~known
+        lost = (replayed != before).any(1) | ~known
         if lost.any():
             keys = self.row_keys()
             for row in np.flatnonzero(lost):
                 seed, n = keys[row]
                 self.origins[row] = seeded(seed_of(seed, stream, n))
-            self._again(RESTORE_START, lost, 0)
+            self._command_some(RESTORE_START, lost, 0)
         self.ages[:] = np.where(lost, 0, ages)
         self.history.clear()
         self.history.extend(past)
         return self.transition().obs, int(lost.sum())
 
     def can_restore_exactly(self) -> bool | None:
-        """Tried on one environment that is no longer in its first, seeded, episode."""
+        """Tried on one environment that has left its first episode, which is seeded."""
         later = np.flatnonzero(self.origins[:, 0] != SEEDED)
         if not len(later):
             return None
@@ -140,18 +143,19 @@ class HostEnvs(VectorEnvs):
             keys[row] = key
         return keys
 
-    def _again(self, command: int, which: np.ndarray, actions: Any) -> None:
-        """A command for those environments, which know by their actions that they are meant."""
+    def _command_some(self, command: int, which: np.ndarray, actions: Any) -> None:
+        """A command for the environments of a mask. The other ones get a NaN action, which excludes
+        them from it."""
         self.actions[:] = np.where(which[:, None], actions, np.nan)
         self.command(bytes([command]))
 
     def command(self, command: bytes) -> None:
-        """To every EnvShard."""
+        """Send a command to every EnvShard."""
         raise NotImplementedError
 
 
 class SyncEnvs(HostEnvs):
-    """The plain loop over gymnasium environments, in this process."""
+    """A loop over gymnasium environments in this process."""
 
     def __init__(self, config: VecEnvConfig, make: Callable[[str], gymnasium.Env] = make_one):
         super().__init__(config, probe(config.env_id))

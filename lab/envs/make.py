@@ -1,4 +1,4 @@
-"""The environments of an id, on whichever backend: the only module that knows them all."""
+"""make_envs: environments by id and backend. The only module that knows all backends."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,11 @@ BACKENDS = ("sync", "workers", "envpool", "torch")
 
 def make_envs(env_id: str, seeds: Sequence[int], num_envs: int = 1, backend: str | None = None,
               device: str = "cpu", **settings: Any) -> VectorEnvs:
-    """S x N environments. UserError on an id, a space or a backend that the lab cannot use.
+    """S x N environments. UserError if the id, a space or the backend is not supported.
 
-    No backend: torch for an id that begins with torch/, else sync. The settings are VecEnvConfig's;
-    clip_reward (low, high) bounds the rewards of transitions, the returns of episodes stay raw.
+    backend None: torch for an id that starts with torch/, else sync. `settings`: the other fields
+    of VecEnvConfig. clip_reward (low, high) clips the rewards of transitions; episode returns stay
+    raw.
     """
     config = VecEnvConfig(env_id, seeds, num_envs, device, **settings)
     name = choose_backend(env_id, backend, config.groups)
@@ -35,12 +36,12 @@ def make_envs(env_id: str, seeds: Sequence[int], num_envs: int = 1, backend: str
 
 
 def choose_backend(env_id: str, backend: str | None, groups: int = 1) -> str:
-    """The one that is meant. UserError if there is none such, or not for this id or groups."""
+    """The name of the backend. UserError if it is unknown or does not fit the id or the groups."""
     if backend not in (None, *BACKENDS):
-        raise UserError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
+        raise UserError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     in_torch = is_torch(env_id)
     if backend not in (None, "torch") and in_torch:
-        raise UserError(f"{env_id} is written in torch: leave --backend {backend} out")
+        raise UserError(f"{env_id} is written in torch: remove --backend {backend}")
     name = "torch" if in_torch or backend == "torch" else backend or "sync"
     if groups > 1 and name != "workers":
         raise UserError(f"--groups {groups} needs --backend workers, not {name}")

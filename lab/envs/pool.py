@@ -1,9 +1,10 @@
-"""Gymnasium environments in processes: shared arrays, one byte a step, groups that step in turn.
+"""Gymnasium environments in worker processes: shared arrays, one byte per command and answer,
+groups that step in turn.
 
-Each process holds some environments of every group, so that all workers step while the agent acts
-on the next group. This process is the first of them: a worker more than there are cores would wait
-for one (HalfCheetah-v5, 16 environments on 2 cores: 1.3 times the steps a second). A worker that
-dies, fails or hangs is named in a WorkerError.
+Each process holds some environments of every group, so all processes step while the agent acts on
+the next group. The main process is one of them: with one more worker than cores, a worker would
+wait for a core (HalfCheetah-v5, 16 environments on 2 cores: 1.3 times the steps/s). If a worker
+dies, fails or hangs, a WorkerError names it.
 """
 
 import contextlib
@@ -28,11 +29,11 @@ from lab.envs.spec import probe
 from lab.envs.worker import recv, serve
 from lab.errors import UserError
 
-START_SECONDS, STEP_SECONDS = 120.0, 60.0  # a worker that takes longer hangs
+START_SECONDS, STEP_SECONDS = 120.0, 60.0  # a worker that takes longer counts as hung
 
 
 class WorkerError(UserError):
-    """A worker died, failed or hangs; the environments are of no use any more."""
+    """A worker died, failed or hangs; the environments are closed."""
 
 
 class WorkerEnvs(HostEnvs):
@@ -43,21 +44,21 @@ class WorkerEnvs(HostEnvs):
         groups = min(config.groups, N, REPLAY_ACTIONS)
         bounds = [round(i * N / groups) for i in range(groups + 1)]
         self.groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        self.bounds = [S * bound for bound in bounds]  # rows, which lie group by group
-        # seed by seed within a group; a worker takes neighbouring rows
+        self.bounds = [S * bound for bound in bounds]  # first row of each group
+        # ordered by group, then by seed; a process holds adjacent rows of each group
         rows = [(s, n) for group in self.groups for s in range(S) for n in range(N)[group]]
         row_of = {key: number for number, key in enumerate(rows)}
         self.order = torch.tensor([row_of[s, n] for s in range(S) for n in range(N)])
 
         shared = [self._share(name) for name in ("actions", "rows", "returns", "origins")]
-        self.sent: list[int] = []  # groups that are stepping
-        self.patience = START_SECONDS
+        self.sent: list[int] = []  # groups whose step has started
+        self.timeout = START_SECONDS
         self.own: list[EnvShard] = []  # this process's part of each group
         self.links: list[socket.socket] = []
         self.processes: list[Any] = []
-        # also at the interpreter's exit, before multiprocessing waits for the workers
-        self.end = weakref.finalize(self, _end, self.links, self.processes)
-        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        # runs at interpreter exit too, before multiprocessing joins the workers
+        self.finalizer = weakref.finalize(self, _stop_workers, self.links, self.processes)
+        context = multiprocessing.get_context("spawn")  # fork is unsafe with CUDA and threads
         for process in range(1, processes):
             ours, theirs = socket.socketpair()
             worker = context.Process(target=serve, daemon=True, args=(
@@ -73,7 +74,7 @@ class WorkerEnvs(HostEnvs):
 
     def _parts(self, rows: list[tuple[int, int]], process: int, processes: int
                ) -> list[tuple[list[tuple[int, int]], int]]:
-        """What a process holds of each group: keys (seed, n), and the first of their rows."""
+        """A process's part of each group: its (seed, n) keys and the first of their rows."""
         parts = []
         for start, end in itertools.pairwise(self.bounds):
             a, b = (start + (end - start) * (process + i) // processes for i in (0, 1))
@@ -81,7 +82,7 @@ class WorkerEnvs(HostEnvs):
         return parts
 
     def _share(self, name: str) -> tuple[Any, np.dtype, tuple[int, ...]]:
-        """Put that array into memory which the workers see as well."""
+        """Move the array of that name to shared memory -> its buffer, dtype and shape."""
         array = getattr(self, name)
         context = multiprocessing.get_context("spawn")
         buffer = context.RawArray(ctypes.c_byte, array.nbytes)
@@ -94,7 +95,7 @@ class WorkerEnvs(HostEnvs):
         self.sent = []
         self._command(command, START_SECONDS)
         for each in self.own:
-            self._try(functools.partial(handle_command, each, command))
+            self._run_own(functools.partial(handle_command, each, command))
         self._await_all("reset", 1)
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
@@ -104,26 +105,26 @@ class WorkerEnvs(HostEnvs):
 
     def receive(self) -> Transition:
         for group in self.sent:
-            self._try(self.own[group].step)
+            self._run_own(self.own[group].step)
         self._await_all("step", len(self.sent))
         self.sent = []
         return self.stepped()
 
-    def _try(self, own: Callable[[], None]) -> None:
-        """What this process's environments do."""
+    def _run_own(self, fn: Callable[[], None]) -> None:
+        """Run this process's environments; an exception becomes a WorkerError."""
         try:
-            own()
+            fn()
         except Exception as error:
             self.close()
             reason = " ".join(str(error).split())
             raise WorkerError(f"{self.spec.id} failed: {type(error).__name__}: {reason}") from error
 
     def _command(self, command: bytes, seconds: float) -> None:
-        self.patience = seconds
+        self.timeout = seconds
         for worker, link in enumerate(self.links):
             try:
                 link.sendall(command)
-            except OSError:  # it is gone; what it said before may say why
+            except OSError:  # it died; its last message may hold the reason
                 self._await(worker, "command", 1 + len(self.sent))
 
     def _await_all(self, what: str, answers: int) -> None:
@@ -134,19 +135,19 @@ class WorkerEnvs(HostEnvs):
         link = self.links[worker]
         while answers:
             try:
-                answer = recv(link, answers, self.patience)
+                answer = recv(link, answers, self.timeout)
             except TimeoutError:
-                self._fail(worker, f"did not answer to a {what} for {self.patience:.0f} s")
+                self._fail(worker, f"did not finish a {what} within {self.timeout:.0f} s")
             except OSError:
                 answer = b""
             if not answer:
                 self._fail(worker, "died")
             if b"!" in answer:
-                self._fail(worker, "failed: " + self._last_words(answer, link))
+                self._fail(worker, "failed: " + self._error_text(answer, link))
             answers -= len(answer)
 
     @staticmethod
-    def _last_words(answer: bytes, link: socket.socket) -> str:
+    def _error_text(answer: bytes, link: socket.socket) -> str:
         with contextlib.suppress(OSError):
             while more := recv(link, 4096, 5):
                 answer += more
@@ -165,15 +166,15 @@ class WorkerEnvs(HostEnvs):
                           f"{what}")
 
     def close(self) -> None:
-        self.end()
+        self.finalizer()
         for each in self.own:
             each.close()
         self.own = []
 
 
-def _end(links: list[socket.socket], processes: list[Any]) -> None:
+def _stop_workers(links: list[socket.socket], processes: list[Any]) -> None:
     for link in links:
-        link.close()  # a worker that waits for a command ends
+        link.close()  # ends a worker that waits for a command
     for process in processes:
         process.join(5)
         process.kill()

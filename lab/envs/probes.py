@@ -1,5 +1,5 @@
-"""Environments whose best behaviour is known, for lab/check/ and the tests. No torch: a worker
-that imports this stays small."""
+"""Environments with a known optimal policy, for lab/check/ and the tests. No torch, to keep workers
+that import this small."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ import numpy as np
 
 Step = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
 
-# Returns of an episode of Target: the optimum is 0. The best action that ignores the observation
-# costs the variance of the best one, a third of its slope squared, in units of the range, at each
-# of 4 steps.
+# Episode return of the best constant action in Target, where the optimum is 0. At each of 4 steps
+# it costs the variance of the optimal action: slope^2 / 3 per dimension (observations are uniform
+# in [-1, 1]), with the slope in units of the action range.
 BEST_CONSTANT = -4 * (0.4**2 / 3 / 2**2 + 1.0**2 / 3 / 4**2)
 
 
 class Target(gymnasium.Env):
-    """Four steps; the best action is a known affine function of the observation, and costs nothing.
+    """Four steps. The optimal action is an affine function of the observation, with reward 0.
 
-    The bounds are asymmetric and differ between the two dimensions.
+    The action bounds are asymmetric and differ between the two dimensions.
     """
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -42,29 +42,34 @@ class Target(gymnasium.Env):
         return self.obs
 
 
-# States of Fork: four in which to decide, one on the way, and prizes
+# States of Fork: four decisions, one intermediate state (WAY), and PRIZE
 TRUNCATED, SUCCESSOR, TERMINATED, RING, WAY, PRIZE = range(6)
-BEST = 1, 1, 1, -1  # of the actions in the first four, scaled to [-1, 1]
+BEST = 1, 1, 1, -1  # optimal actions in the first four states, scaled to [-1, 1]
 
 
 class Fork(gymnasium.Env):
-    """Four decisions in episodes of a step or two; each has a mistake that turns it around.
+    """Four decision states in episodes of at most three steps. In each state, one common bug of an
+    agent reverses the sign of the best action.
 
-    The action, scaled to u in [-1, 1], trades a small reward for a prize x that comes after: the
-    state (PRIZE, x) gives 2 x and ends. So it is for every discount from 0.6 to 1.
+    The action, scaled to u in [-1, 1], trades the immediate reward against a later prize: the state
+    (PRIZE, x) gives reward 2 x and terminates. The optimal actions are BEST for every discount from
+    0.6 to 1.
 
-    TRUNCATED   -0.5 u, then the prize u behind a truncation: who does not bootstrap there, takes -1
-    SUCCESSOR   0.1 u, then the prize u / 2 behind a truncation, but the next episode begins at
-                the prize -u: who takes that for the successor, takes -1
-    TERMINATED  0.5 u, then the prize -u behind a termination: who bootstraps there, takes -1
-    RING        4 - 0.5 u, and if u > 0 a way of two steps to the prize 0. Of a replay of two steps
-                the oldest is RING when the newest is WAY: who joins them, gets the 4 again and
-                again, and stays above 0
+    TRUNCATED   reward -0.5 u, then a truncation with the successor (PRIZE, u). An agent that does
+                not bootstrap there chooses -1
+    SUCCESSOR   reward 0.1 u, then a truncation with the successor (PRIZE, u / 2); the next episode
+                starts at (PRIZE, -u). An agent that bootstraps from the new episode chooses -1
+    TERMINATED  reward 0.5 u, then a termination with the successor (PRIZE, -u). An agent that
+                bootstraps there chooses -1
+    RING        reward 4 - 0.5 u; if u > 0, the successor is WAY and then (PRIZE, 0), otherwise the
+                episode terminates. In a replay of two transitions, the oldest is RING when the
+                newest is WAY. An agent that links the two collects the 4 again and again and keeps
+                u > 0
     """
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (6,), np.float32)
     action_space = gymnasium.spaces.Box(-1.0, 3.0, (1,), np.float32)
-    begin_at: float | None = None  # the prize at which the next episode begins
+    begin_at: float | None = None  # the prize at which the next episode starts
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None
               ) -> tuple[np.ndarray, dict[str, Any]]:

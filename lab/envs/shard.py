@@ -1,5 +1,5 @@
-"""Gymnasium environments as arrays, in this process or in a worker's. No torch: a worker that
-imports these modules alone starts fast and stays small."""
+"""Gymnasium environments stepped through arrays, in the main process or in a worker. No torch:
+workers that do not import it start fast and stay small."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,17 +10,17 @@ import numpy as np
 
 from lab.envs.spec import make_one
 
-# the first byte of a command; any other is the number of a group that steps
+# first byte of a command; any other byte is the number of a group to step
 RESET, RESTORE_START, REPLAY_ACTIONS = 255, 254, 253
 
 
 class EnvShard:
-    """Some gymnasium environments and the arrays in which they leave their steps.
+    """Some gymnasium environments and the arrays that they read and write, one row each.
 
-    A key is (seed, n): environment n of that seed, whose random stream it names.
-    actions (n, A) is read; rows (n, 2 O + 3) gets next_obs, obs, reward, termination, truncation;
-    returns (n, 2) gets the undiscounted return and the length of an episode when it ends;
-    origins (n, 7) says how the running episode began.
+    env_keys: (seed, n) of each environment, the n-th of that seed; they select its random stream.
+    Reads actions (rows, A). Writes rows (rows, 2 O + 3): next_obs, obs, reward, termination,
+    truncation; returns (rows, 2): undiscounted return and length of an episode when it ends;
+    origins (rows, 7): how the running episode started (`origin`).
     """
 
     def __init__(self, env_id: str, env_keys: Sequence[tuple[int, int]], actions: np.ndarray,
@@ -31,21 +31,21 @@ class EnvShard:
         self.envs = [make(env_id) for _ in env_keys]
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
-        self.running = [[0.0, 0] for _ in env_keys]  # return and length so far
+        self.running = [[0.0, 0] for _ in env_keys]  # return and length of the running episode
 
     def reset(self, stream: Sequence[int]) -> None:
-        """Into obs. The one seeded reset: later episodes go on in the random stream that the seed,
-        the stream's numbers and the environment's n name."""
+        """Reset all environments, seeded with seed, stream and n; writes obs. Later resets are not
+        seeded and continue the environment's random stream."""
         for i, (seed, n) in enumerate(self.env_keys):
             self._begin(i, seed_of(seed, stream, n))
 
-    def step(self, among: Sequence[int] | None = None) -> None:
-        """All of them, or those."""
+    def step(self, indices: Sequence[int] | None = None) -> None:
+        """Step these environments; None: all."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
-        which: Any = slice(None) if among is None else among
-        for i in range(len(self.envs)) if among is None else among:
+        which: Any = slice(None) if indices is None else indices
+        for i in range(len(self.envs)) if indices is None else indices:
             self.rows[i, :O], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
             outcomes.append((reward, terminated, truncated and not terminated))
             running = self.running[i]
@@ -55,20 +55,20 @@ class EnvShard:
                 self.returns[i] = running
                 fresh.append(i)
         self.rows[which, O : 2 * O] = self.rows[which, :O]
-        self.rows[which, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # there may be none
+        self.rows[which, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
         for i in fresh:
             self._begin(i)
 
     def restore_start(self) -> None:
-        """The episodes that origins name, where an action is a number."""
-        for i in self._named():
+        """Restart the selected environments (action not NaN) from their origins."""
+        for i in self._selected():
             self._begin(i, recall(self.envs[i], self.origins[i].tolist()))
 
     def replay_actions(self) -> None:
-        """Where an action is a number."""
-        self.step(self._named())
+        """Step the selected environments (action not NaN)."""
+        self.step(self._selected())
 
-    def _named(self) -> list[int]:
+    def _selected(self) -> list[int]:
         return np.flatnonzero(~np.isnan(self.actions[:, 0])).tolist()
 
     def _begin(self, i: int, seed: int | None = None) -> None:
@@ -84,13 +84,13 @@ class EnvShard:
 
 def make_shards(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
                 arrays: Sequence[np.ndarray]) -> list[EnvShard]:
-    """One of each group: its keys, and their rows of the arrays from the first one on."""
+    """One shard per group, from its (seed, n) keys and the first of their rows in the arrays."""
     return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays))
             for env_keys, start in groups]
 
 
 def handle_command(shard: EnvShard, command: bytes) -> None:
-    """A command that is for every group."""
+    """Run a command that applies to every group."""
     if command[0] == RESET:
         shard.reset(json.loads(command[1:]))
     elif command[0] == RESTORE_START:
@@ -100,17 +100,17 @@ def handle_command(shard: EnvShard, command: bytes) -> None:
 
 
 def seed_of(seed: int, stream: Sequence[int], n: int) -> int:
-    """Of an environment's reset: the seed's, in that stream of randomness, for its n-th."""
+    """The reset seed of the n-th environment of a seed, in that random stream."""
     return int(np.random.SeedSequence([seed, *stream, n]).generate_state(1)[0])
 
 
-UNKNOWN, SEEDED, CONTINUED = 0, 1, 2  # how an episode began: the first of the words of its origin
+UNKNOWN, SEEDED, CONTINUED = 0, 1, 2  # how an episode started: word 0 of its origin
 WORD = 2**64
 
 
 def origin(env: gymnasium.Env, seed: int | None) -> list[int]:
-    """7 words of 64 bits that say what the reset which follows draws from: a seed, or the random
-    numbers after those of the episode before, if they come from numpy's PCG64."""
+    """The random state that the next reset draws from, as 7 words of 64 bits: its seed, or the
+    state of the environment's generator if that is numpy's PCG64."""
     if seed is not None:
         return seeded(seed)
     state: Any = env.unwrapped.np_random.bit_generator.state
@@ -122,12 +122,12 @@ def origin(env: gymnasium.Env, seed: int | None) -> list[int]:
 
 
 def seeded(seed: int) -> list[int]:
-    """The origin of an episode that begins from that seed."""
+    """The origin of an episode that starts with a seeded reset."""
     return [SEEDED, seed, 0, 0, 0, 0, 0]
 
 
 def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:
-    """Put the environment where that origin was taken -> the seed of its reset, if there is one."""
+    """Restore the random state of an origin -> the seed for the reset, or None."""
     kind, *rest = words
     if kind == CONTINUED:
         high, low, inc_high, inc_low, has_uint32, uinteger = rest
@@ -140,8 +140,8 @@ def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:
 
 
 def renew_box2d_world(env: gymnasium.Env) -> None:
-    """BipedalWalker keeps one b2World, whose contact caches leak from an episode into the next
-    (gymnasium issue 728): with a new world an episode depends on the random state alone."""
+    """BipedalWalker reuses one b2World, whose contact caches leak into the next episode (gymnasium
+    issue 728). With a new world, an episode depends only on the random state."""
     walker: Any = env.unwrapped
     if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
         from Box2D import b2World

@@ -1,4 +1,4 @@
-"""What an agent may know of its environment, and one gymnasium environment by its id. No torch."""
+"""EnvSpec, what an agent knows of its environment, and gymnasium.make with our errors. No torch."""
 
 import contextlib
 import difflib
@@ -12,13 +12,13 @@ import gymnasium
 
 from lab.errors import UserError
 
-# Modules that the ids of older runs name
+# Old module names, as older runs have them in their environment ids
 MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_tasks"}
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What an agent may know of its environment. Bounds have shape (A,), environment units."""
+    """What an agent knows of its environment. Action bounds: (A,), in environment units."""
 
     id: str
     obs_dim: int
@@ -29,7 +29,7 @@ class EnvSpec:
 
 
 def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
-    """One gymnasium environment, or a UserError that names similar ids."""
+    """One gymnasium environment. UserError if it cannot be made; it suggests similar ids."""
     try:
         redirect_mujoco_warnings()
         with warnings.catch_warnings():
@@ -48,12 +48,12 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
         names = ", ".join(by_lower[name] for name in near)
         raise UserError(f"unknown environment {env_id!r}; did you mean {names}?") from error
     if env.spec and env.spec.id != env_id.split(":")[-1]:
-        raise UserError(f"environment {env_id!r} names no version; say {env.spec.id!r}")
+        raise UserError(f"environment {env_id!r} has no version; use {env.spec.id!r}")
     return env
 
 
 def import_prefix(env_id: str) -> str:
-    """Import what "module:Name-v0" begins with, as gymnasium does -> the rest of the id."""
+    """Import the module of "module:Name-v0", as gymnasium does -> the id without it."""
     module, colon, name = env_id.rpartition(":")
     try:
         if colon:
@@ -65,8 +65,9 @@ def import_prefix(env_id: str) -> str:
 
 @functools.cache
 def redirect_mujoco_warnings() -> None:
-    """MuJoCo prints its warnings and leaves a MUJOCO_LOG.TXT where one stands: make them Python's,
-    but for one about an attribute in gymnasium's own models, which comes with every environment."""
+    """Make MuJoCo's warnings Python warnings; it would print them and write a MUJOCO_LOG.TXT to the
+    working directory. Drops the one about settotalmass, which gymnasium's own models cause each
+    time."""
     try:
         import mujoco
     except ImportError:
@@ -80,22 +81,22 @@ def redirect_mujoco_warnings() -> None:
 
 
 def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
-    """UserError unless observations and actions are flat boxes."""
+    """UserError unless both spaces are one-dimensional Boxes."""
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
         space = " ".join(str(action_space).split())
-        raise UserError(f"{env_id} has actions {space}; the lab is for continuous control "
-                        "and needs a one-dimensional Box")
+        raise UserError(f"{env_id} has action space {space}; only continuous control is "
+                        "supported: a one-dimensional Box")
     if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
         space = " ".join(str(obs_space).split())
-        raise UserError(f"{env_id} has observations {space}; the lab needs a one-dimensional "
-                        "Box: register it with gymnasium's FlattenObservation")
-    limit = getattr(env.spec, "max_episode_steps", None)  # without a spec there is none
+        raise UserError(f"{env_id} has observation space {space}; only a one-dimensional Box is "
+                        "supported: register it with gymnasium's FlattenObservation")
+    limit = getattr(env.spec, "max_episode_steps", None)  # env.spec may be None
     low, high = (tuple(float(x) for x in bound) for bound in (action_space.low, action_space.high))
     return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
 
 
 def probe(env_id: str) -> EnvSpec:
-    """The spec of a gymnasium environment. UserError if the lab cannot use it."""
+    """The EnvSpec of a gymnasium environment. UserError if it is not supported."""
     with contextlib.closing(make_one(env_id)) as env:
         return spec_of(env, env_id)

@@ -1,7 +1,8 @@
-"""Environments in plain torch: all instances step at once, on the device that the agent is on.
+"""Environments in plain torch: all instances step at once, on the agent's device.
 
 An environment is a class of pure functions on states (S, N, D). TorchEnvs applies the time limit,
-starts new episodes and sums returns. To add one, put its class into ENVS: docs/vectorised.md.
+starts new episodes and sums returns. To add an environment, put its class into ENVS; see
+docs/vectorised.md.
 """
 
 import math
@@ -17,14 +18,14 @@ class TorchEnv:
     action_high: Sequence[float]
     max_episode_steps: int
     randoms: int  # uniform numbers that a new episode needs
-    twin: str | None = None  # gymnasium's environment that draws the same state
+    twin: str | None = None  # the gymnasium environment that renders the same state
 
     def initial(self, uniform: Tensor) -> Tensor:
-        """(S, N, randoms) in [0, 1) -> the state (S, N, D) in which an episode begins."""
+        """uniform (S, N, randoms) in [0, 1) -> initial states (S, N, D)."""
         raise NotImplementedError
 
     def step(self, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the next state (S, N, D), rewards (S, N), terminations (S, N) bool."""
+        """-> next states (S, N, D), rewards (S, N), terminations (S, N) bool."""
         raise NotImplementedError
 
     def observe(self, state: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class MountainCar(TorchEnv):
 
 
 class CartPole(TorchEnv):
-    """gymnasium's CartPole-v1 with a force of any size up to its two. State: cart's position and
-    velocity, pole's angle and angular velocity."""
+    """gymnasium's CartPole-v1 with a continuous force in [-10, 10] N instead of its -10 or 10 N.
+    State: position and velocity of the cart, angle and angular velocity of the pole."""
 
     twin = "CartPole-v1"
     obs_dim, action_low, action_high, max_episode_steps, randoms = 4, [-1.0], [1.0], 500, 4
@@ -110,15 +111,15 @@ class CartPole(TorchEnv):
 
 
 class Quadrotor(TorchEnv):
-    """Fly a quadrotor to the origin and hover; each episode has another quadrotor and other wind.
+    """Fly a quadrotor to the origin and hover; every episode samples another body and wind.
 
-    Mass, size, inertia, thrust, drag, the motors' lag and the wind are drawn anew and not observed:
-    a policy is good if it flies all of them, so an update wants thousands of instances, each with
-    its own body. Rigid body, z upwards, semi-implicit Euler at 50 Hz, motors in an x layout; SI
-    units. State: position 3, velocity 3, quaternion (w, x, y, z), angular velocity 3 in the body's
-    frame, motors 4 (front left, front right, back left, back right), mass, arm, inertia 3, thrust
-    to weight, yaw gain, drag, lag, wind 3. Observed: position, velocity, rotation matrix, angular
-    velocity / 10, 2 motors - 1. Beyond 5 m or upside down the episode ends.
+    Mass, size, inertia, thrust, drag, motor lag and wind are sampled per episode and not observed.
+    The policy has to fly all of them, so train on thousands of instances. Rigid body, z up,
+    semi-implicit Euler at 50 Hz, motors in an x layout, SI units. State: position 3, velocity 3,
+    quaternion (w, x, y, z), angular velocity 3 in the body frame, motors 4 (front left, front
+    right, back left, back right), mass, arm, inertia 3, thrust to weight, yaw gain, drag, lag, wind
+    3. Observed: position, velocity, rotation matrix, angular velocity / 10, 2 motors - 1. The
+    episode terminates beyond 5 m from the origin or upside down.
     """
 
     obs_dim, action_low, action_high = 22, [-1.0] * 4, [1.0] * 4
@@ -157,12 +158,12 @@ class Quadrotor(TorchEnv):
             lever * (front_left + back_left - front_right - back_right),
             lever * (back_left + back_right - front_left - front_right),
             yaw.squeeze(-1) * (front_left + back_right - front_right - back_left)], -1)
-        middle = angular  # Euler's equations by the midpoint rule: at once, a spin would wobble
+        middle = angular  # midpoint rule for Euler's equations: an Euler step makes a spin wobble
         for step in (self.DT / 2, self.DT):
             turned = torque - torch.linalg.cross(middle, inertia * middle)
             middle = angular + step * turned / inertia
         angular = middle.clamp(-30, 30)
-        up = rotation(q)[..., 2]  # the body's z in the world
+        up = rotation(q)[..., 2]  # z axis of the body in the world frame
         force = thrusts.sum(-1, keepdim=True) * up + drag * (wind - velocity)
         velocity = velocity + self.DT * (force / mass)
         velocity = torch.cat([velocity[..., :2], velocity[..., 2:] - self.DT * self.GRAVITY], -1)

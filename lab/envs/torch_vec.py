@@ -1,4 +1,4 @@
-"""The environments of torch_tasks.py behind the batch interface."""
+"""The environments of torch_tasks.py as vector environments."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from lab.envs.base import TORCH, TRAINING, Finished, Transition, VecEnvConfig, V
 from lab.envs.spec import EnvSpec, import_prefix
 from lab.errors import UserError
 
-BLOCK = 64  # steps for which the random numbers of new episodes are drawn at once
+BLOCK = 64  # steps per draw of random numbers for new episodes
 
 
 class TorchEnvs(VectorEnvs):
-    """S x N instances of one of ENVS. Between two `finished` the host waits for nothing."""
+    """S x N instances of one environment of ENVS. Only `finished` synchronises with a GPU."""
 
     STATE = ("state", "running", "sums", "block")
 
@@ -24,7 +24,7 @@ class TorchEnvs(VectorEnvs):
         super().__init__(config)
         name = import_prefix(config.env_id).removeprefix(TORCH)
         if name not in torch_tasks.ENVS:
-            raise UserError(f"no environment {TORCH}{name}; there are "
+            raise UserError(f"unknown environment {TORCH}{name}; choose from "
                             + ", ".join(TORCH + known for known in torch_tasks.ENVS))
         self.env = torch_tasks.ENVS[name]()
         low, high = (tuple(float(x) for x in bound)
@@ -40,7 +40,7 @@ class TorchEnvs(VectorEnvs):
         self.drawn = 0
         self.block = torch.empty(0)
         self.state = self.env.initial(self._uniform())
-        # of the running episodes: length, return; of the finished ones: count, returns, lengths
+        # running episodes: length, return; finished episodes: number, sum of returns and lengths
         self.running = torch.zeros(2, *self.shape, device=self.device, dtype=torch.float64)
         self.sums = torch.zeros(3, self.shape[0], device=self.device, dtype=torch.float64)
         return self.env.observe(self.state)
@@ -54,7 +54,7 @@ class TorchEnvs(VectorEnvs):
         return Transition(*transition)
 
     def finished(self) -> list[Finished]:
-        sums, self.sums = self.sums.T.tolist(), torch.zeros_like(self.sums)  # the host waits
+        sums, self.sums = self.sums.T.tolist(), torch.zeros_like(self.sums)  # synchronises
         return [summary(row) for row in sums]
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class TorchEnvs(VectorEnvs):
         return self.env.observe(self.state), 0
 
     def _uniform(self) -> Tensor:
-        """(S, N, randoms) for the episodes that begin at this step, each seed's its own."""
+        """(S, N, randoms) in [0, 1) for new episodes at this step, from a generator per seed."""
         index = self.drawn % BLOCK
         if index == 0:
             shape = BLOCK, self.shape[1], self.env.randoms
@@ -82,13 +82,13 @@ class TorchEnvs(VectorEnvs):
 
     def _advance(self, state: Tensor, running: Tensor, sums: Tensor, actions: Tensor,
                  uniform: Tensor) -> tuple[Tensor, ...]:
-        actions = actions.nan_to_num(0, 0, 0)  # a broken seed's, as in the other backends
+        actions = actions.nan_to_num(0, 0, 0)  # of a diverged seed, as in the other backends
         state, rewards, terminated = self.env.step(state, actions)
         running = running + torch.stack([torch.ones_like(rewards), rewards])
         truncated = (running[0] >= self.env.max_episode_steps) & ~terminated
         ended = terminated | truncated
-        done = torch.cat([torch.ones_like(running[:1]), running.flip(0)])
-        sums = sums + torch.where(ended, done, 0).sum(2)
+        finished = torch.cat([torch.ones_like(running[:1]), running.flip(0)])
+        sums = sums + torch.where(ended, finished, 0).sum(2)
         next_obs = self.env.observe(state)
         state = torch.where(ended[..., None], self.env.initial(uniform), state)
         obs = torch.where(ended[..., None], self.env.observe(state), next_obs)

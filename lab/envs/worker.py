@@ -1,4 +1,4 @@
-"""The life of a process that steps environments. No torch: it starts fast and stays small."""
+"""Main loop of a worker process. No torch, so that workers start fast and stay small."""
 
 import contextlib
 import ctypes
@@ -15,17 +15,17 @@ import numpy as np
 
 from lab.envs.shard import REPLAY_ACTIONS, handle_command, make_shards
 
-SPIN_SECONDS = 5e-4  # about the longest time between two steps that waking up would prolong
+SPIN_SECONDS = 5e-4  # waking up costs little against a longer wait
 
 
 def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[Any, ...]],
           shared: Sequence[Any]) -> None:
-    """A worker's life: step its shard of each group when told, until the link closes.
+    """Worker main loop: run commands for its shard of each group until the link closes.
 
-    groups: as of `make_shards`; shared: the buffers of an EnvShard's arrays with their shapes.
-    Every command is answered by one byte, or by "!" and an error, which is the last word.
+    groups: see `make_shards`; shared: (buffer, dtype, shape) of each array of EnvShard. The answer
+    to a command is one byte; after an error it is "!" and the message, and the worker ends.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are the main process's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles them
         signal.signal(number, signal.SIG_IGN)
     die_with(parent, signal.SIGKILL)
     link.setblocking(False)
@@ -50,11 +50,11 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
 
 
 def recv(link: socket.socket, size: int, seconds: float | None = None) -> bytes:
-    """What a link that does not block says, up to `size` bytes; TimeoutError after the seconds.
+    """Receive up to `size` bytes from a non-blocking socket. TimeoutError after `seconds`.
 
-    First awake: to wake a sleeping process takes as long as a step or two of an environment
-    (HalfCheetah-v5, 16 environments, 2 workers on 2 cores: 1.2 to 1.5 times the steps a second). A
-    process that waits for this core gets its turn.
+    Spins before it sleeps: waking a process takes as long as one or two environment steps
+    (HalfCheetah-v5, 16 environments, 2 workers on 2 cores: 1.2 to 1.5 times the steps/s).
+    sched_yield lets other processes use the core meanwhile.
     """
     end = time.perf_counter() + SPIN_SECONDS
     while time.perf_counter() < end:
@@ -67,7 +67,7 @@ def recv(link: socket.socket, size: int, seconds: float | None = None) -> bytes:
 
 
 def die_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """On Linux, a process whose parent is killed gets this signal as well: no orphans."""
+    """On Linux, get this signal when the parent dies, so that no orphan is left."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -1,12 +1,13 @@
-"""How a run is fastest on this machine: processes, compilation, device and backend, by measuring.
+"""Find the fastest way to run a command here: measure processes, compilation, device, backend.
 
     python -m lab.plan --agent agents/crossq.py --env Ant-v5 --seeds 8 --steps 1_000_000
     python -m lab.plan agents/ppo.py --env BipedalWalker-v3 --num-envs 32
     python learn_simple.py agents/crossq.py --env Ant-v5 --seeds 8 --plan --log
 
-Within a minute every candidate runs for some seconds, in as many processes at once as the run would
-have, and is told what the whole run will take. What is given is kept, only the rest is tried. Of
-the rows, --plan takes the fastest that leaves the numbers what they are: bf16 only if it is given.
+Takes about a minute. Each candidate runs for a few seconds, with as many parallel processes as the
+real run, and the time of the whole run is estimated. Given flags stay fixed; the others are varied.
+--plan takes the fastest candidate with the given precision: bf16 changes the numerics, so it is
+only measured unless you give --precision bf16.
 """
 
 import dataclasses
@@ -19,14 +20,15 @@ from lab.plan import candidates
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plan and print -> exit code."""
+    """Parse the flags, measure and print -> exit code."""
     words = [word for arg in argv for word in (
         arg.split("=", 1) if arg.startswith("--agent=") else [arg]) if word != "--agent"]
-    own = {field.name for field in dataclasses.fields(Vectorised)} - {
+    vectorised_only = {field.name for field in dataclasses.fields(Vectorised)} - {
         field.name for field in dataclasses.fields(Simple)}
-    options, config = parse_args(words, Vectorised if own & given_flags(words) else Simple)
+    options, config = parse_args(
+        words, Vectorised if vectorised_only & given_flags(words) else Simple)
     if options.resume:
-        raise UserError("--resume: a run goes on as it began")
+        raise UserError("--resume: a resumed run keeps its settings, so there is nothing to plan")
     candidates.measure(options, config, words)
     return 0
 

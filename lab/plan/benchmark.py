@@ -1,8 +1,8 @@
-"""What the parts of a training run cost here: each of them runs for a moment, with a clock.
+"""Estimate the time of a training run from short measurements of its parts.
 
-A run is its start, the steps before the first update, the steps and updates after it, and the
-evaluations. Environments, agent and order of a step are the real run's; only the way to the first
-updates is shortened, by observing one transition again and again.
+The parts are start-up, steps before the first update, steps and updates after it, and evaluations.
+Environments, agent and the order of calls are those of the real run. Only the warm-up is shorter:
+the agent observes one transition again and again until it updates.
 """
 
 import contextlib
@@ -25,39 +25,41 @@ from lab.training.evaluation import ENDLESS, evaluate
 from lab.training.job import Emit, Job, make_evaluation, make_training
 from lab.training.processes import Processes
 
-EARLY, EVALUATION, TELL = 0.2, 0.3, 0.2  # seconds: of early steps, of evaluation, between messages
-WINDOW = 2.5  # seconds of steps and updates
-PATIENCE = 30  # updates, in which all that is to be compiled has been
+# seconds: of steps before the first update, of evaluation, between messages
+EARLY, EVALUATION, MESSAGE_EVERY = 0.2, 0.3, 0.2
+WINDOW = 2.5  # seconds of measured steps and updates
+MAX_WARM_UP = 30  # updates, after which all is assumed to be compiled
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process, in seconds. A step is one of all its environments, an update a call of
-    update() that learns."""
+    """Times of one process, in seconds. A step is a step of all its environments; an update is a
+    call of update() that makes gradient steps."""
 
-    build: float  # environments and agent
-    compile: float  # what the first acts and updates take longer than later ones
-    early_steps: int  # before the first update
-    early_step: float
-    period: float  # later steps for each update; inf: the run has none
-    evaluation: float  # a whole one
-    update: float
-    step: float = 0.0  # a later one, without the update
+    build: float  # to make environments and agent
+    compile: float  # extra time of the first acts and updates
+    early_steps: int  # number of steps before the first update
+    early_step: float  # a step before the first update
+    period: float  # steps per update after the first one; inf: the run has no update
+    evaluation: float  # one evaluation
+    update: float  # one update
+    step: float = 0.0  # a step after the first update, without the update
 
-    def with_speed(self, done: Mapping[str, float]) -> "Cost":
-        """After steps and updates that were counted."""
-        updates, steps = done["updates"], done["steps"]
-        period = steps / updates if updates >= 10 else self.period  # or a few whole rollouts
-        update = done["updating"] / updates if updates else self.update
-        return replace(self, step=done["stepping"] / steps, update=update, period=period)
+    def with_speed(self, measured: Mapping[str, float]) -> "Cost":
+        """With the speed measured in the window: see `measure`."""
+        updates, steps = measured["updates"], measured["steps"]
+        # a window of a few rollouts is too short to estimate it
+        period = steps / updates if updates >= 10 else self.period
+        update = measured["updating"] / updates if updates else self.update
+        return replace(self, step=measured["stepping"] / steps, update=update, period=period)
 
     def speed(self, job: Job) -> float:
-        """Steps/s once it learns, summed over seeds."""
+        """Steps/s after the first update, summed over seeds."""
         return len(job.seeds) * job.num_envs / (self.step + self.update / self.period)
 
     def total(self, job: Job) -> float:
-        """Of the whole job, imports aside. Checkpoints are left out: less than a hundredth of a
-        run (bench/results/checkpoints.json)."""
+        """Time of the whole job without imports and without checkpoints, which take less than 1% of
+        a run (bench/results/checkpoints.json)."""
         steps = math.ceil(job.steps / job.num_envs)
         early = min(self.early_steps, steps)
         evaluations = math.ceil(job.steps / job.eval_every)
@@ -67,15 +69,15 @@ class Cost:
 
 
 def run(jobs: Sequence[Job], deadline: float) -> tuple[float, list[Cost]]:
-    """All at once, each in a process -> seconds of their imports, and what each costs while all of
-    them step and update. UserError if one fails, TimeoutError at the deadline."""
-    imports, costs, done = 0.0, dict[int, Cost](), [Counter[str]() for _ in jobs]
+    """Measure all jobs at once, one process each -> seconds of imports, and each job's cost while
+    all of them run. UserError if one fails, TimeoutError at the deadline."""
+    imports, costs, measured = 0.0, dict[int, Cost](), [Counter[str]() for _ in jobs]
     with Processes(measure) as pool:
         begun = time.monotonic()
         for key, job in enumerate(jobs):
             pool.start(key)
             pool.give(key, job)
-        while min(each["stepping"] + each["updating"] for each in done) < WINDOW:
+        while min(each["stepping"] + each["updating"] for each in measured) < WINDOW:
             if time.monotonic() > deadline:
                 raise TimeoutError
             for key, message in pool.receive(0.5):
@@ -86,14 +88,14 @@ def run(jobs: Sequence[Job], deadline: float) -> tuple[float, list[Cost]]:
                 elif not message:
                     imports = time.monotonic() - begun
                 elif len(costs) == len(jobs):
-                    done[key].update(message)
-    return imports, [costs[key].with_speed(each) for key, each in enumerate(done)]
+                    measured[key].update(message)
+    return imports, [costs[key].with_speed(each) for key, each in enumerate(measured)]
 
 
 def makespan(jobs: Sequence[Job], processes: int, measured: Sequence[tuple[Job, Cost]],
              waiting: float) -> float:
-    """Seconds in which the processes work through the jobs, each after `waiting` for its imports. A
-    job that was not measured costs what the one nearest to it does."""
+    """Seconds until the processes have run all jobs, each after `waiting` seconds of imports. A job
+    that was not measured gets the cost of the most similar one."""
     free = [0.0] * processes
     for job in jobs:
         def distance(pair: tuple[Job, Cost], job: Job = job) -> tuple[bool, bool, int]:
@@ -106,8 +108,8 @@ def makespan(jobs: Sequence[Job], processes: int, measured: Sequence[tuple[Job, 
 
 
 def measure(job: Job, emit: Emit) -> None:
-    """Emits {} when imports are over, then {"cost": Cost}, then until its process is ended what
-    was done since the last message: {"steps", "updates", "stepping", "updating"}, in seconds."""
+    """Emits {} after the imports, then {"cost": Cost}, then until the process is stopped the work
+    since the last message: {"steps", "updates"} as counts, {"stepping", "updating"} in seconds."""
     emit({})
     begun = time.perf_counter()
     training, evaluation = make_training(job), make_evaluation(job)
@@ -118,13 +120,13 @@ def measure(job: Job, emit: Emit) -> None:
         emit({"cost": loop.warm_up(build, compiling, evaluating)})
         while True:
             loop.done.clear()
-            while loop.done["stepping"] + loop.done["updating"] < TELL:
+            while loop.done["stepping"] + loop.done["updating"] < MESSAGE_EVERY:
                 loop.step()
             emit(dict(loop.done))
 
 
 class Loop:
-    """Training's loop with a clock."""
+    """The training loop, timed."""
 
     def __init__(self, job: Job, training: VectorEnvs):
         self.job, self.training = job, training
@@ -133,10 +135,10 @@ class Loop:
                                  job.num_envs, job.steps, job.device, self.accelerate)
         self.obs = training.reset(TRAINING, 0)
         self.t: Any = None  # the last transition
-        self.done: Any = Counter()
+        self.done: Any = Counter()  # steps, updates; seconds: stepping, updating
 
     def step(self, live: bool = True) -> tuple[float, float]:
-        """One step, or the last one's outcome again -> seconds of all, and of an update or 0."""
+        """A step, or if not live the last transition again -> seconds: total, update (or 0)."""
         begun = time.perf_counter()
         if live:
             actions = self.training.send_groups(self.agent.act, self.obs)
@@ -157,9 +159,9 @@ class Loop:
         return seconds, updating
 
     def warm_up(self, build: float, compiling: float, evaluation: float) -> Cost:
-        """Up to where every update costs the same -> the costs, among them the three given."""
+        """Run until updates have a constant cost -> the costs, with the three given ones."""
         early = list[float]()
-        updates = list[tuple[float, float, float]]()  # steps so far; seconds: the step, its update
+        updates = list[tuple[float, float, float]]()  # steps so far; seconds of step, update
         while not self._warm(len(updates)):
             live = sum(early) < EARLY
             seconds, updating = self.step(live)
@@ -182,12 +184,12 @@ class Loop:
             calls = 3 if self.job.device == "cpu" else CudaGraph.WARM_UP + 2
         compiled = all(count >= calls for count in self.accelerate.calls)
         over = self.done["steps"] * self.job.num_envs >= self.job.steps
-        return over or updates >= PATIENCE or (updates > 1 and compiled)
+        return over or updates >= MAX_WARM_UP or (updates > 1 and compiled)
 
 
 def sample_evaluation(agent: Any, evaluation: VectorEnvs) -> tuple[float, float]:
-    """-> what the first act takes longer than later ones, and seconds of a whole evaluation. If
-    episodes have not ended soon, they are expected to last until their limit."""
+    """-> extra seconds of the first act, and seconds of a whole evaluation. Episodes that do not
+    end within EVALUATION seconds are assumed to last until the time limit."""
     times = list[float]()
 
     def act(obs: torch.Tensor, explore: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What --plan chooses from: the ways in which a run can be made here, measured one by one."""
+"""The candidates of --plan: generate, measure and rank the ways to run a command here."""
 
 import contextlib
 import dataclasses
@@ -36,77 +36,78 @@ from lab.plan import benchmark
 from lab.training.job import dry_run, make_jobs
 from lab.training.recorder import processor
 
-BUDGET = 48.0  # seconds, of the minute: imports, the last processes' end and the table take some
-LEAST = 4.0  # seconds that anything needs
+BUDGET = 48.0  # seconds to measure in; imports, clean-up and the table take the rest of a minute
+MIN_SECONDS = 4.0  # least time to measure a candidate
+# the options that a plan may choose
 LAYOUT = ("processes", "compile", "precision", "cuda", "backend", "workers", "groups")
 
 
 class Row(NamedTuple):
-    """A candidate, and what it costs or why it does not work."""
+    """A candidate with its estimated time, or the reason why it failed."""
 
     options: Options
-    seeds: int = 0  # of each process
+    seeds: int = 0  # per process
     speed: float = 0.0  # steps/s, summed over seeds and processes
-    start: float = 0.0  # seconds until learning, compilation included
+    start: float = 0.0  # seconds of start-up: imports, build, compilation
     seconds: float = math.inf  # of the whole run
     failure: str = ""
 
 
 def apply_plan(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
-    """The options with the best plan for them on this machine: the remembered one, or else
-    measured and remembered. `argv` is where they come from. UserError if none works."""
-    memory = options.runs / "plan.json"
-    known, key = _remembered(memory), _key(options, config, argv)
-    if key in known:
-        print(f"planned before (forget it: rm {memory})")
+    """The options with the fastest layout on this machine, measured, or from the cache in the runs
+    folder. `argv`: the command line that gave the options. UserError if no candidate works."""
+    cache = options.runs / "plan.json"
+    plans, key = _read_cache(cache), _cache_key(options, config, argv)
+    if key in plans:
+        print(f"using the cached plan (to measure again: rm {cache})")
     else:
         best = measure(options, config, argv)
-        known[key] = {name: getattr(best, name) for name in _open(options, argv)}
-        with contextlib.suppress(OSError):  # it is measured again next time
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            whole = memory.with_name(f"plan.json.{os.getpid()}.tmp")
-            whole.write_text(json.dumps(known, indent=1) + "\n")
-            whole.replace(memory)
-    settled = dataclasses.replace(options, **{"plan": False} | known[key])
-    print(f"it runs as: {command(settled, options, argv)}", flush=True)
-    return settled
+        plans[key] = {name: getattr(best, name) for name in _free(options, argv)}
+        with contextlib.suppress(OSError):  # then the next run measures again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_name(f"plan.json.{os.getpid()}.tmp")
+            part.write_text(json.dumps(plans, indent=1) + "\n")
+            part.replace(cache)
+    planned = dataclasses.replace(options, **{"plan": False} | plans[key])
+    print(f"running: {command(planned, options, argv)}", flush=True)
+    return planned
 
 
-def _key(options: Options, config: dict[str, Any], argv: Sequence[str]) -> str:
-    """What a plan depends on, in words."""
+def _cache_key(options: Options, config: dict[str, Any], argv: Sequence[str]) -> str:
+    """All that a plan depends on, as JSON."""
     others = ("name", "runs", "log", "config", "plan")
     settings = {name: str(value) for name, value in dataclasses.asdict(options).items()
                 if name not in others}
     machine = processor(), physical_cores(), torch.cuda.is_available(), torch.__version__
-    return json.dumps([machine, settings, config, _open(options, argv)])
+    return json.dumps([machine, settings, config, _free(options, argv)])
 
 
-def _remembered(memory: Path) -> dict[str, dict[str, Any]]:
+def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
     try:
-        known = dict(json.loads(memory.read_text()))
-        return {key: value for key, value in known.items() if set(value) <= set(LAYOUT)}
+        plans = dict(json.loads(cache.read_text()))
+        return {key: value for key, value in plans.items() if set(value) <= set(LAYOUT)}
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def _open(options: Options, argv: Sequence[str]) -> list[str]:
-    """The names of what a plan may choose: neither given nor the settings' of a --config."""
+def _free(options: Options, argv: Sequence[str]) -> list[str]:
+    """Names of the options that a plan may choose: set neither by a flag nor by a --config."""
     given = given_flags(argv)
     return [name for name in LAYOUT if hasattr(options, name) and name not in given
             and getattr(options, name) in (None, False, "fp32")]
 
 
 def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
-    """Measure within a minute, print the table -> the best. UserError if no candidate works."""
+    """Measure within a minute, print the table -> the best options. UserError if none works."""
     prepare_process()
     deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
-    settled, free = resolve_defaults(options), _open(options, argv)
-    for job in make_jobs(settled, config, 1, None):
+    resolved, free = resolve_defaults(options), _free(options, argv)
+    for job in make_jobs(resolved, config, 1, None):
         dry_run(job)
     dry_run_seconds = time.perf_counter() - begun
     rows, skipped = list[Row](), list[str]()
-    needs = {False: LEAST, True: LEAST}  # seconds, by whether it is compiled
-    for candidate in candidates(settled, free, rows):
+    needs = {False: MIN_SECONDS, True: MIN_SECONDS}  # expected seconds: eager, compiled
+    for candidate in candidates(resolved, free, rows):
         if candidate in [row.options for row in rows]:
             continue
         before = time.monotonic()
@@ -120,19 +121,19 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
             continue
         except UserError as error:
             rows.append(Row(candidate, failure=str(error)))
-        what = rows[-1].failure or f"about {duration(rows[-1].seconds)}"
-        print(f"{describe(candidate)}: {what}", flush=True)
+        outcome = rows[-1].failure or f"about {duration(rows[-1].seconds)}"
+        print(f"{describe(candidate)}: {outcome}", flush=True)
     best, fast = fastest(rows, options), min(rows, key=lambda row: row.seconds)
     show(rows, best, skipped, options)
     if fast.seconds < best.seconds:
-        print("in bf16, which rounds the products of the update (docs/results.md), and which "
-              f"--plan leaves to you:\n  {command(fast.options, options, argv)}")
+        print("faster in bf16, which --plan does not choose for you because it rounds the matrix "
+              f"products (docs/results.md):\n  {command(fast.options, options, argv)}")
     print(f"fastest in {options.precision}:\n  {command(best.options, options, argv)}")
     return best.options
 
 
 def fastest(rows: Sequence[Row], options: Options) -> Row:
-    """Of those that leave the precision what it is. UserError if there is none."""
+    """The fastest row with the given precision. UserError if there is none."""
     working = [row for row in rows
                if not row.failure and row.options.precision == options.precision]
     if not working:
@@ -142,16 +143,17 @@ def fastest(rows: Sequence[Row], options: Options) -> Row:
 
 
 def candidates(options: Options, free: Sequence[str], rows: Sequence[Row]) -> Iterator[Options]:
-    """The likeliest first: a layout on each device, then on the faster one backends, compilation,
-    bf16, other numbers of processes while they get faster. `rows` fills while this is read; of what
-    is not free, there is only what the options say. UserError once nothing works."""
+    """The most promising first: one layout on each device, then on the faster device the backends,
+    compilation, bf16, and other numbers of processes until they get slower. The caller appends the
+    result of each candidate to `rows`. Options that are not in `free` keep their values. UserError
+    if all fail."""
     both = "cuda" in free and torch.cuda.is_available()
     chains = {cuda: [dataclasses.replace(options, cuda=cuda, **layout)
                      for layout in layouts(options, free, cuda)]
               for cuda in ([False, True] if both else [options.cuda])}
     for chain in chains.values():
         yield chain[0]
-    if all(row.failure for row in rows):  # too large together, or no such environment
+    if all(row.failure for row in rows):  # e.g. out of memory, or not in envpool
         yield from itertools.chain(*chains.values())
     others = chains[fastest(rows, options).options.cuda][1:]
     if isinstance(options, Vectorised):
@@ -176,8 +178,8 @@ def candidates(options: Options, free: Sequence[str], rows: Sequence[Row]) -> It
 
 
 def layouts(options: Options, free: Sequence[str], cuda: bool) -> list[dict[str, Any]]:
-    """Processes for learn_simple.py, from most to one on a CPU, from one to most on a GPU; backends
-    with workers and groups for learn_vectorised.py."""
+    """For learn_simple.py numbers of processes, descending on a CPU, ascending on a GPU; for
+    learn_vectorised.py backends with workers and groups."""
     cores = physical_cores()
     if isinstance(options, Simple):
         if "processes" not in free:
@@ -205,8 +207,8 @@ def layouts(options: Options, free: Sequence[str], cuda: bool) -> list[dict[str,
 
 def try_out(candidate: Options, config: dict[str, Any], dry_run_seconds: float, deadline: float
             ) -> Row:
-    """Run the first jobs of a candidate, as many at once as the run would. UserError if they fail,
-    TimeoutError at the deadline."""
+    """Measure the first jobs of a candidate, as many at once as in the real run. UserError if one
+    fails, TimeoutError at the deadline."""
     processes = getattr(candidate, "processes", 1)
     jobs = make_jobs(candidate, config, processes, None)
     shares = len(jobs) // len(candidate.env)
@@ -214,7 +216,7 @@ def try_out(candidate: Options, config: dict[str, Any], dry_run_seconds: float, 
     imports, costs = benchmark.run(first, deadline)
     measured = list(zip(first, costs, strict=True))
     before = imports + dry_run_seconds
-    waiting = imports if len(jobs) > 1 else 0.0  # a job alone runs in the process of the command
+    waiting = imports if len(jobs) > 1 else 0.0  # a single job runs in the main process
     return Row(
         candidate, seeds=max(len(job.seeds) for job in jobs),
         speed=sum(cost.speed(job) for job, cost in measured),
@@ -223,7 +225,7 @@ def try_out(candidate: Options, config: dict[str, Any], dry_run_seconds: float, 
 
 
 def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Options) -> None:
-    """The table, from fast to slow, and what it leaves out."""
+    """Print the table, fastest first, and the candidates that were not measured."""
     several = ("environments", "workers", "groups") if isinstance(options, Vectorised) else ()
     table = Table(title=f"{Path(options.agent).stem} on {', '.join(options.env)}, seeds: "
                         f"{options.seeds}, steps of each: {options.steps:,}",
@@ -242,14 +244,14 @@ def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Option
                         for i, cell in enumerate(cells)], style="bold" if row == best else None)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if getattr(best.options, "processes", 1) < len(options.env):
-        print("Environments without a process of their own count as much as those that have one.")
+        print("Environments that were not measured are estimated from the measured ones.")
     if skipped:
-        print(f"not measured, the minute was over: {'; '.join(skipped)} (flags that you give leave "
-              "more of it to the rest)")
+        print(f"not measured, the minute was over: {'; '.join(skipped)} (give some of these flags "
+              "to leave more time for the others)")
 
 
 def describe(options: Options) -> str:
-    """What a candidate chose, in words."""
+    """The layout of a candidate, as text."""
     o: Any = options
     words = [f"{o.processes} processes" if isinstance(o, Simple) else o.backend or "torch"]
     words += [f"{o.workers} workers"] if getattr(o, "workers", None) else []
@@ -265,11 +267,11 @@ def duration(seconds: float) -> str:
 
 
 def command(planned: Options, options: Options, argv: Sequence[str]) -> str:
-    """The whole command line that runs what was planned."""
+    """The command line of a plan."""
     index = find_agent(argv)
     words = [] if index is None else [argv[index]]
     words += [word for i, word in enumerate(argv) if i != index and word != "--plan"]
-    for name in _open(options, argv):
+    for name in _free(options, argv):
         value = getattr(planned, name)
         if value not in (None, False, "fp32"):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]

@@ -1,9 +1,9 @@
-"""What trained agents do: a film of their seeds side by side, and the returns.
+"""Film trained policies, seeds side by side, and print their returns.
 
     python -m lab.watch runs/sac-20260101-120000 --seeds 3 --episodes 3
     python -m lab.watch runs/sac-20260101-120000/Hopper-v5/sac/seed_3 --out hopper.mp4
 
-They act without exploring, from their last checkpoints. Of gymnasium's environments the episodes
+Loads the last checkpoints and acts without exploration. In gymnasium environments, the episodes
 are those of the run's own evaluation at that step: the first, the second, ...
 """
 
@@ -37,27 +37,27 @@ from lab.watch import camera, film
 
 @dataclass(frozen=True)
 class Options:
-    path: tyro.conf.Positional[Path]  # a run's folder, or in it an environment's, agent's or seed's
-    agent: Path | None = None  # its file; none: the one that the run began with, unless changed
-    seeds: int | None = None  # number of seeds side by side; none: 3, or all there are
-    episodes: int = 3  # of each seed, one after another
-    width: int = 200  # of each seed's picture, pixels
-    max_seconds: float | None = None  # of an episode in the film; none: 5, in a window all
-    out: Path | None = None  # .gif, or .mp4 with imageio-ffmpeg; none: watch.gif in the folder
-    window: bool = False  # show it on the display and write nothing
+    path: tyro.conf.Positional[Path]  # run folder, or one environment, agent or seed in it
+    agent: Path | None = None  # agent file; none: the run's, if it has not changed since
+    seeds: int | None = None  # number of seeds side by side; none: 3, or fewer if the run has fewer
+    episodes: int = 3  # episodes per seed, one after another
+    width: int = 200  # width of one seed's tile, pixels
+    max_seconds: float | None = None  # longest part of an episode to film; none: 5, in a window all
+    out: Path | None = None  # .gif, or .mp4 (needs imageio-ffmpeg); none: watch.gif in the folder
+    window: bool = False  # show the film in a window and write no file
 
 
 @dataclass(frozen=True)
 class Group:
-    """Seeds of one agent on one environment, and the stack of checkpoints that each is in."""
+    """The seeds of one agent on one environment."""
 
     folder: Path  # where the film goes
     env_id: str
-    stacks: dict[int, Path]
+    stacks: dict[int, Path]  # seed -> folder of the checkpoints that contain it
 
 
 def run(argv: Sequence[str]) -> int:
-    """Film and print -> exit code."""
+    """Parse the flags, film and print -> exit code."""
     options = parse_flags(Options, argv, __doc__)
     for name, least in {"seeds": 1, "episodes": 1, "width": 50, "max_seconds": 0.1}.items():
         value = getattr(options, name)
@@ -65,35 +65,36 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     accelerate.prepare_process()
     if not options.window:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for a display
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame without a display
     folder = find_run(options.path)
     named = [str(options.agent)] if options.agent else []
     trained, config = parse_args(["--config", str(folder / "config.json"), *named],
-                                 Vectorised)  # of learn_simple.py's, too
+                                 Vectorised)  # reads runs of learn_simple.py too
     assert isinstance(trained, Vectorised)
     if not named:
         check_source(folder, Path(trained.agent))
     groups = find(options.path, folder, trained.env)
     if options.out and len(groups) > 1:
         ids = " ".join(group.env_id for group in groups)
-        raise UserError(f"--out is one film, but {folder} trained on {ids}: name one's folder")
+        raise UserError(f"--out writes one film, but {folder} has several environments ({ids}): "
+                        "give the folder of one of them")
     for group in groups:
         watch(group, trained, config, options)
     return 0
 
 
 def find_run(path: Path) -> Path:
-    """The run's folder that `path` is or lies in."""
+    """The run folder that contains `path`."""
     if not path.is_dir():
         raise UserError(f"no folder {path}")
     for folder in [path, *path.parents][:4]:
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(f"{path} is no run's folder and lies in none: there is no config.json")
+    raise UserError(f"{path} is not in a run folder: found no config.json")
 
 
 def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
-    """What `path` has checkpoints of. UserError if there are none."""
+    """The groups with checkpoints in `path`. UserError if there are none."""
     one = re.fullmatch(r"seed_(\d+)", path.name)
     stacks: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
     for stack in run.glob("*/*/stack_*_*"):
@@ -111,28 +112,28 @@ def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
 
 
 def seeds_of(stack: Path) -> range:
-    """From its name."""
+    """The seeds of a folder stack_<first>_<last>."""
     first, last = map(int, stack.name.split("_")[1:])
     return range(first, last + 1)
 
 
 def check_source(folder: Path, agent: Path) -> None:
-    """UserError if the agent has changed since: its weights may mean something else now."""
+    """UserError if the agent file has changed since the run: the weights may no longer fit it."""
     copy = folder / agent.name
     if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
-        raise UserError(f"{agent} is not what {folder} began with: name the file that you trust "
-                        f"and that fits, such as --agent {copy}")
+        raise UserError(f"{agent} has changed since {folder} started: choose the file to load, for "
+                        f"example --agent {copy}")
 
 
 def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Options) -> None:
-    """One film, and the returns."""
+    """Write or show one film and print the returns."""
     if options.seeds and options.seeds > len(group.stacks):
         raise UserError(f"--seeds {options.seeds}: {group.folder} has checkpoints of "
-                        f"{len(group.stacks)}")
+                        f"{len(group.stacks)} seeds")
     seeds = list(group.stacks)[: options.seeds or 3]
     out = None if options.window else options.out or group.folder / "watch.gif"
     seconds = options.max_seconds or (None if options.window else 5.0)
-    audience = film.audience(out)
+    output = film.open_output(out)
     with contextlib.closing(make_view(group.env_id, seeds, trained.cuda)) as view:
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
@@ -140,11 +141,11 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
             for stack in dict.fromkeys(group.stacks[seed] for seed in seeds)])
         print(f"{Path(trained.agent).stem} on {group.env_id}, {policies.describe(trained.steps)}",
               flush=True)
-        shown = film.Film(audience, seeds, view.fps, options.width, seconds)
+        shown = film.Film(output, seeds, view.fps, options.width, seconds)
         with contextlib.suppress(film.Closed):
             rollout(policies, view, shown, options.episodes)
     try:
-        audience.close()
+        output.close()
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     if out:
@@ -154,17 +155,17 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
 
 def rollout(policies: "PolicyStack", view: "Filmed | FilmedTorch", shown: film.Film,
             episodes: int) -> None:
-    """Roll out, show and print."""
+    """Roll out the policies, show the film and print the returns."""
     console, returns = Console(), []
 
-    def say(title: str, cells: Sequence[str]) -> None:
-        words = f"{title:12}" + "".join(f"{cell:>10}" for cell in cells)
-        console.print(words, highlight=False, soft_wrap=True)
+    def print_row(title: str, cells: Sequence[str]) -> None:
+        row = f"{title:12}" + "".join(f"{cell:>10}" for cell in cells)
+        console.print(row, highlight=False, soft_wrap=True)
 
-    def say_returns(title: str, values: Sequence[float]) -> None:
-        say(title, [f"{value:.1f}" for value in [*values, np.mean(values)]])
+    def print_returns(title: str, values: Sequence[float]) -> None:
+        print_row(title, [f"{value:.1f}" for value in [*values, np.mean(values)]])
 
-    say("return", [*(f"seed {seed}" for seed in shown.seeds), "mean"])
+    print_row("return", [*(f"seed {seed}" for seed in shown.seeds), "mean"])
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=view.spec.max_episode_steps)
         for number in range(1, episodes + 1):
@@ -177,28 +178,28 @@ def rollout(policies: "PolicyStack", view: "Filmed | FilmedTorch", shown: film.F
                 bar.advance(task)
 
             returns.append(evaluate(policies, view, policies.step, number - 1, on_step=on_step))
-            say_returns(title, returns[-1])
+            print_returns(title, returns[-1])
     if episodes > 1:
-        say_returns("mean", np.mean(returns, 0).tolist())
+        print_returns("mean", np.mean(returns, 0).tolist())
 
 
 class Part(NamedTuple):
-    """A stack's agent, and which of its seeds are wanted."""
+    """The agent of one stack, and which of its seeds to show."""
 
     agent: Any
-    members: range
-    wanted: list[int]
-    step: int
-    failed: list[int]
+    members: range  # all seeds of the stack
+    wanted: list[int]  # the seeds to show
+    step: int  # of the checkpoint
+    failed: list[int]  # seeds that failed in training
 
 
 def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTorch",
          trained: Vectorised, config: dict[str, Any]) -> Part:
-    """UserError if its last checkpoint is not whole or not this agent's."""
+    """UserError if the last checkpoint is damaged or does not fit the agent."""
     device = view.config.device
     state = checkpoint.load_latest(stack, device)
     if state is None:
-        raise UserError(f"{stack} has no whole checkpoint")
+        raise UserError(f"{stack} has no intact checkpoint")
     members = seeds_of(stack)
     agent = build_agent(trained.agent, config, view.spec, members, trained.num_envs or 1,
                         trained.steps, device, lambda fn: fn)
@@ -212,14 +213,15 @@ def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTor
 
 
 class PolicyStack:
-    """The agents of several stacks, which act as one on the seeds that are wanted."""
+    """The agents of several stacks as one policy for the wanted seeds."""
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = parts
         self.step = max(part.step for part in parts)
 
     def act(self, obs: torch.Tensor, explore: bool) -> torch.Tensor:
-        """(S, N, O) -> (S, N, A). What the other seeds of a stack do matters to no one."""
+        """obs (S, N, O) of the wanted seeds -> actions (S, N, A). The other seeds of a stack get
+        zeros, and their actions are discarded."""
         actions = []
         sizes = [len(part.wanted) for part in self.parts]
         for part, own in zip(self.parts, obs.split(sizes), strict=True):
@@ -231,19 +233,20 @@ class PolicyStack:
 
     def describe(self, steps: int) -> str:
         reached = sorted({part.step for part in self.parts})
-        words = f"after {' and '.join(map(str, reached))} steps"
-        words += f" of {steps}" if reached[0] < steps else ""
+        text = f"after {' and '.join(map(str, reached))} steps"
+        text += f" of {steps}" if reached[0] < steps else ""
         failed = [seed for part in self.parts for seed in part.wanted if seed in part.failed]
-        return words + "".join(f"; seed {seed} failed in training" for seed in failed)
+        return text + "".join(f"; seed {seed} failed in training" for seed in failed)
 
 
 def make_view(env_id: str, seeds: Sequence[int], cuda: bool) -> "Filmed | FilmedTorch":
-    """One environment a seed, with a camera. UserError if it has no picture."""
-    device = "cuda" if cuda else "cpu"  # its random numbers fit no other device
+    """One environment per seed, with a camera. UserError if it cannot be rendered."""
+    device = "cuda" if cuda else "cpu"  # the state of a generator fits only its kind of device
     try:
         accelerate.check_device(device)
     except UserError as error:
-        raise UserError("the run was trained on a GPU, and torch sees none here") from error
+        raise UserError("the run was trained on a GPU, but torch sees no CUDA device here"
+                        ) from error
     config = VecEnvConfig(env_id, seeds, device=device)
     if is_torch(env_id):
         return FilmedTorch(config)
@@ -258,22 +261,23 @@ class Filmed(SyncEnvs):
         self.fps = self.cameras[0].fps
 
     def reset(self, *stream: int) -> torch.Tensor:
-        """The last number of the stream is the environment's, among a seed's."""
+        """The last number of the stream is the environment's index n within its seed."""
         self.shard.env_keys = [(seed, stream[-1]) for seed in self.config.seeds]
         return super().reset(*stream[:-1])
 
     def draw(self, index: int, running: bool) -> np.ndarray:
         one = self.cameras[index]
-        return one.picture() if running else one.last
+        return one.frame() if running else one.last
 
 
 class FilmedTorch(TorchEnvs):
-    """Drawn by an environment of gymnasium's that has the same state."""
+    """A torch environment, rendered by the gymnasium environment with the same state."""
 
     def __init__(self, config: VecEnvConfig):
         super().__init__(config)
         if self.env.twin is None:
-            raise UserError(f"{config.env_id} has no picture: no gymnasium environment is its twin")
+            raise UserError(f"{config.env_id} cannot be rendered: no gymnasium environment has "
+                            "the same state")
         self.camera = camera.make(self.env.twin)
         self.camera.reset()
         self.fps = self.camera.fps
@@ -284,14 +288,14 @@ class FilmedTorch(TorchEnvs):
         return obs
 
     def receive(self) -> Transition:
-        # before a new episode begins; a seed that failed does nothing
+        # the state before a reset; NaN actions of a failed seed become 0
         self.seen = self.env.step(self.state, self.actions.nan_to_num(0, 0, 0))[0]
         return super().receive()
 
     def draw(self, index: int, running: bool) -> np.ndarray:
         scene: Any = self.camera.unwrapped
         scene.state = self.seen[index, 0].cpu().numpy()
-        return self.camera.picture()
+        return self.camera.frame()
 
     def close(self) -> None:
         self.camera.close()

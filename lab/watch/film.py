@@ -1,7 +1,7 @@
 """Episodes of several seeds side by side: a GIF, an mp4 or a window.
 
-A tile for each seed, with its number and its return so far. A tile whose episode has ended holds
-its last picture, paler. A film runs at the environment's own pace.
+Each seed has a tile with its number and its return so far. When its episode has ended, the tile
+shows the last frame, faded. The film runs in real time, at the environment's render_fps.
 """
 
 import io
@@ -19,42 +19,42 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lab.errors import UserError
 
-RATE = 25  # pictures a second, about; browsers slow down a GIF with more than 50
-COLOURS = 128  # of a GIF: with 255 it is a quarter larger, with 64 the bodies lose theirs
-PAUSE = 0.7  # seconds, at the end of an episode
-COLUMNS = 4  # of tiles, at most
-GAP, MARGIN = 6, 4  # pixels around a tile, around its caption
+RATE = 25  # approximate frames/s; browsers slow down a GIF with more than 50
+COLOURS = 128  # GIF palette; 255 makes files a quarter larger, 64 loses the colours of the bodies
+PAUSE = 0.7  # seconds on the last frame of an episode
+COLUMNS = 4  # most tiles in a row
+GAP, MARGIN = 6, 4  # pixels: around a tile, around its caption
 WHITE, GREY, BLACK = (255, 255, 255), (232, 232, 232), (0, 0, 0)
 
 
-class Audience(Protocol):
-    def show(self, picture: Image.Image, seconds: float) -> None: ...
+class Output(Protocol):
+    def show(self, frame: Image.Image, seconds: float) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Film:
-    """Shows episodes to an audience. `seconds`: of each episode, at most; none: all of it."""
+    """Composes the frames of episodes. `seconds`: limit per episode; None: no limit."""
 
-    def __init__(self, audience: Audience, seeds: Sequence[int], fps: float, width: int,
+    def __init__(self, output: Output, seeds: Sequence[int], fps: float, width: int,
                  seconds: float | None):
-        self.audience, self.seeds, self.width = audience, seeds, width
-        self.every = max(1, round(fps / RATE))  # steps from a picture to the next
-        self.length = self.every / fps  # of a picture, seconds
-        self.limit = math.inf if seconds is None else max(1, seconds * fps)  # steps
+        self.output, self.seeds, self.width = output, seeds, width
+        self.every = max(1, round(fps / RATE))  # steps per frame
+        self.length = self.every / fps  # of a frame, seconds
+        self.limit = math.inf if seconds is None else max(1, seconds * fps)  # steps per episode
         self.font: Any = ImageFont.load_default(max(8, width // 16))
-        self.seconds = 0.0  # shown
-        self.cut = False  # whether an episode was too long
+        self.seconds = 0.0  # length of the film so far
+        self.cut = False  # whether an episode was longer than the limit
 
     def episode(self, draw: Callable[[int, bool], np.ndarray], title: str = ""
                 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """-> what is to be called with returns (S, 1) and who is running (S, 1), before the first
-        step and after each. draw(index, running) -> (height, width, 3) uint8."""
+        """-> on_step(returns (S, 1), running (S, 1)), to be called before the first step and after
+        each step. draw(index, running) -> (height, width, 3) uint8."""
         tiles = [Image.new("RGB", (1, 1))] * len(self.seeds)
         alive, steps = [True] * len(self.seeds), itertools.count()
 
         def on_step(returns: torch.Tensor, running: torch.Tensor) -> None:
-            step, now = next(steps), running[:, 0].tolist()  # the host waits for the device
+            step, now = next(steps), running[:, 0].tolist()  # synchronises
             if step > self.limit or not any(alive):
                 return
             cut = step + 1 > self.limit and any(now)
@@ -63,32 +63,32 @@ class Film:
             due = step % self.every == 0 or end
             for i, seed in enumerate(self.seeds):
                 if alive[i] and (due or not now[i]):
-                    words = f"seed {seed}{title}", f"{returns[i, 0].item():.1f}"
-                    tiles[i] = self._tile(draw(i, now[i]), words, now[i])
+                    captions = f"seed {seed}{title}", f"{returns[i, 0].item():.1f}"
+                    tiles[i] = self._tile(draw(i, now[i]), captions, now[i])
             alive[:] = now
             if due:
                 seconds = self.length + PAUSE * end
-                self.audience.show(mosaic(tiles), seconds)
+                self.output.show(mosaic(tiles), seconds)
                 self.seconds += seconds
 
         return on_step
 
-    def _tile(self, drawn: np.ndarray, words: tuple[str, str], running: bool) -> Image.Image:
-        height = round(self.width * drawn.shape[0] / drawn.shape[1])
-        scene = Image.fromarray(drawn).resize((self.width, height), Image.Resampling.BOX)
+    def _tile(self, frame: np.ndarray, captions: tuple[str, str], running: bool) -> Image.Image:
+        height = round(self.width * frame.shape[0] / frame.shape[1])
+        scene = Image.fromarray(frame).resize((self.width, height), Image.Resampling.BOX)
         if not running:
             scene = Image.blend(scene, Image.new("RGB", scene.size, WHITE), 0.5)
         caption = sum(self.font.getmetrics()) + 2 * MARGIN
         tile = Image.new("RGB", (self.width, caption + height), GREY)
         tile.paste(scene, (0, caption))
         pen = ImageDraw.Draw(tile)
-        pen.text((MARGIN, MARGIN), words[0], BLACK, self.font)
-        pen.text((self.width - MARGIN, MARGIN), words[1], BLACK, self.font, anchor="ra")
+        pen.text((MARGIN, MARGIN), captions[0], BLACK, self.font)
+        pen.text((self.width - MARGIN, MARGIN), captions[1], BLACK, self.font, anchor="ra")
         return tile
 
 
 def mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Row by row, as many in a row as in the others. Sides are even: mp4 wants it so."""
+    """Tiles in rows of equal length. Width and height are even, as mp4 requires."""
     rows = math.ceil(len(tiles) / COLUMNS)
     columns = math.ceil(len(tiles) / rows)
     width, height = (side + GAP for side in tiles[0].size)
@@ -99,43 +99,43 @@ def mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def audience(out: Path | None) -> Audience:
-    """None: a window. UserError if that is not possible here."""
+def open_output(out: Path | None) -> Output:
+    """A file, or for None a window. UserError if it cannot be opened here."""
     if out is None:
         return Window()
     if out.suffix not in (".gif", ".mp4"):
-        raise UserError(f"--out {out}: a film is a .gif or an .mp4")
+        raise UserError(f"--out {out}: the name must end in .gif or .mp4")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"cannot write {out}: choose another place with --out")
     return Gif(out) if out.suffix == ".gif" else Video(out)
 
 
 class Gif:
-    """One palette for the whole film and no dithering: nothing flickers, and little is new in a
-    picture, so the file is small."""
+    """One palette for the whole film and no dithering: nothing flickers, and little changes between
+    frames, so the file is small."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.pictures: list[bytes] = []  # PNG: uncompressed, minutes of film would take gigabytes
-        self.ends = [0.0]  # seconds
+        self.frames: list[bytes] = []  # PNG; uncompressed, minutes of film would take gigabytes
+        self.ends = [0.0]  # of the frames, seconds
 
-    def show(self, picture: Image.Image, seconds: float) -> None:
+    def show(self, frame: Image.Image, seconds: float) -> None:
         content = io.BytesIO()
-        picture.save(content, "PNG", compress_level=1)
-        self.pictures.append(content.getvalue())
+        frame.save(content, "PNG", compress_level=1)
+        self.frames.append(content.getvalue())
         self.ends.append(self.ends[-1] + seconds)
 
     def close(self) -> None:
-        if not self.pictures:
+        if not self.frames:
             return
-        chosen = self.pictures[:: math.ceil(len(self.pictures) / 16)]
+        chosen = self.frames[:: math.ceil(len(self.frames) / 16)]
         pixels = np.concatenate([np.asarray(_open(content)).reshape(-1, 3) for content in chosen])
-        colours = np.unique(pixels, axis=0)  # they vote too, or a small body turns grey
-        votes = np.concatenate([pixels, np.tile(colours, (len(pixels) // len(colours) // 6, 1))])
-        palette = Image.fromarray(votes[None]).quantize(COLOURS)
+        colours = np.unique(pixels, axis=0)  # count rare colours more, or small bodies turn grey
+        sample = np.concatenate([pixels, np.tile(colours, (len(pixels) // len(colours) // 6, 1))])
+        palette = Image.fromarray(sample[None]).quantize(COLOURS)
         first, *others = (_open(content).quantize(palette=palette, dither=Image.Dither.NONE)
-                          for content in self.pictures)
-        ends = [10 * round(100 * end) for end in self.ends]  # a GIF counts in 10 ms
+                          for content in self.frames)
+        ends = [10 * round(100 * end) for end in self.ends]  # GIF times are multiples of 10 ms
         lengths = [end - begin for begin, end in itertools.pairwise(ends)]
         first.save(self.path, save_all=True, append_images=others, duration=lengths, loop=0,
                    optimize=True)
@@ -157,14 +157,14 @@ class Video:
         self.write, self.path = imageio_ffmpeg.write_frames, path
         self.file: Any = None
 
-    def show(self, picture: Image.Image, seconds: float) -> None:
-        if self.file is None:  # the first picture is no episode's last
+    def show(self, frame: Image.Image, seconds: float) -> None:
+        if self.file is None:  # the first frame has the normal length, without PAUSE
             self.length = seconds
-            self.file = self.write(str(self.path), picture.size, fps=1 / seconds,
+            self.file = self.write(str(self.path), frame.size, fps=1 / seconds,
                                    macro_block_size=2, ffmpeg_log_level="error")
             self.file.send(None)
         for _ in range(round(seconds / self.length)):
-            self.file.send(picture.tobytes())
+            self.file.send(frame.tobytes())
 
     def close(self) -> None:
         if self.file is not None:
@@ -172,7 +172,7 @@ class Video:
 
 
 class Closed(Exception):
-    """The window was."""
+    """The user closed the window."""
 
 
 class Window:
@@ -189,11 +189,11 @@ class Window:
         except pygame.error as error:
             raise UserError(f"--window: {error}; leave it out for a GIF") from error
 
-    def show(self, picture: Image.Image, seconds: float) -> None:
+    def show(self, frame: Image.Image, seconds: float) -> None:
         screen = self.pygame.display.get_surface()
-        if screen is None or screen.get_size() != picture.size:
-            screen = self.pygame.display.set_mode(picture.size)
-        screen.blit(self.pygame.image.frombytes(picture.tobytes(), picture.size, "RGB"), (0, 0))
+        if screen is None or screen.get_size() != frame.size:
+            screen = self.pygame.display.set_mode(frame.size)
+        screen.blit(self.pygame.image.frombytes(frame.tobytes(), frame.size, "RGB"), (0, 0))
         self.pygame.display.flip()
         if self.pygame.event.get(self.pygame.QUIT):
             raise Closed
