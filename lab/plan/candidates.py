@@ -101,6 +101,9 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
     prepare_process()
     deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
     settled, free = resolve_defaults(options), _open(options, argv)
+    # each backend leaves another number of cores
+    if isinstance(options, Vectorised) and isinstance(settled, Vectorised):
+        settled = dataclasses.replace(settled, threads=options.threads)
     for job in make_jobs(settled, config, 1, None):
         dry_run(job)
     dry_run_seconds = time.perf_counter() - begun
