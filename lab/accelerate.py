@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import sys
@@ -18,11 +19,11 @@ from lab.errors import UserError
 PRECISIONS = ("fp32", "bf16")
 
 
-def prepare_process() -> None:
-    """One thread, or parallel seeds fight for cores; and keep freed memory in the process instead
-    of giving it back to the system and faulting it in again at every update (8 seeds of SAC on one
-    core: 3 to 7% in fp32, 2 to 17% in bf16)."""
-    torch.set_num_threads(1)
+def prepare_process(threads: int = 1) -> None:
+    """Threads of torch: one, or parallel processes compete for the cores. And keep freed memory in
+    the process instead of giving it back to the system and faulting it in again at every update (8
+    seeds of SAC on one core: 3 to 7% in fp32, 2 to 17% in bf16)."""
+    torch.set_num_threads(threads)
     if sys.platform == "linux":
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
         with contextlib.suppress(AttributeError):  # another C library
@@ -98,24 +99,28 @@ class CudaGraph:
 
 
 class Accelerator:
-    """accelerate(fn) for an agent, and a count of the gradient steps that went through it."""
+    """accelerate(fn) for an agent. `calls` counts the calls of each wrapped function by its name:
+    accelerator.calls["_update_critic"]; a name that is taken gets a number, "_step 2"."""
 
     def __init__(self, compiled: bool = False, precision: str = "fp32", device: str = "cpu"):
-        prepare_process()
         if compiled and not device.startswith("cuda") and not can_compile():
             print("--compile: no C++ compiler (g++) found, running eager", file=sys.stderr)
             compiled = False
         self.compiled, self.precision = compiled, precision
         self.device_type = torch.device(device).type
-        self.calls: list[int] = []
+        self.calls: dict[str, int] = {}
 
     def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         run = self._compile(fn) if self.compiled else fn
-        index = len(self.calls)
-        self.calls.append(0)
+        name = plain = getattr(fn, "__name__", type(fn).__name__)
+        for number in itertools.count(2):
+            if name not in self.calls:
+                break
+            name = f"{plain} {number}"
+        self.calls[name] = 0
 
         def step(*tensors: torch.Tensor) -> Any:
-            self.calls[index] += 1
+            self.calls[name] += 1
             if self.precision == "fp32":
                 return run(*tensors)
             with torch.autocast(self.device_type, torch.bfloat16):
@@ -133,6 +138,7 @@ class Accelerator:
         return CudaGraph(compiled) if self.device_type == "cuda" else compiled
 
     @property
-    def updates(self) -> int:
-        """Gradient steps so far: the calls of the function that the agent wrapped first."""
-        return self.calls[0] if self.calls else 0
+    def gradient_steps(self) -> int:
+        """Calls of the function that was wrapped first: by the contract (docs/own-agent.md) the
+        agent's main update, such as the critic's."""
+        return next(iter(self.calls.values()), 0)

@@ -70,7 +70,8 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
     except Exception as error:
         if isinstance(error, ValueError) and _raised_in(path, error):  # by the agent itself
             raise UserError(f"{Path(path).name} on {spec.id}: {_first_line(error)}") from error
-        raise CodeError(f"{_place(path, error)}: Agent() failed: {type(error).__name__}: "
+        place = place_of(path, error) or path
+        raise CodeError(f"{place}: Agent() failed: {type(error).__name__}: "
                         f"{_first_line(error)}") from error
     if not _saves_itself(agent):
         for name in agent.STATE:
@@ -105,9 +106,9 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         try:
             return fn(*args, **kwargs)
         except Exception as error:
-            raise CodeError(f"{_place(path, error)}: {verb} failed on tensors of shape (S, N, ...)"
-                            f" = ({S}, {N}, ...): {type(error).__name__}: {_first_line(error)}"
-                            ) from error
+            place = place_of(path, error) or path
+            raise CodeError(f"{place}: {verb} failed on tensors of shape (S, N, ...) = ({S}, {N}, "
+                            f"...): {type(error).__name__}: {_first_line(error)}") from error
 
     obs = torch.zeros(S, N, spec.obs_dim, device=device)
     for explore in (False, True):
@@ -232,11 +233,11 @@ def _raised_in(path: str | Path, error: BaseException) -> bool:
     return frames[-1].filename in (str(Path(path).resolve()), __file__)
 
 
-def _place(path: str | Path, error: BaseException) -> str:
-    """File and line of the innermost frame inside the agent's file."""
+def place_of(path: str | Path, error: BaseException) -> str:
+    """path:line of the innermost frame inside the agent's file; "" if it has none."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(Path(path).resolve())]
-    return f"{path}:{lines[-1]}" if lines else str(path)
+    return f"{path}:{lines[-1]}" if lines else ""
 
 
 def _first_calls(fn: Callable[..., Any], calls: int = 2) -> Callable[..., Any]:

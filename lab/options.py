@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Vectorised(Options):
     backend: Literal["sync", "workers", "envpool", "torch"] | None = None  # none: torch or sync
     workers: int | None = None  # that step, this process among them, or threads; none: cores
     groups: int | None = None  # of environments: one steps while the next is acted on; none: 1
+    threads: int | None = None  # of torch on the CPU; none: the cores that the workers leave
     plan: bool = False  # measure first how it runs fastest here; the same maths, remembered
 
 
@@ -101,20 +103,23 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
     source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and len(words) > 2:
+    index = find_agent(argv)
+    if resume and len(words) > 2 + (index is not None):
         raise UserError("--resume takes every setting from the run; give no other flag")
-    dropped = ["config", "resume", "autotune", *(() if resume else ("processes",)),
+    dropped = ["config", "resume", "autotune", *(() if resume else ("processes", "threads")),
                *(OWN if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
-    index = find_agent(argv)
     if source:
         _refuse_its_code(source, kept if index is None else {**kept, "agent": ""})
     path = kept.get("agent", kind.agent) if index is None else argv[index]
+    begun_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
+    if resume:
+        if kind is not begun_by:
+            raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
+        check_source(Path(resume), Path(path), kind)  # first: its settings may have changed, too
+        kept.setdefault("threads", 1)  # as before there was a choice
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
-    begun_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
-    if resume and kind is not begun_by:
-        raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
     kept = {key: value for key, value in kept.items() if key not in others}
     try:
@@ -204,10 +209,31 @@ def _refuse_its_code(source: Path, options: dict[str, Any]) -> None:
                             "with it, copy it elsewhere and name it yourself")
 
 
+def check_source(folder: Path, agent: Path, kind: type[Options]) -> None:
+    """UserError unless the agent's file is the one that the run or study in the folder began with:
+    its copy, or equal to it."""
+    copy = folder / agent.name
+    if not copy.is_file():
+        raise UserError(f"{folder} holds no {agent.name}, the agent that it began with")
+    old, new = (path.read_bytes() if path.is_file() else None for path in (copy, agent))
+    if old == new:
+        return
+    changed = "is missing"
+    if new is not None:
+        lines = (path.read_text(errors="replace").splitlines() for path in (copy, agent))
+        pairs = enumerate(itertools.zip_longest(*lines), start=1)
+        line = next((number for number, (a, b) in pairs if a != b), "its last")
+        changed = f"is not what {folder} began with, from line {line} on"
+    resume = shlex.join(["python", SCRIPTS[kind], str(copy), "--resume", str(folder)])
+    raise UserError(f"{agent} {changed}; resume with the code that it began with ({resume}), or "
+                    "begin a new run")
+
+
 def check_options(options: Options) -> None:
     """UserError on nonsense that needs no environment to see."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
-                 "num_envs", "workers", "groups", "trials", "n_startup_trials", "confirm_seeds"):
+                 "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
+                 "confirm_seeds"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -223,15 +249,29 @@ def check_options(options: Options) -> None:
 
 def resolve_defaults(options: Options) -> Options:
     """With a value for what was left open, so that a config.json says what was done: the number of
-    processes or of environments, and the ids of --backend torch."""
+    processes, or of environments and threads, and the ids of --backend torch."""
     check_options(options)
     if isinstance(options, Simple):
         return dataclasses.replace(options, processes=options.processes or physical_cores())
     if isinstance(options, Vectorised):
         ids = tuple(env_id if options.backend != "torch" or is_torch(env_id)
                     else TORCH + env_id for env_id in options.env)
-        return dataclasses.replace(options, env=ids, num_envs=options.num_envs or NUM_ENVS)
+        return dataclasses.replace(options, env=ids, num_envs=options.num_envs or NUM_ENVS,
+                                   threads=options.threads or free_cores(options))
     return options
+
+
+def free_cores(options: Vectorised) -> int:
+    """For torch's threads: those that no environment worker (this process is one) or thread of
+    envpool takes, 1 or more. One where the GPU computes."""
+    if options.cuda:
+        return 1
+    cores = physical_cores()
+    busy = 0
+    if options.backend in ("workers", "envpool"):
+        total = options.seeds * (options.num_envs or NUM_ENVS)
+        busy = min(options.workers or cores, total) - (options.backend == "workers")
+    return max(1, cores - busy)
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:

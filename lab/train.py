@@ -1,7 +1,6 @@
 """What the scripts do: a run from its options to the table at the end."""
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lab.errors import UserError, guarded
+from lab.errors import guarded
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
@@ -40,9 +39,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
         dry_run(job)
 
     folder = options.resume
-    if folder:
-        check_source(folder, Path(options.agent))
-    elif options.log:
+    if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
                                             describe(options, config, jobs[0].name))
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
@@ -121,16 +118,3 @@ def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, A
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in dataclasses.asdict(options).items()}
     return {"name": name, "options": settings, "config": config}
-
-
-def check_source(folder: Path, agent: Path) -> None:
-    """A run goes on with the code that began it."""
-    copy = folder / agent.name
-    if not copy.is_file():
-        raise UserError(f"{folder} holds no {agent.name}, the agent that it began with")
-    if copy.read_bytes() != agent.read_bytes():
-        lines = (path.read_text(errors="replace").splitlines() for path in (copy, agent))
-        pairs = enumerate(itertools.zip_longest(*lines), start=1)
-        line = next((number for number, (old, new) in pairs if old != new), "its last")
-        raise UserError(f"{agent} is not what {folder} began with, from line {line} on; put {copy} "
-                        "back in its place, or begin a new run")

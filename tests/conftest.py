@@ -4,6 +4,9 @@ import signal
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as learn_vectorised.py, before torch
+
 import torch
 
 from lab.agent import load_agent
@@ -28,6 +31,12 @@ def make_spec(obs_dim=3, low=(-1.0, 0.0), high=(1.0, 4.0)):
 def module(request):
     """Every agent in the tree, a copied one too."""
     return load_agent(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Before each test, whatever the one before trained with."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -79,6 +79,12 @@ class Unbounded(Diary):
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Frozen(Diary):
+    """Its second action cannot be chosen."""
+
+    action_space = gymnasium.spaces.Box(np.float32([-1, 2]), np.float32([1, 2]))
+
+
 class Painted(Diary):
     """Its colour is its start, the step and the episode's length."""
 
@@ -107,6 +113,6 @@ class Ragged(Painted):
 
 
 for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
-             Unbounded, Painted, Crashing, Ragged):
+             Unbounded, Frozen, Painted, Crashing, Ragged):
     if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

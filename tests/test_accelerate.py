@@ -10,9 +10,10 @@ import torch
 
 from lab import accelerate
 from lab.accelerate import Accelerator, CudaGraph
+from lab.agent import load_agent
 from lab.errors import UserError
 from lab.inductor import SignForMask
-from tests.conftest import needs_compiler, needs_cuda
+from tests.conftest import drive, make_agent, make_steps, needs_compiler, needs_cuda
 
 
 @pytest.fixture
@@ -75,14 +76,14 @@ def test_a_compiler_is_looked_for_where_torch_does(tmp_path, monkeypatch, name, 
 @pytest.mark.parametrize("precision", accelerate.PRECISIONS)
 def test_updates_count_the_function_that_was_wrapped_first(precision):
     accelerator = Accelerator(precision=precision)
-    assert accelerator.updates == 0
+    assert accelerator.gradient_steps == 0
     critic_step, actor_step = accelerator(double), accelerator(double)
-    assert accelerator.updates == 0
+    assert accelerator.gradient_steps == 0
     for i in range(7):
         critic_step(torch.ones(()))
         for _ in range(i % 3):
             actor_step(torch.ones(()))
-        assert accelerator.updates == i + 1
+        assert accelerator.gradient_steps == i + 1
 
 
 def test_a_process_computes_on_one_thread():
@@ -90,6 +91,21 @@ def test_a_process_computes_on_one_thread():
     assert torch.get_num_threads() == 2
     accelerate.prepare_process()
     assert torch.get_num_threads() == 1
+    accelerate.prepare_process(2)
+    assert torch.get_num_threads() == 2
+
+
+def test_calls_are_counted_by_the_functions_names():
+    accelerator = Accelerator()
+    steps = [accelerator(fn) for fn in (double, double, torch.nn.Identity(), double)]
+    for times, step in enumerate(steps):
+        for _ in range(times):
+            step(torch.ones(()))
+    assert accelerator.calls == {"double": 0, "double 2": 1, "Identity": 2, "double 3": 3}
+    assert accelerator.gradient_steps == 0
+    agent = make_agent(load_agent("agents/sac.py"), accelerate=(sac := Accelerator()))
+    drive(agent, make_steps([0, 1], 1, 20))
+    assert sac.calls["_update_critic"] == sac.gradient_steps > 0
 
 
 @pytest.mark.parametrize("files, cores", [(True, 2), (False, 4)])
@@ -294,7 +310,7 @@ def test_a_compiled_step_on_cuda_is_a_graph_and_each_call_counts(monkeypatch, gp
         step = accelerator(sums)
         for _ in range(9):
             step(*torch.ones(2, 3, device=gpu.device))
-        assert accelerator.updates == 9 and sums.total == 9 * 3
+        assert accelerator.gradient_steps == 9 and sums.total == 9 * 3
         made[compiled] = sums.calls
     assert made == {False: 9, True: CudaGraph.WARM_UP + 1} and len(compilations) == 1
 
@@ -355,4 +371,4 @@ def test_a_compiled_graph_of_two_shapes_on_cuda():
             torch.testing.assert_close(run(x, y)["z"], (x * y).tanh(), rtol=1e-5, atol=1e-6)
             expected += x.sum().item()
             assert total.item() == pytest.approx(expected, abs=1e-4)
-    assert accelerator.updates == 16
+    assert accelerator.gradient_steps == 16

@@ -41,6 +41,31 @@ def test_an_old_run_goes_on_and_is_reported(run, capsys):
     assert "lab.probe_envs:lab/Target-v0" in Path("report/report.md").read_text()
 
 
+def test_an_old_run_goes_on_with_its_own_copy_of_the_agent(run, capsys):
+    """The five methods of that time, while the agent beside the runs has changed."""
+    shutil.copy(Path(__file__).parents[1] / "agents/sac.py", "tiny.py")
+    assert train.run(["--resume", "run"]) == 2
+    assert "(python learn_simple.py run/tiny.py --resume run)" in capsys.readouterr().err
+    assert train.run(["run/tiny.py", "--resume", "run"]) == 0, capsys.readouterr().err
+    for stack in run.glob("*/tiny/stack_0_1"):
+        assert checkpoint.load_latest(stack)["step"] == 60
+        assert read_metrics(stack.parent / "seed_1/metrics.jsonl")[-1]["debug/updates"] == 60
+
+
+def test_an_old_study_goes_on_with_its_own_copy_of_the_agent(run, capsys):
+    study = Path("runs/studies/before")
+    shutil.copytree(HERE / "study", study)
+    shutil.rmtree(study / "confirmed/defaults")
+    Path("tiny.py").write_text("changed = True\n")
+    begun_with = json.loads((study / "config.json").read_text())["options"]["agent"]
+    assert train.run(["--resume", str(study)], Tune, tune) == 2
+    assert f"(python hypertune.py {study}/tiny.py --resume {study})" in capsys.readouterr().err
+    argv = [f"{study}/tiny.py", "--resume", str(study)]
+    assert train.run(argv, Tune, tune) == 0, capsys.readouterr().err
+    assert list(study.glob(f"confirmed/defaults/{TARGET}/seed_*"))
+    assert json.loads((study / "config.json").read_text())["options"]["agent"] == begun_with
+
+
 def test_an_old_run_can_be_watched(run, monkeypatch, capsys):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     folder = run / "torch_ContinuousCartPole-v1"

@@ -356,7 +356,35 @@ def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch
     line = refused(capsys, tmp_path, ["--resume", str(run)])
     lines = len(SAC.splitlines())
     assert f"{path} is not what {run} began with, from line {lines + 1} on" in line
-    assert f"put {run}/mine.py back" in line
+    again = f"python learn_simple.py {run}/mine.py --resume {run}"
+    assert f"({again}), or begin a new run" in line
+    Path(path).unlink()
+    assert f"{path} is missing" in refused(capsys, tmp_path, ["--resume", str(run)])
+    assert train.run(again.split()[2:]) == 0
+    assert metrics(run, agent="mine")[-1]["step"] == 300
+
+
+def test_a_changed_setting_of_the_agent_names_the_way_to_resume_as_well(tmp_path, capsys):
+    """Its Config would not take what the run holds."""
+    path = write(tmp_path, SAC)
+    assert train.run([path, *tiny(tmp_path, "--log", "--steps", "10")]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    capsys.readouterr()
+    write(tmp_path, SAC.replace("tau", "polyak"))
+    line = refused(capsys, tmp_path, ["--resume", str(run)])
+    assert f"{run}/mine.py --resume {run}" in line
+    assert "give no other flag" in refused(
+        capsys, tmp_path, [f"{run}/mine.py", "--resume", str(run), "--tau", "0.1"])
+
+
+@pytest.mark.parametrize("steps, note", [
+    (300, "learning_starts 5000 becomes 30 in a run of 300 steps"), (None, "")])
+def test_a_setting_that_a_short_run_changes_is_said_once(tmp_path, capsys, steps, note):
+    flags = ["--seeds", "2", "--processes", "2", "--env", "Pendulum-v1",
+             "MountainCarContinuous-v0"] if steps else ["--learning-starts", "30"]
+    assert train.run(tiny(tmp_path, *flags)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "learning_starts" in line]
+    assert lines == [note] * bool(note)
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--config"])
@@ -392,7 +420,9 @@ def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
     assert train.run(argv) == 1
     out, err = capfd.readouterr()
     failed = [line for line in err.splitlines() if line.startswith("FAILED ")]
-    assert failed == ["FAILED Pendulum-v1 seeds 0 to 1: RuntimeError: the update broke"]
+    path, line = f"{tmp_path}/mine.py", len(SAC.splitlines()) + 5
+    assert failed == [f"FAILED Pendulum-v1 seeds 0 to 1: {path}:{line}: RuntimeError: the update "
+                      "broke"]
     run = next((tmp_path / "runs").iterdir())
     last = {env_id: metrics(run, env_id, "mine", seed=1)[-1]["step"]
             for env_id in ("Pendulum-v1", "MountainCarContinuous-v0")}

@@ -1,13 +1,14 @@
 """Tests that run on every backend of lab/envs. Observations of the Diary environments hold the
 episode and the step; a pendulum is compared with its equation of motion."""
 
+import math
 import os
 import sys
 
 import pytest
 import torch
 
-from lab.envs import torch_tasks
+from lab.envs import host, torch_tasks
 from lab.envs.base import EVALUATION, TRAINING, Finished
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
@@ -485,11 +486,33 @@ def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
     ("CarRacing-v3", "CarRacing-v3 has observation space Box"),
     ("tests.probe_envs:lab-tests/WideDictObservations-v0", "has observation space Dict"),
     ("a:b:c-v0", "cannot make environment 'a:b:c-v0'"),
+    ("tests.probe_envs:lab-tests/Frozen-v0", "lab-tests/Frozen-v0: action 1 has bounds [2.0, 2.0]"),
 ])
 def test_an_environment_that_cannot_work_is_named_in_one_line(backend, env_id, words):
     with pytest.raises(UserError) as caught:
         make_envs(env_id, [0], backend=backend)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("low, high, words", [
+    ((-1, 2), (1, 2), "action 1 has bounds [2, 2]"), ((3,), (-3,), "action 0 has bounds [3, -3]"),
+    ((0, math.nan), (1, 1), "action 1 has bounds [nan, 1]"),
+    ((math.inf,), (math.inf,), "action 0 has bounds [inf, inf]")])
+def test_action_bounds_without_room_are_refused(monkeypatch, low, high, words):
+    class Own(torch_tasks.Pendulum):
+        action_low, action_high = low, high
+
+    monkeypatch.setitem(torch_tasks.ENVS, "Own-v0", Own)
+    for make in (lambda: EnvSpec("torch/Own-v0", 3, len(low), low, high, None),
+                 lambda: make_envs("torch/Own-v0", [0])):
+        with pytest.raises(UserError) as caught:
+            make()
+        line = str(caught.value)
+        assert f"torch/Own-v0: {words}" in line.replace(".0", "") and "\n" not in line
+
+
+def test_infinite_action_bounds_are_the_agents_to_refuse():
+    assert EnvSpec("own", 3, 1, (-math.inf,), (math.inf,), None).action_high == (math.inf,)
 
 
 @on_each(("envpool", "HalfChetah-v5"), ("envpool", "nothing-like-it"), ("envpool", "CartPole-v1"),
@@ -608,6 +631,23 @@ def test_an_episode_that_begins_anew_leaves_the_others_as_they_were(make):
         assert torch.equal(transitions[1], transitions[2])
         same = (transitions[0] == transitions[1]).all(-1)
         assert same.tolist() == [[True, False], [True, True]]
+
+
+@on("sync", "groups")
+def test_the_actions_kept_for_a_resume_have_a_bound_in_bytes(make, monkeypatch):
+    """An episode that outlasts them begins anew; one that does not goes on."""
+    monkeypatch.setattr(host, "HISTORY_BYTES", 100 * 4 * 4)  # 100 steps of 4 environments
+    whole, other = (make("Pendulum-v1", [3, 4], 2) for _ in range(2))
+    whole.reset()
+    before = 0
+    for steps, lost, exact in ((100, 0, None), (101, 4, False), (230, 0, True)):  # 200 end one
+        for _ in range(steps - before):
+            whole.step(torch.zeros(2, 2, 1))
+        state, before = whole.state_dict(), steps
+        assert state["actions"].nbytes <= host.HISTORY_BYTES
+        assert whole.can_restore_exactly() is exact
+        obs, anew = other.load_state_dict(state, 9)
+        assert anew == lost and (not lost or torch.equal(obs, other.reset(9)))
 
 
 def test_an_envpool_begins_anew_and_says_so():

@@ -8,14 +8,17 @@ import sys
 import time
 
 import pytest
+import torch
 
+from lab import options as lab_options
 from lab import train
 from lab.agent import load_agent
 from lab.options import Vectorised, parse_args, resolve_defaults
-from lab.training import checkpoint
+from lab.training import checkpoint, processes
 from lab.training.job import make_jobs
+from lab.training.loop import train as loop_train
 from lab.training.recorder import read_metrics
-from tests.conftest import AGENTS, SMALL, needs_cuda
+from tests.conftest import AGENTS, SMALL, flat_state, needs_cuda, same
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
 TARGET = "tests.probe_envs:lab-tests/Target-v0"
@@ -71,6 +74,58 @@ def test_bad_input_is_one_line(flags, words, capsys, tmp_path):
     assert run(*flags.split(), "--log", "--runs", tmp_path / "runs") == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags, threads", [
+    ("", 8), ("--env Hopper-v5", 8), ("--env Hopper-v5 --backend sync", 8),
+    ("--env Pendulum-v1 --backend torch", 8), ("--env Hopper-v5 --backend workers", 1),
+    ("--env Hopper-v5 --backend workers --workers 3", 6),  # this process is one of them
+    ("--env Hopper-v5 --backend workers --workers 20", 1),
+    ("--env Hopper-v5 --backend workers --workers 20 --num-envs 2", 7),
+    ("--env Hopper-v5 --backend envpool --workers 3", 5), ("--threads 2", 2)])
+def test_torch_gets_the_cores_that_the_workers_leave(monkeypatch, flags, threads):
+    monkeypatch.setattr(lab_options, "physical_cores", lambda: 8)
+    options, config = parse(*flags.split())
+    settled = resolve_defaults(options)
+    jobs = [make_jobs(each, config, 1, None)[0] for each in (options, settled)]
+    assert [job.threads for job in jobs] == [threads, threads] and settled.threads == threads
+    assert make_jobs(*parse_args([]), 1, None)[0].threads == 1
+
+
+def test_a_gpus_run_keeps_one_thread(monkeypatch):
+    monkeypatch.setattr(lab_options, "physical_cores", lambda: 8)
+    assert resolve_defaults(parse("--cuda")[0]).threads == 1
+
+
+def test_runs_with_the_same_number_of_threads_are_equal_and_a_resumed_one_keeps_it(
+        tmp_path, monkeypatch):
+    """Batches large enough to be shared by two threads."""
+    seen, measured = [], []
+
+    def train_and_look(job, emit):
+        seen.append(torch.get_num_threads())
+        loop_train(job, emit)
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(processes, "train", train_and_look)
+    for name in "ab":
+        assert run("--env", "torch/Pendulum-v1", "--num-envs", 256, "--width", 256, "--threads", 2,
+                   "--update-epochs", 1, "--num-minibatches", 4, "--steps", 8192, "--log",
+                   "--eval-episodes", 1, "--runs", tmp_path, "--name", name) == 0
+        folder, = tmp_path.glob(f"{name}-*")
+        state = checkpoint.load_latest(*folder.glob("*/ppo/stack_0_0"))
+        measured.append(flat_state(state["agent"]))
+    a, b = measured
+    assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    assert seen == [2] * 4
+    assert json.loads((folder / "config.json").read_text())["options"]["threads"] == 2
+    monkeypatch.setattr(lab_options, "physical_cores", lambda: 8)
+    assert parse("--resume", str(folder))[0].threads == 2
+    assert parse("--config", str(folder / "config.json"))[0].threads is None
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["options"]["threads"]  # a run from before there was a choice
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert parse("--resume", str(folder))[0].threads == 1
 
 
 def test_envpool_that_is_missing_says_how_to_get_it(monkeypatch, capsys):

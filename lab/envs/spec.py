@@ -18,7 +18,8 @@ MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What an agent knows of its environment. Action bounds: (A,), in environment units."""
+    """What an agent knows of its environment. Action bounds: (A,), in environment units.
+    UserError unless each low bound is below its high bound; either may be infinite."""
 
     id: str
     obs_dim: int
@@ -26,6 +27,12 @@ class EnvSpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_episode_steps: int | None
+
+    def __post_init__(self) -> None:
+        for i, (low, high) in enumerate(zip(self.action_low, self.action_high, strict=True)):
+            if not low < high:  # NaN as well
+                raise UserError(f"{self.id}: action {i} has bounds [{low}, {high}]; the low bound "
+                                "must be below the high one")
 
 
 def make_one(env_id: str, **settings: Any) -> gymnasium.Env:

@@ -182,7 +182,7 @@ class Loop:
         calls = 1
         if self.accelerate.compiled:
             calls = 3 if self.job.device == "cpu" else CudaGraph.WARM_UP + 2
-        compiled = all(count >= calls for count in self.accelerate.calls)
+        compiled = all(count >= calls for count in self.accelerate.calls.values())
         over = self.done["steps"] * self.job.num_envs >= self.job.steps
         return over or updates >= MAX_WARM_UP or (updates > 1 and compiled)
 

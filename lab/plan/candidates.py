@@ -102,6 +102,9 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
     prepare_process()
     deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
     resolved, free = resolve_defaults(options), _free(options, argv)
+    # each backend leaves a different number of cores
+    if isinstance(options, Vectorised) and isinstance(resolved, Vectorised):
+        resolved = dataclasses.replace(resolved, threads=options.threads)
     for job in make_jobs(resolved, config, 1, None):
         dry_run(job)
     dry_run_seconds = time.perf_counter() - begun

@@ -13,7 +13,7 @@ from lab.agent import check_contract
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
-from lab.options import Options, Vectorised, check_options
+from lab.options import Options, Vectorised, check_options, free_cores
 from lab.training.recorder import group_folder
 
 Emit = Callable[[dict[str, Any]], None]
@@ -36,6 +36,7 @@ class Job:
     backend: str | None = None  # None: torch for a torch/ id, else sync
     workers: int | None = None  # processes or threads of the backend; None: physical cores
     groups: int = 1  # groups of environments that step in turn
+    threads: int = 1  # torch threads in this process
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
@@ -78,7 +79,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     vectorised: dict[str, Any] = {}
     if isinstance(options, Vectorised):
         vectorised = {"num_envs": options.num_envs, "backend": options.backend,
-                      "workers": options.workers, "groups": options.groups or 1}
+                      "workers": options.workers, "groups": options.groups or 1,
+                      "threads": options.threads or free_cores(options)}
         for env_id in options.env:
             choose_backend(env_id, options.backend, vectorised["groups"])
 

@@ -25,6 +25,16 @@ def due(step: int, every: int, num_envs: int) -> bool:
     return bool(every) and step // every > (step - num_envs) // every
 
 
+def adjusted_settings(agent: Any, job: Job) -> list[str]:
+    """A line for each number among the settings that the agent holds under the same name with
+    another value, as learning_starts in a short run."""
+    held = {name: getattr(agent, name, None) for name in job.config}
+    return [f"{name} {setting} becomes {held[name]} in a run of {job.steps} steps"
+            for name, setting in job.config.items()
+            if isinstance(setting, int | float) and isinstance(held[name], int | float)
+            and held[name] != setting]
+
+
 class TrainLogger:
     """Decides after each environment step whether to log, evaluate and checkpoint, and does it."""
 
@@ -39,9 +49,11 @@ class TrainLogger:
         self.restore_checked = False  # whether can_restore_exactly() has given an answer
         self.logged_step = self.logged_updates = 0
         self.speed: dict[str, float] = {}
+        self.notes: dict[str, list[str]] = {}  # for the next message, then empty
 
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
         """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
@@ -87,7 +99,8 @@ class TrainLogger:
             self.write_rows(step, agent, evaluating)
         elif time.perf_counter() - self.last_emit > 1:
             self.last_emit = time.perf_counter()
-            self.emit({"step": step})
+            self.emit({"step": step} | self.notes)
+            self.notes = {}
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
         if end or late or due(step, job.steps // 10 if every is None else every, job.num_envs):
@@ -96,13 +109,13 @@ class TrainLogger:
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
         """One row per seed: the last update's metrics, episodes since the last row, speed."""
         now = time.perf_counter()
-        updates = self.accelerate.updates - self.logged_updates
+        updates = self.accelerate.gradient_steps - self.logged_updates
         if updates or not self.speed:  # PPO: do not count a rollout without its update
             per_second = len(self.job.seeds) / (now - self.clock)
             self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
                           "perf/updates_per_s": updates * per_second}
             self.clock, self.logged_step = now, step
-            self.logged_updates = self.accelerate.updates
+            self.logged_updates = self.accelerate.gradient_steps
         if evaluating:
             self.last_eval = evaluate(agent, self.evaluation, step)
         self.measure_plasticity(agent)
@@ -131,7 +144,8 @@ class TrainLogger:
                 rows[seed] = row
                 if self.recorders:
                     self.recorders[index].write({"step": step} | row | self.speed)
-        self.emit({"step": step, "rows": rows, **self.speed})
+        self.emit({"step": step, "rows": rows, **self.speed, **self.notes})
+        self.notes = {}
         self.last_emit = time.perf_counter()
         self.clock += self.last_emit - now  # speed leaves out evaluation
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lab.accelerate import prepare_process
+from lab.agent import place_of
 from lab.envs.worker import die_with
-from lab.errors import UserError
+from lab.errors import CodeError, UserError
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 
@@ -129,10 +131,14 @@ def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit],
 
 
 def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
-    """Run the job -> None, or why it failed. Unexpected exceptions print a traceback."""
+    """Run the job -> None, or why it failed. An unexpected exception prints its traceback; the
+    reason begins with file and line of the agent if the exception went through its code."""
+    prepare_process(job.threads)
     try:
         work(job, emit)
     except UserError as error:
+        if isinstance(error, CodeError) and error.__cause__:
+            traceback.print_exception(error.__cause__)
         return Failure(str(error), "settings")
     except BrokenPipeError:
         raise
@@ -141,5 +147,7 @@ def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure
         first = str(error).strip().splitlines()[0] if str(error) else ""
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
             "can't allocate memory" in str(error))  # torch, on a CPU
-        return Failure(f"{type(error).__name__}: {first}", "settings" if memory else "error")
+        place = place_of(job.agent_path, error)
+        reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first}"
+        return Failure(reason, "settings" if memory else "error")
     return None

@@ -32,6 +32,7 @@ class SweepProgress:
         self.tasks = {e: self.bar.add_task(e, total=total, state="starting")
                       for e, total in self.totals.items()}
         self.printed = dict.fromkeys(self.returns, time.monotonic())
+        self.notes = set[str]()  # printed, once for all processes
 
     def __enter__(self) -> "SweepProgress":
         self.bar.start()
@@ -42,6 +43,10 @@ class SweepProgress:
 
     def update(self, index: int, message: dict[str, Any]) -> None:
         job = self.jobs[index]
+        for note in message.get("notes", ()):
+            if note not in self.notes:
+                self.notes.add(note)
+                self.console.print(note, highlight=False, soft_wrap=True)
         for kind in ("warning", "failed_seed"):
             if kind in message:
                 text = message.get("reason") or message[kind]

@@ -26,6 +26,7 @@ class StudyProgress:
         self.task = self.bar.add_task("trials", total=options.trials, state="starting")
         self.printed, self.started = (-1, 0.0), time.monotonic()
         self.before = self._work()
+        self.notes = set[str]()  # printed
 
     def __enter__(self) -> "StudyProgress":
         self.bar.start()
@@ -37,6 +38,12 @@ class StudyProgress:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print it once, however many trials send it."""
+        if text not in self.notes:
+            self.notes.add(text)
+            self.say(text)
 
     def reach(self, number: int, step: int) -> None:
         """The first step of a resumed trial is its checkpoint's: the ETA leaves it out."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from lab.agent import build_agent, load_agent
 from lab.errors import UserError
-from lab.options import Tune
-from lab.train import check_source, describe
+from lab.options import Tune, check_source
+from lab.train import describe
 from lab.training import recorder
 from lab.training.job import Job, dry_run, make_jobs
 from lab.tuning import confirm, space, surrogate
@@ -90,12 +90,14 @@ def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(folder / "trials.jsonl")
     try:
+        if journal.header and agent.resolve() == (folder / agent.name).resolve():  # its own copy
+            described["options"]["agent"] = journal.header["agent"]
         fixed = {key: value for key, value in described["options"].items()
                  if key not in FREE}
         header = json.loads(json.dumps({"space": searched.texts(), "config": config} | fixed))
         if journal.header:
             _compare(folder, journal.header, header)
-            check_source(folder, agent)
+            check_source(folder, agent, Tune)
             recorder.write_json(folder / "config.json", described)
         else:
             recorder.describe_run(folder, agent, described)

@@ -81,6 +81,8 @@ class Study:
             self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
             pool.end(trial.number)
         else:
+            for note in message.get("notes", ()):
+                progress.note(note)
             if "step" in message:
                 progress.reach(trial.number, message["step"])
             returns = [row["return/eval"] for row in message.get("rows", {}).values()
