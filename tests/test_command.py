@@ -86,7 +86,7 @@ def finished(tmp_path_factory):
     ("--env Pendulm-v1", r"unknown environment 'Pendulm-v1'; did you mean Pendulum-v1"),
     ("--env Pendulum-v1 Nonsense", r"environment 'Nonsense'"),
     ("--env CartPole-v1", r"CartPole-v1 has actions Discrete\(2\)"),
-    ("--env lab-tests/Unbounded-v0", r"sac.py on lab-tests/Unbounded-v0: action bounds must be fin"),
+    ("--env lab-tests/Unbounded-v0", r"sac.py on lab-tests/Unbounded-v0: action bounds must be"),
     ("--env Pendulum-v1 Pendulum-v1", r"different environments, not Pendulum-v1 Pendulum-v1"),
     ("--env", r"different environments, not none"),
     ("agents/missing.py", r"no agent file 'agents/missing.py'; agents here: .*agents/sac.py"),
