@@ -418,7 +418,9 @@ def test_a_checkpoint_of_other_networks_is_one_line(run, capsys, no_dry_run):
     settings = json.loads((run / "config.json").read_text())
     settings["config"]["qf_width"] = 8
     (run / "config.json").write_text(json.dumps(settings))
-    assert "stack_0_1 does not fit agents/sac.py: RuntimeError" in refused(capsys, run)
+    assert re.search(r"stack_0_1 does not fit agents/sac.py: ValueError: qf does not fit the "
+                     r"checkpoint: size mismatch for mlp\S+ .*, 16, .* in current model .*, 8, ",
+                     refused(capsys, run))
 
 
 def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):
