@@ -192,7 +192,8 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
         try:
             part.load_state_dict(saved)
         except RuntimeError as error:
-            raise ValueError(f"{name} does not fit the checkpoint: {error}") from error
+            reason = str(error).split("\n\t")[-1]  # below torch's headline
+            raise ValueError(f"{name} does not fit the checkpoint: {reason}") from error
     elif isinstance(part, list | tuple):
         for x, y in zip(part, saved, strict=True):
             _restore(name, x, y)

@@ -7,7 +7,6 @@ environment, the scores of its n runs; n may differ.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
 Strata = Sequence[np.ndarray]
 RESAMPLES = 2_000  # bootstrap resamples
@@ -15,11 +14,13 @@ RESAMPLES = 2_000  # bootstrap resamples
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """-> mean, lower and upper bound of Student's t interval; nan bounds below two values."""
+    from scipy.special import stdtrit  # here, since every training process imports this module
+
     x = np.asarray(values, float)
     mean = float(x.mean()) if len(x) else float("nan")
     if len(x) < 2:
         return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
+    half = float(stdtrit(len(x) - 1, (1 + confidence) / 2) * x.std(ddof=1) / len(x) ** 0.5)
     return mean, mean - half, mean + half
 
 
@@ -34,7 +35,9 @@ def iqm(values: Sequence[float]) -> float:
 
 def pooled_iqm(strata: Strata) -> np.ndarray:
     """-> (...): the mean of the middle half of the runs, pooled over environments."""
-    return np.asarray(stats.trim_mean(np.concatenate(strata, axis=-1), 0.25, axis=-1))
+    from scipy.stats import trim_mean  # slow to import
+
+    return np.asarray(trim_mean(np.concatenate(strata, axis=-1), 0.25, axis=-1))
 
 
 def performance_profile(strata: Strata, scores: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ def fork_cost(old: str, new: str) -> int:
     """Lines added and removed from one agent to the other; white space and blank lines are free."""
     paths = [str(ROOT / f"agents/{name}.py") for name in (old, new)]
     done = subprocess.run(["diff", "-wB", *paths], capture_output=True, text=True)
-    return sum(line[:1] in "<>" for line in done.stdout.splitlines())
+    return sum(line[:1] in "<>" and bool(line[1:].strip()) for line in done.stdout.splitlines())
 
 
 def functions(path: Path) -> list[tuple[int, str]]:

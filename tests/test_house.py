@@ -93,5 +93,5 @@ def test_a_fork_costs_its_changed_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(house, "ROOT", tmp_path)
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents/a.py").write_text("one\ntwo\nthree\n")
-    (tmp_path / "agents/b.py").write_text("one\n\n  two\nfour\n")
-    assert house.fork_cost("a", "b") == 2 and house.fork_cost("a", "a") == 0
+    (tmp_path / "agents/b.py").write_text("one\n\n  two\nfour\n\nfive\n")
+    assert house.fork_cost("a", "b") == 3 and house.fork_cost("a", "a") == 0

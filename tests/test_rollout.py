@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab.agent import load_agent
+from lab.agent import load_agent, restore_state
 from lab.envs.base import EVALUATION, TRAINING, Finished
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
@@ -26,7 +26,7 @@ from lab.training.logger import due
 from lab.training.loop import train
 from lab.training.recorder import read_metrics
 from tests import probe_envs
-from tests.conftest import small_config
+from tests.conftest import AGENTS, small_config
 
 SAC = Path("agents/sac.py").resolve()
 SMALL_SAC = dataclasses.asdict(small_config(load_agent(SAC)))
@@ -43,10 +43,13 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    nan_from: int = 1_000_000  # transitions after which the second seed's loss is NaN
+    nan_from: int = 1_000_000  # transitions after which the second seed's metric is NaN
+    metric: str = "loss/scripted"
 
 
 class Agent:
+    STATE = ("transitions",)
+
     def __init__(self, spec, config, seeds, num_envs, total_steps, device, accelerate):
         self.config, self.seeds, self.transitions = config, seeds, 0
 
@@ -60,13 +63,7 @@ class Agent:
         loss = torch.tensor([float(self.transitions + seed) for seed in self.seeds])
         if self.transitions >= self.config.nan_from:
             loss[1] = float("nan")
-        return {"loss/scripted": loss}
-
-    def state_dict(self):
-        return {"transitions": self.transitions}
-
-    def load_state_dict(self, state):
-        self.transitions = state["transitions"]
+        return {self.config.metric: loss}
 '''
 
 
@@ -287,14 +284,14 @@ def test_in_groups_ppo_stores_each_environments_action_and_its_log_prob(tmp_path
                    backend="workers", workers=2, groups=2, run=str(tmp_path))
     run(job)
     state = checkpoint.load_latest(job.checkpoints)["agent"]
-    assert state["counters"]["filled"] == 20  # so that the actor is still the one that acted
-    rollout = state["tensors"]["rollout"][:, :20]
+    assert state["filled"] == 20  # so that the actor is still the one that acted
+    rollout = state["rollout"][:, :20]
     obs, actions, log_probs, next_obs, rewards, _ = rollout.split([4, 1, 1, 4, 1, 2], -1)
     assert pairs_up(obs, next_obs) and torch.equal(rewards, actions)
     assert len(actions.unique()) == actions.numel() == 120
     spec = probe(DIARY)
     agent = module.Agent(spec, config, list(job.seeds), num_envs=3, total_steps=60)
-    agent.load_state_dict(state)
+    restore_state(agent, state)
     with torch.no_grad():
         mean = agent.actor(obs.flatten(1, 2))
     expected = module.gaussian_log_probs(actions.flatten(1, 2), mean, agent.log_std)
@@ -313,7 +310,7 @@ def test_in_groups_cem_stores_each_environments_action_and_keeps_its_plan(tmp_pa
     obs, actions, next_obs, rewards, _ = state["replay"]["rows"].split([4, 1, 4, 1, 1], -1)
     assert state["replay"]["size"] == 60 and pairs_up(obs, next_obs)
     assert torch.equal(rewards, actions)
-    plans, last, after = state["tensors"]["plans"], actions[:, -3:], next_obs[:, -3:]
+    plans, last, after = state["plans"], actions[:, -3:], next_obs[:, -3:]
     goes_on = after[..., [STEP]] < after[..., [LENGTH]]
     torch.testing.assert_close(100 * plans, torch.where(goes_on, last, 0.0))
     assert 1 < goes_on.sum() < 6 and len(last[goes_on].unique()) == goes_on.sum()
@@ -378,7 +375,7 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, nu
     for m in messages:
         if "rows" in m:
             assert m["perf/updates_per_s"] / m["perf/steps_per_s"] == pytest.approx(1)
-    assert checkpoint.load_latest(job.checkpoints)["agent"]["counters"]["transitions"] == 100
+    assert checkpoint.load_latest(job.checkpoints)["agent"]["transitions"] == 100
 
 
 def test_an_interrupted_job_ends_as_one_that_was_not(tmp_path):
@@ -388,6 +385,26 @@ def test_an_interrupted_job_ends_as_one_that_was_not(tmp_path):
         train(halves, interrupt_at(45, lambda: signal.raise_signal(signal.SIGTERM)))
     run(halves)
     assert files_of(whole) == files_of(halves)
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_a_killed_runs_rows_are_those_of_one_that_was_not_plasticity_too(tmp_path, path):
+    """PPO updates at steps 9, 17, 25, ..., the others at 8, 12, 16, ...; rows come every 5 steps,
+    checkpoints every 9. A kill at 15 or 20 resumes between an update and its row, a kill at 30
+    between two rows with nothing to report."""
+    config = dataclasses.asdict(small_config(load_agent(path), replay_ratio=0.25, num_steps=8))
+    whole, *killed = (make_job(path.resolve(), config, run=str(tmp_path / name), steps=40,
+                               eval_every=20, checkpoint_every=9) for name in "abcd")
+    run(whole)
+    rows = files_of(whole)
+    assert list(rows[1]) == list(range(5, 41, 5))
+    tags = {tag for row in rows[1].values() for tag in row}
+    assert sum(tag.startswith("plasticity/") for tag in tags) >= 3
+    for job, at, resumed in zip(killed, (15, 20, 30), (9, 18, 27), strict=True):
+        with pytest.raises(RuntimeError, match="reader"):
+            train(job, interrupt_at(at, fail))
+        assert run(job)[0] == {"step": resumed}
+        assert files_of(job) == rows
 
 
 def test_a_job_that_was_cut_off_goes_on_from_its_last_checkpoint(tmp_path):
@@ -451,6 +468,24 @@ def test_a_seed_whose_metrics_turn_nan_fails_once_and_the_others_go_on(tmp_path,
     assert {seed: list(rows) for seed, rows in files_of(job).items()} == steps
 
 
+@pytest.mark.parametrize("metric, fails", [
+    ("value/explained_variance", False), ("policy/entropy", False),
+    ("plasticity/actor_dead_units", False), ("plasticity/actor_dormant_ratio", False),
+    ("plasticity/actor_weight_magnitude", True), ("loss/qf", True)])
+def test_a_diagnostic_that_is_nan_is_left_out_and_a_loss_or_a_weight_fails_the_seed(
+        scripted, metric, fails):
+    config = {"nan_from": 42, "metric": metric}
+    messages = run(make_job(scripted, config, env_id=DIARY, seeds=(3, 5, 4)))
+    failures = [m for m in messages if "failed_seed" in m]
+    assert failures == [
+        {"failed_seed": 5, "step": 45, "reason": f"{metric} is not finite"}] * fails
+    for seed, rows in rows_of(messages).items():
+        broken = seed == 5
+        assert list(rows) == list(range(5, 45 if broken and fails else 101, 5))
+        assert [step for step, row in rows.items() if metric in row] == list(
+            range(5, 45 if broken else 101, 5))
+
+
 def test_a_seeds_failure_leaves_the_rows_of_the_others_as_they_were(scripted):
     clean, broken = (rows_of(run(make_job(scripted, {"nan_from": n}, env_id=DIARY,
                                           seeds=(3, 5, 4)))) for n in (1000, 42))
@@ -470,7 +505,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"env_id": "lab-tests/Unbounded-v0"}, "sac.py on lab-tests/Unbounded-v0: action_low"),
+    ({"env_id": "lab-tests/Unbounded-v0"}, "sac.py on lab-tests/Unbounded-v0: action bounds"),
     ({"env_id": "lab-tests/DictObservations-v0"}, "has observation space Dict"),
     ({"config": {"gama": 0.9}}, "has no setting 'gama'"),
     ({"config": {"gamma": 1.5}}, "gamma must lie in"),

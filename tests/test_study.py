@@ -27,6 +27,7 @@ from lab.tuning.trials import Journal
 
 SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
          "--workers", "1", "--eval-episodes", "1", "--confirm-seeds", "3", "--name", "mine"]
+DRAW = summary.draw
 SPACE = ["--space", "actor_lr=log:1e-5:1e-1", "gamma=0.9:0.99"]
 
 
@@ -127,6 +128,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(FakeProcesses, "fates", {})
     monkeypatch.setattr(FakeProcesses, "given", [])
     monkeypatch.setattr(FakeProcesses, "told", 0)
+    monkeypatch.setattr(summary, "draw", lambda path, *rest: path.touch())  # half a second
 
 
 def tune(folder, *flags):
@@ -146,7 +148,8 @@ def contents(folder):
 # What becomes of a trial
 
 
-def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, capsys):
+def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(summary, "draw", DRAW)
     FakeProcesses.fates = {1: diverges, 2: crashes, 4: refused_settings, 8: behind}
     assert tune(tmp_path, "--trials", "9") == 0
     done = trials(tmp_path)
@@ -366,6 +369,18 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path, capsys):
 # Bad input
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A study of one trial. Not to be written into."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
+        for module in (study, processes):
+            patch.setattr(module, "Processes", FakeProcesses)
+        patch.setattr(FakeProcesses, "given", [])
+        assert tune(folder, "--trials", "1") == 0
+    return folder
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--space actr_lr=0:1", r"--space actr_lr=0:1: agents/sac.py has no setting 'actr_lr'; did you"
                             r" mean actor_lr"),
@@ -387,16 +402,14 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path, capsys):
     ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study takes one --env, not Pendulum"),
     ("--no-log", r"--no-log"),
 ])
-def test_bad_input_is_one_line_and_leaves_the_journal_alone(tmp_path, capsys, flags, words):
-    assert tune(tmp_path, "--trials", "1") == 0
-    capsys.readouterr()
-    before = contents(tmp_path)
-    argv = [*SMALL, "--runs", str(tmp_path), "--trials", "1"]
+def test_bad_input_is_one_line_and_leaves_the_journal_alone(begun, capsys, flags, words):
+    before = contents(begun)
+    argv = [*SMALL, "--runs", str(begun), "--trials", "1"]
     argv += [] if "--space" in flags else SPACE
     assert script.run([*argv, *flags.split()], Tune, study_run.tune) == 2
     out, err = capsys.readouterr()
     assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
-    assert not out and contents(tmp_path) == before
+    assert not out and contents(begun) == before
 
 
 def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
@@ -423,8 +436,13 @@ def test_a_study_takes_a_runs_settings_but_not_its_name_and_seeds(tmp_path):
 # With processes
 
 
-def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("confirmation", ["fake", pytest.param("real", marks=pytest.mark.slow)])
+def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd, confirmation):
+    """Its trial trains in processes; so do, where it is real, the three jobs that confirm."""
     monkeypatch.undo()
+    if confirmation == "fake":
+        monkeypatch.setattr(FakeProcesses, "given", [])
+        monkeypatch.setattr(processes, "Processes", FakeProcesses)
     begun, give, receive = [], Processes.give, Processes.receive
 
     def note(self, key, job):
@@ -441,11 +459,11 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
 
     monkeypatch.setattr(Processes, "give", note)
     monkeypatch.setattr(Processes, "receive", kill_once)
-    flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--steps", "200",
-             "--eval-every", "50"]
+    flags = ["--trials", "1", "--seeds", "1", "--confirm-seeds", "1", "--eval-every",
+             "25"]
     assert tune(tmp_path, *flags) == 0
     (trial,) = trials(tmp_path)
-    assert trial.state == "completed" and sorted(trial.evaluations) == [50, 100, 150, 200]
+    assert trial.state == "completed" and sorted(trial.evaluations) == [25, 50, 75, 100]
     assert "trial 0: its process ended with code -9; restarting" in capfd.readouterr().out
     folder = tmp_path / "studies/mine"
     assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lab import train as script
-from lab.agent import build_agent
+from lab.agent import build_agent, restore_state
 from lab.envs.base import EVALUATION
 from lab.envs.shard import seed_of
 from lab.envs.spec import make_one, probe
@@ -114,7 +114,7 @@ def episodes(run, seeds, stack):
     config = json.loads((run / "config.json").read_text())["config"]
     spec = probe(PAINTED)
     agent = build_agent("agents/sac.py", config, spec, members, 1, STEPS, "cpu", lambda f: f)
-    agent.load_state_dict(checkpoint.load_latest(folder)["agent"])
+    restore_state(agent, checkpoint.load_latest(folder)["agent"])
     returns, colours = np.zeros((EPISODES, len(seeds))), {}
     for n in range(EPISODES):
         for i, seed in enumerate(seeds):
@@ -418,7 +418,9 @@ def test_a_checkpoint_of_other_networks_is_one_line(run, capsys, no_dry_run):
     settings = json.loads((run / "config.json").read_text())
     settings["config"]["qf_width"] = 8
     (run / "config.json").write_text(json.dumps(settings))
-    assert "stack_0_1 does not fit agents/sac.py: RuntimeError" in refused(capsys, run)
+    assert re.search(r"stack_0_1 does not fit agents/sac.py: ValueError: qf does not fit the "
+                     r"checkpoint: size mismatch for mlp\S+ .*, 16, .* in current model .*, 8, ",
+                     refused(capsys, run))
 
 
 def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):

@@ -360,11 +360,11 @@ def test_training_whose_worker_is_killed_leaves_a_checkpoint_and_goes_on_from_it
         train(job, kill_at_50)
     assert len(pids) == 2 and gone(pids)
     state = checkpoint.load_latest(job.checkpoints)
-    assert state["step"] == state["agent"]["counters"]["transitions"] == 40
+    assert state["step"] == state["agent"]["transitions"] == 40
     messages = []
     train(job, messages.append)
     assert messages[0]["step"] == 40 and messages[-1]["step"] == 100
-    assert checkpoint.load_latest(job.checkpoints)["agent"]["counters"]["transitions"] == 100
+    assert checkpoint.load_latest(job.checkpoints)["agent"]["transitions"] == 100
     for seed in job.seeds:
         rows = read_metrics(job.group / f"seed_{seed}" / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(10, 101, 10))
@@ -396,7 +396,7 @@ train({job!r}, emit)
         assert process.returncode == -signal.SIGINT
         assert await_end(pids) == []
     state = checkpoint.load_latest(job.checkpoints)
-    assert state["step"] == state["agent"]["counters"]["transitions"] >= 40
+    assert state["step"] == state["agent"]["transitions"] >= 40
     messages = []
     train(dataclasses.replace(job, steps=state["step"] + 10), messages.append)
     assert messages[0]["step"] == state["step"]

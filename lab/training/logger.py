@@ -43,6 +43,7 @@ class TrainLogger:
         self.evaluation = make_evaluation(job)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
+        self.updated = False  # whether there was an update since plasticity was measured
         self.failed: set[int] = set()
         self.last_eval: list[float] = []
         self.clock = self.last_emit = self.saved = time.perf_counter()
@@ -94,6 +95,7 @@ class TrainLogger:
         """Call after every environment step."""
         job, end = self.job, step >= self.job.steps
         self.metrics.update(metrics)
+        self.updated |= bool(metrics)
         evaluating = end or due(step, job.eval_every, job.num_envs)
         if evaluating or due(step, job.log_every, job.num_envs):
             self.write_rows(step, agent, evaluating)
@@ -150,13 +152,15 @@ class TrainLogger:
         self.clock += self.last_emit - now  # speed leaves out evaluation
 
     def measure_plasticity(self, agent: Any) -> None:
-        """Plasticity metrics of the last batch, if there was an update since the last row."""
-        if self.metrics:
+        """Plasticity metrics of the last batch, once per update. A resumed agent has no batch
+        before its next update: until then it keeps what was measured at the checkpoint."""
+        if self.updated:
             self.metrics |= plasticity.measure(agent)
+            self.updated = False
 
     def save(self, step: int, agent: Any) -> None:
         if self.job.checkpoints is not None:
-            self.measure_plasticity(agent)  # the last batch is not part of a checkpoint
+            self.measure_plasticity(agent)  # a checkpoint does not hold the last batch
             try:
                 checkpoint.save(self.job.checkpoints, step, {
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
