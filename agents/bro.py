@@ -261,6 +261,7 @@ class Agent:
             raise ValueError(f"reset_at must be above learning_starts = {self.learning_starts}, "
                              f"not {config.reset_at}")
         self.transitions = self.critic_steps = 0  # of one seed
+        self.batch = None  # the last one sampled
 
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
@@ -375,7 +376,9 @@ class Agent:
                 "policy/alpha": alpha.detach()}
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics."""
+        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
+        if self.batch is None:
+            return {}
         b_obs, b_actions, *_ = self.batch
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions))[:-1],
                 "actor": self.actor.mlp.hidden(b_obs)}

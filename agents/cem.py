@@ -192,6 +192,7 @@ class Agent:
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
+        self.batch = None  # the last one sampled
 
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.centre, self.scale = (self.high + self.low) / 2, (self.high - self.low) / 2
@@ -288,6 +289,8 @@ class Agent:
         return {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics."""
+        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
+        if self.batch is None:
+            return {}
         b_obs, b_actions, *_ = self.batch
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions))}

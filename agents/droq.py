@@ -221,6 +221,7 @@ class Agent:
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
+        self.batch = None  # the last one sampled
 
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
@@ -280,8 +281,9 @@ class Agent:
     def _set_dropout(self, dropping, *qfs):  # and draw the units to drop
         for layer in (m for qf in qfs for m in qf.modules() if isinstance(m, DropoutNorm)):
             layer.drops = layer.dropped.shape[1] if dropping else 0
-            for units, generator in zip(layer.dropped, self.generators, strict=True):
-                units.random_(math.prod(layer.shape), generator=generator)
+            if dropping:
+                for units, generator in zip(layer.dropped, self.generators, strict=True):
+                    units.random_(math.prod(layer.shape), generator=generator)
 
     def _update_critic(self, b_obs, b_actions, b_next_obs, b_rewards, b_terminations, noise):
         # Target (1812.05905, eq. 5-6): the lower critic, plus the entropy bonus
@@ -330,7 +332,9 @@ class Agent:
                 "policy/alpha": alpha.detach()}
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics."""
+        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
+        if self.batch is None:
+            return {}
         b_obs, b_actions, *_ = self.batch
         self._set_dropout(False, self.qf)  # layer norm gives a dropped unit a value again
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions)),

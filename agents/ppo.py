@@ -71,7 +71,7 @@ def rollout_length(config, num_envs):
 
 
 def randn(generators, *shape):
-    """-> (S, *shape) standard normal numbers, seed s from its own generator."""
+    """-> (S, *shape) standard normal noise, each seed's from its own generator."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 

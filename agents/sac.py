@@ -194,6 +194,7 @@ class Agent:
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
         self.transitions = self.critic_steps = 0  # of one seed
+        self.batch = None  # the last one sampled
 
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
         self.actor = Actor(self.generators, spec, config)
@@ -295,7 +296,9 @@ class Agent:
                 "policy/alpha": alpha.detach()}
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics."""
+        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
+        if self.batch is None:
+            return {}
         b_obs, b_actions, *_ = self.batch
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions)),
                 "actor": self.actor.mlp.hidden(b_obs)}

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as learn_vectorised.py, b
 
 import torch
 
-from lab.agent import load_agent
+from lab.agent import check_ranges, load_agent, restore_state, save_state  # noqa: F401
 from lab.check.driver import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
 from lab.envs.spec import EnvSpec
 
@@ -53,9 +53,10 @@ def small_config(module, **settings):
 
 def make_agent(module, seeds=(0, 1), num_envs=1, total_steps=1000, accelerate=None, spec=None,
                **settings):
-    return module.Agent(spec or make_spec(), small_config(module, **settings), list(seeds),
-                        num_envs=num_envs, total_steps=total_steps,
-                        accelerate=accelerate or (lambda fn: fn))
+    config = small_config(module, **settings)
+    check_ranges(module, config)
+    return module.Agent(spec or make_spec(), config, list(seeds), num_envs=num_envs,
+                        total_steps=total_steps, accelerate=accelerate or (lambda fn: fn))
 
 
 def runs(pid):

@@ -16,7 +16,9 @@ from tests.conftest import (
     make_agent,
     make_spec,
     make_steps,
+    restore_state,
     same,
+    save_state,
 )
 from tests.test_crossq import reference_network, statistics
 
@@ -99,9 +101,9 @@ def test_ten_updates_equal_a_slow_single_seed_reference(float64, seed, pessimism
     assert agent.config.replay_ratio == 2
     reference = Reference(agent, seed)
     calls = []
-    critic_step, actor_step = agent.critic_step, agent.actor_step
-    agent.critic_step = lambda *x: (calls.append((reference.critic_step, x)), critic_step(*x))[1]
-    agent.actor_step = lambda *x: (calls.append((reference.actor_step, x)), actor_step(*x))[1]
+    critic_step, actor_step = agent.update_critic, agent.update_actor
+    agent.update_critic = lambda *x: (calls.append((reference.critic_step, x)), critic_step(*x))[1]
+    agent.update_actor = lambda *x: (calls.append((reference.actor_step, x)), actor_step(*x))[1]
     drive(agent, make_steps((0, 1), 1, 13))
     assert len(calls) == 10 + 3
     for step, tensors in calls:
@@ -135,7 +137,7 @@ def test_settings_out_of_their_range_are_named_with_their_value(field, value):
 
 def optimiser_steps(agent):
     """-> a list that fills with (transitions, steps taken) before each critic step."""
-    seen, critic_step = [], agent.critic_step
+    seen, critic_step = [], agent.update_critic
 
     def watched(*x):
         steps = {int(state["step"]) for state in agent.qf_optimizer.state.values()} or {0}
@@ -143,7 +145,7 @@ def optimiser_steps(agent):
         seen.append((agent.transitions, *steps))
         return critic_step(*x)
 
-    agent.critic_step = watched
+    agent.update_critic = watched
     return seen
 
 
@@ -154,15 +156,16 @@ def renewed(agent, **settings):
         ours.set_state(theirs.get_state())
     new.actor = bro.Actor(new.generators, new.spec, new.config)
     new.qf = bro.QFunctions(new.generators, new.spec, new.config)
-    fresh = new.state_dict()
+    fresh = save_state(new)
     new = make_agent(bro, num_envs=agent.num_envs, reset_at=(), **settings)
-    state = agent.state_dict()
-    new.load_state_dict(fresh | {name: state[name] for name in ("replay", "counters")})
+    state = save_state(agent)
+    restore_state(new, fresh | {name: state[name] for name in (
+        "replay", "transitions", "critic_steps")})
     return new
 
 
 def assert_same_state(one, other):
-    one, other = flat_state(one.state_dict()), flat_state(other.state_dict())
+    one, other = flat_state(save_state(one)), flat_state(save_state(other))
     assert one.keys() == other.keys()
     assert all(same(one[name], other[name]) for name in one)
 
@@ -198,7 +201,7 @@ def test_a_reset_makes_a_new_agent_with_the_old_replay_and_counters(num_envs, re
 
 @pytest.mark.parametrize("num_envs, reset_at, at", [
     (1, (20, 31), (20, 31)), (3, (20, 31), (21, 33)), (3, (21,), (21,)), (3, (22, 24), (24,)),
-    (1, (3,), ()), (1, (), ())])
+    (1, (), ())])
 def test_each_reset_happens_exactly_once(num_envs, reset_at, at):
     """The optimiser's own count starts again there and nowhere else."""
     agent = make_agent(bro, num_envs=num_envs, reset_at=reset_at)
@@ -224,7 +227,16 @@ def test_by_default_the_networks_start_anew_once_after_15_000_transitions():
     assert starts == [15_001]
 
 
-@pytest.mark.parametrize("num_envs, reset_at, ratio", [(1, 8, 2.0), (20, 15, 2.0), (1, 15, 0.0)])
+@pytest.mark.parametrize("reset_at", [(3,), (8,), (20, 8)])
+def test_a_reset_at_or_before_the_first_gradient_step_is_refused(reset_at):
+    with pytest.raises(ValueError, match=r"reset_at must be above learning_starts = 8, not \("):
+        make_agent(bro, reset_at=reset_at)
+    make_agent(bro, reset_at=(9,))
+    with pytest.raises(ValueError, match=r"learning_starts = 5, not \(5,\)"):  # a tenth of the run
+        make_agent(bro, reset_at=(5,), total_steps=50)
+
+
+@pytest.mark.parametrize("num_envs, reset_at, ratio", [(20, 15, 2.0), (1, 15, 0.0)])
 def test_a_reset_before_the_first_gradient_step_is_harmless(num_envs, reset_at, ratio):
     agent = make_agent(bro, num_envs=num_envs, reset_at=(reset_at,), replay_ratio=ratio)
     drive(agent, make_steps((0, 1), num_envs, 20))
@@ -234,7 +246,7 @@ def test_a_reset_before_the_first_gradient_step_is_harmless(num_envs, reset_at, 
 def test_a_seeds_new_weights_are_the_same_whatever_the_stack(float64):
     def weights(seeds):
         agent, seen = make_agent(bro, seeds, reset_at=(20,)), {}
-        critic_step = agent.critic_step
+        critic_step = agent.update_critic
 
         def watched(*x):
             if agent.transitions == 20 and not seen:
@@ -242,7 +254,7 @@ def test_a_seeds_new_weights_are_the_same_whatever_the_stack(float64):
                             for name, value in getattr(agent, part).named_parameters())
             return critic_step(*x)
 
-        agent.critic_step, first = watched, agent.qf.mlp.layers[5].weight.clone()
+        agent.update_critic, first = watched, agent.qf.mlp.layers[5].weight.clone()
         drive(agent, make_steps(seeds, 1, 30))
         assert len(seen) == 2 * (3 + 3) + 2 * (6 + 6)
         assert not (seen["qf mlp.layers.5.weight"] == first).any()
@@ -254,16 +266,6 @@ def test_a_seeds_new_weights_are_the_same_whatever_the_stack(float64):
     assert not any(torch.equal(stack[name][0], stack[name][1]) for name in differ)
 
 
-def test_the_frozen_critics_still_share_the_live_ones_after_a_reset():
-    agent = make_agent(bro, reset_at=(20,))
-    drive(agent, make_steps((0, 1), 1, 30))
-    ours, theirs = agent.qf.state_dict(), agent.qf_frozen.state_dict()
-    assert ours.keys() == theirs.keys() and len(ours) == 6 * 5 + 6 * 2
-    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
-    obs, actions = torch.rand(2, 9, 3), torch.rand(2, 9, 2)
-    assert torch.equal(agent.qf(obs, actions), agent.qf_frozen(obs, actions))
-
-
 @pytest.mark.parametrize("saved_at", [15, 20])
 def test_a_run_saved_before_a_reset_continues_identically_through_it(saved_at):
     """Also from the very transition of the reset, which comes with the next update."""
@@ -271,9 +273,9 @@ def test_a_run_saved_before_a_reset_continues_identically_through_it(saved_at):
     agent, resumed = (make_agent(bro, seeds, reset_at=(20,)) for seeds in ((0, 1), (5, 6)))
     drive(agent, steps[:saved_at])
     file = io.BytesIO()
-    torch.save(agent.state_dict(), file)
+    torch.save(save_state(agent), file)
     file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    restore_state(resumed, torch.load(file, weights_only=True))
     seen = optimiser_steps(resumed)
     for each in (agent, resumed):
         drive(each, steps[saved_at:])
@@ -286,7 +288,7 @@ def test_statistics_start_anew_and_move_again_after_a_reset():
     drive(agent, make_steps((0, 1), 1, 20))
     moved = statistics(agent.qf)
     assert agent.transitions == 20 and moved["mlp.norms.0.warmup"] == 100_000 - 24
-    agent.critic_step = lambda *x: {}
+    agent.update_critic = lambda *x: {}
     agent.update()
     for name, value in statistics(agent.qf).items():
         kind = name.split(".")[-1]

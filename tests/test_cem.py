@@ -11,7 +11,16 @@ import torch
 
 from agents import cem
 from tests import test_crossq
-from tests.conftest import drive, flat_state, make_agent, make_spec, make_steps, same
+from tests.conftest import (
+    drive,
+    flat_state,
+    make_agent,
+    make_spec,
+    make_steps,
+    restore_state,
+    same,
+    save_state,
+)
 from tests.test_crossq import reference_network, statistics
 
 SPEC = make_spec(low=(-1.0, 0.0), high=(1.0, 4.0))
@@ -214,14 +223,14 @@ def test_not_exploring_neither_uses_nor_changes_the_plans_nor_the_generators():
     steps = make_steps((0, 1), 3, 12)
     drive(agent, steps)
     agent.act(steps[-1][0])
-    before, obs = copy.deepcopy(flat_state(agent.state_dict())), rows(2, 3, spread=2.0)
-    assert before["tensors/plans"].any(-1).all()
+    before, obs = copy.deepcopy(flat_state(save_state(agent))), rows(2, 3, spread=2.0)
+    assert before["plans"].any(-1).all()
     seen = spied(agent)
     first, second = (agent.act(obs, explore=False) for _ in range(2))
     for others in (1, 2, 7):
         agent.act(obs[:, :1].expand(2, others, 3), explore=False)
     assert torch.equal(first, second) and not any(guess.any() for guess, _ in seen)
-    assert all(same(before[name], value) for name, value in flat_state(agent.state_dict()).items())
+    assert all(same(before[name], value) for name, value in flat_state(save_state(agent)).items())
     assert torch.equal(first, CENTRE + SCALE * seen[0][1])  # no noise
     other = make_agent(cem, seeds=(5, 6), num_envs=3, spec=SPEC)
     other.qf = agent.qf
@@ -278,9 +287,9 @@ def test_a_run_resumed_within_an_episode_continues_identically():
     drive(agent, endless[:15])
     drive(resumed, endless[:9])  # with plans of its own, which must go
     file = io.BytesIO()
-    torch.save(agent.state_dict(), file)
+    torch.save(save_state(agent), file)
     file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    restore_state(resumed, torch.load(file, weights_only=True))
     plans = spied(resumed)
     start = agent.plans.clone()
     for obs, *rest in endless[15:]:
@@ -290,7 +299,7 @@ def test_a_run_resumed_within_an_episode_continues_identically():
             each.update()
             each.observe(obs, actions, *rest)
     assert start.any(-1).all() and torch.equal(plans[0][0], start)
-    theirs, ours = flat_state(agent.state_dict()), flat_state(resumed.state_dict())
+    theirs, ours = flat_state(save_state(agent)), flat_state(save_state(resumed))
     assert theirs.keys() == ours.keys() and all(same(theirs[name], ours[name]) for name in theirs)
 
 
@@ -383,8 +392,8 @@ def test_updates_equal_a_slow_single_seed_reference(float64, seed):
     agent = make_agent(cem, spec=SPEC, batch_size=6, samples=4, target_samples=9,
                        target_iterations=3)
     reference, calls = Reference(agent, seed), []
-    critic_step = agent.critic_step
-    agent.critic_step = lambda *x: (calls.append(x), critic_step(*x))[1]
+    critic_step = agent.update_critic
+    agent.update_critic = lambda *x: (calls.append(x), critic_step(*x))[1]
     drive(agent, [(obs, rewards, next_obs, (rewards > 0.6).double(), truncations)
                   for obs, rewards, next_obs, _, truncations in make_steps((0, 1), 1, 13)])
     assert len(calls) == 5 and 0 < sum(x[4][seed].sum() for x in calls) < 30

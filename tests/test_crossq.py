@@ -11,7 +11,16 @@ from torch import nn
 from torch.distributions import Normal
 
 from agents import crossq
-from tests.conftest import drive, flat_state, make_agent, make_steps, same
+from lab.training.plasticity import measure
+from tests.conftest import (
+    drive,
+    flat_state,
+    make_agent,
+    make_steps,
+    restore_state,
+    same,
+    save_state,
+)
 
 S, COPIES, B = 2, 2, 6
 
@@ -109,9 +118,9 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
     agent = make_agent(crossq, batch_size=8)
     reference = Reference(agent, seed)
     calls = []
-    critic_step, actor_step = agent.critic_step, agent.actor_step
-    agent.critic_step = lambda *x: (calls.append((reference.critic_step, x)), critic_step(*x))[1]
-    agent.actor_step = lambda *x: (calls.append((reference.actor_step, x)), actor_step(*x))[1]
+    critic_step, actor_step = agent.update_critic, agent.update_actor
+    agent.update_critic = lambda *x: (calls.append((reference.critic_step, x)), critic_step(*x))[1]
+    agent.update_actor = lambda *x: (calls.append((reference.actor_step, x)), actor_step(*x))[1]
     start = reference_network(agent.actor, seed, 0).state_dict()
     drive(agent, make_steps((0, 1), 1, 28))
     assert len(calls) == 20 + 6
@@ -293,13 +302,11 @@ def test_acting_changes_no_statistics(explore):
     assert all(unchanged(actor, agent.actor).values()) and all(unchanged(qf, agent.qf).values())
 
 
-def test_measuring_plasticity_changes_no_statistics(monkeypatch):
-    monkeypatch.setattr(crossq, "PLASTICITY_EVERY", 1)
+def test_measuring_plasticity_changes_no_statistics():
     agent = make_agent(crossq)
     drive(agent, make_steps((0, 1), 1, 20))
-    agent.update()
     actor, qf = statistics(agent.actor), statistics(agent.qf)
-    metrics = agent.update()  # none is due
+    metrics = measure(agent)
     assert len(metrics) == 6 and all("plasticity/" in name for name in metrics)
     assert all(unchanged(actor, agent.actor).values()) and all(unchanged(qf, agent.qf).values())
 
@@ -321,11 +328,11 @@ def test_each_step_moves_the_statistics_of_its_own_networks_once():
         return watched
 
     critic_calls, actor_calls = [], []
-    agent.critic_step = watch(agent.critic_step, agent.qf, agent.actor, critic_calls)
-    agent.actor_step = watch(agent.actor_step, agent.actor, agent.qf, actor_calls)
+    agent.update_critic = watch(agent.update_critic, agent.qf, agent.actor, critic_calls)
+    agent.update_actor = watch(agent.update_actor, agent.actor, agent.qf, actor_calls)
     drive(agent, make_steps((0, 1), 1, 20))
     assert (len(critic_calls), len(actor_calls)) == (12, 4)
-    state = flat_state(agent.state_dict())
+    state = flat_state(save_state(agent))
     left = {name: value.item() for name, value in state.items() if name.endswith("warmup")}
     assert len(left) == 6
     assert all(value == (100 - 4 if "actor/" in name else 100 - 12) for name, value in left.items())
@@ -337,37 +344,37 @@ def test_a_run_resumed_within_the_warm_up_ends_it_in_time():
     agent = make_agent(crossq, renorm_warmup=10)
     drive(agent, steps[:14])
     resumed = make_agent(crossq, seeds=(5, 6), renorm_warmup=10)
-    resumed.load_state_dict(agent.state_dict())
+    restore_state(resumed, save_state(agent))
     left = resumed.qf.mlp.norms[0].warmup.item()
     assert 0 < left < 10
     for each in (agent, resumed):
         drive(each, steps[14:])
         assert each.qf.mlp.norms[0].warmup < 0 and each.actor.mlp.norms[0].warmup < 10
-    theirs, ours = flat_state(agent.state_dict()), flat_state(resumed.state_dict())
+    theirs, ours = flat_state(save_state(agent)), flat_state(save_state(resumed))
     assert all(same(theirs[name], ours[name]) for name in theirs)
 
 
-def test_the_frozen_critics_share_weights_and_statistics_with_the_critics():
-    """After updates and after loading: the actor's step would read old statistics otherwise."""
-    agent = make_agent(crossq)
-    obs, actions = torch.rand(2, 9, 3), torch.rand(2, 9, 2)
+def test_the_actors_step_reads_the_critics_that_are_there_and_moves_none_of_them():
+    """After updates and after loading: their weights and statistics, without a gradient for them.
+    A critic that were copied once would give the loss of old weights."""
+    agent, other = make_agent(crossq), make_agent(crossq, seeds=(7, 8))
+    drive(other, make_steps((7, 8), 1, 20))
+    obs, noise, losses = torch.rand(2, 16, 3), torch.randn(2, 16, 2), []
 
     def check():
-        ours, theirs = agent.qf.state_dict(), agent.qf_frozen.state_dict()
-        assert ours.keys() == theirs.keys() and len(ours) == 3 * 5 + 3 * 2
-        assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
-        assert not any(p.requires_grad for p in agent.qf_frozen.parameters())
-        values = agent.qf(obs, actions)
-        assert torch.equal(values, agent.qf_frozen(obs, actions))
-        return values
+        with torch.no_grad():
+            actions, log_probs = copy.deepcopy(agent.actor)(obs, noise, train=True)
+            values = agent.qf(obs, actions).amin(1)
+            expected = (agent.log_alpha.exp()[:, None] * log_probs - values).mean(1)
+        before = copy.deepcopy(agent.qf.state_dict())
+        losses.append(agent.update_actor(obs, noise)["loss/actor"])
+        torch.testing.assert_close(losses[-1], expected)
+        assert all(p.grad is None for p in agent.qf.parameters())
+        assert all(torch.equal(before[name], x) for name, x in agent.qf.state_dict().items())
 
-    seen = [check()]
+    check()
     drive(agent, make_steps((0, 1), 1, 20))
-    seen.append(check())
-    other = make_agent(crossq, seeds=(7, 8))
-    drive(other, make_steps((7, 8), 1, 20))
-    agent.load_state_dict(other.state_dict())
-    seen.append(check())
-    drive(agent, make_steps((0, 1), 1, 20))
-    seen.append(check())
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    check()
+    restore_state(agent, save_state(other))
+    check()
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(losses, 2))

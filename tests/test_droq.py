@@ -8,9 +8,10 @@ from torch import nn
 from torch.distributions import Normal
 
 from agents import droq
+from lab.training.plasticity import measure
 from tests.conftest import drive, make_agent, make_steps
 
-NETWORKS = ("qf", "qf_target", "qf_frozen")
+NETWORKS = ("qf", "qf_target")
 
 
 def masks_of(agent, name):
@@ -79,7 +80,7 @@ class Reference:
 
     def actor_step(self, kept, obs, noise):
         actions, log_probs = self.policy(obs, noise)
-        first, second = self.values(self.critics, kept["qf_frozen"], obs, actions)
+        first, second = self.values(self.critics, kept["qf"], obs, actions)
         alpha = self.log_alpha.exp().item()
         goal = self.c.target_entropy * self.spec.action_dim
         alpha_loss = -self.log_alpha.exp() * (log_probs.detach() + goal).mean()
@@ -129,8 +130,8 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64, seed):
             return step(*x)
         return watched
 
-    agent.critic_step = watch(agent.critic_step, reference.critic_step)
-    agent.actor_step = watch(agent.actor_step, reference.actor_step)
+    agent.update_critic = watch(agent.update_critic, reference.critic_step)
+    agent.update_actor = watch(agent.update_actor, reference.actor_step)
     drive(agent, make_steps((0, 1), 1, 13))
     assert len(calls) == 20 + 5
     for step, kept, tensors in calls:
@@ -153,8 +154,8 @@ def test_each_unit_is_dropped_with_probability_p_and_with_no_other(p):
     apart from each other but for the draws of a whole batch being a fixed number."""
     agent = make_agent(droq, dropout=p, qf_width=64)
     masks = []
-    for _ in range(500):
-        agent._drop_units(True, agent.qf, agent.qf_target, agent.qf_frozen)
+    for _ in range(750):
+        agent._set_dropout(True, agent.qf, agent.qf_target)
         masks += [mask for name in NETWORKS for mask in masks_of(agent, name)]
     dropped = 1 - torch.cat(masks).flatten(1).double()  # (draws, 2 * B * width)
     draws, units = dropped.shape
@@ -182,15 +183,14 @@ def test_no_dropout_drops_nothing():
     agent = make_agent(droq, dropout=0.0)
     drive(agent, make_steps((0, 1), 1, 12))
     for _ in range(50):
-        agent._drop_units(True, agent.qf, agent.qf_target, agent.qf_frozen)
+        agent._set_dropout(True, agent.qf, agent.qf_target)
         assert all((mask == 1).all() for name in NETWORKS for mask in masks_of(agent, name))
 
 
-@pytest.mark.parametrize("measured_every", [2_048, 1])
-def test_no_two_masks_are_the_same(monkeypatch, measured_every):
+@pytest.mark.parametrize("measured", [False, True])
+def test_no_two_masks_are_the_same(measured):
     """Neither of two networks, layers, seeds, critics nor steps; also where plasticity, which drops
     nothing, has been measured in between."""
-    monkeypatch.setattr(droq, "PLASTICITY_EVERY", measured_every)
     agent = make_agent(droq, dropout=0.3, replay_ratio=4.0, policy_delay=2)
     masks = []
 
@@ -201,46 +201,46 @@ def test_no_two_masks_are_the_same(monkeypatch, measured_every):
             return step(*x)
         return watched
 
-    agent.critic_step = watch(agent.critic_step, "qf", "qf_target")
-    agent.actor_step = watch(agent.actor_step, "qf_frozen")
-    drive(agent, make_steps((0, 1), 1, 11))
+    agent.update_critic = watch(agent.update_critic, "qf", "qf_target")
+    agent.update_actor = watch(agent.update_actor, "qf")
+    for step in make_steps((0, 1), 1, 11):
+        drive(agent, [step])
+        assert bool(measured and measure(agent)) == (measured and bool(masks))
     assert len(masks) == (12 * 2 + 6) * 2 * 2 * 2
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
     assert all((mask == 0).any() for mask in masks)
 
 
-def test_a_dead_unit_counts_as_dead_whatever_was_dropped_last(monkeypatch):
+def test_a_dead_unit_counts_as_dead_whatever_was_dropped_last():
     """Where its layer drops others or itself, layer normalisation would wake it."""
-    monkeypatch.setattr(droq, "PLASTICITY_EVERY", 1)
-    agent, seen, plasticity = make_agent(droq, dropout=0.5), {}, droq.plasticity
-    monkeypatch.setattr(droq, "plasticity", lambda name, network, hidden: (
-        seen.update({name: hidden}), plasticity(name, network, hidden))[1])
+    agent = make_agent(droq, dropout=0.5)
     drive(agent, make_steps((0, 1), 1, 20))
-    assert "loss/qf" in agent.update()
-    states = [g.get_state() for g in agent.generators]
-
-    def measure(seed):
-        """After other masks for each seed, on one and the same batch."""
-        for generator in agent.generators:
-            generator.manual_seed(seed)
-        agent._drop_units(True, agent.qf)
-        for generator, state in zip(agent.generators, states, strict=True):
-            generator.set_state(state)
-        metrics = agent.update()
-        assert len(metrics) == 6  # no gradient step
-        return metrics
-
-    for place, linear in enumerate([agent.qf.mlp.fc1[0], agent.qf.mlp.fc2[0]]):
-        measure(0)
-        unit = seen["qf"][place][2].any(0).nonzero()[0]  # alive in seed 1's first critic
+    for index, linear in enumerate([agent.qf.mlp.fc1[0], agent.qf.mlp.fc2[0]]):
+        alive = agent.hidden_activations()["qf"][index][2]  # of seed 1's first critic
+        unit = alive.any(0).nonzero()[0]
         linear.bias.data[1, 0, 0, unit] = -50.0
-        first, second = measure(1), measure(2)
-        assert not seen["qf"][place][2][:, unit].any()
+        agent._set_dropout(True, agent.qf)
+        first = measure(agent)
+        agent._set_dropout(True, agent.qf)  # other units
+        second, hidden = measure(agent), agent.hidden_activations()["qf"]
+        assert not hidden[index][2][:, unit].any()
         assert all(torch.equal(first[name], second[name]) for name in first)
-        units = torch.cat([x.unflatten(0, (2, 2)).movedim(2, 1).flatten(2) for x in seen["qf"]], 2)
+        units = torch.cat([x.unflatten(0, (2, 2)).movedim(2, 1).flatten(2) for x in hidden], 2)
         same = (units == units[:, :1]).all(1).float().mean(1)
         assert same[1] > 0
         torch.testing.assert_close(first["plasticity/qf_dead_units"], same)
+
+
+def test_only_batches_of_the_size_of_its_masks_can_be_dropped_from():
+    """Measuring, which drops nothing, takes any."""
+    agent = make_agent(droq, dropout=0.5)
+    obs, actions = torch.rand(2, 7, 3), torch.rand(2, 7, 2)
+    agent._set_dropout(True, agent.qf)
+    with pytest.raises(AssertionError, match=r"2, 7, 16.*2, 16, 16"):
+        agent.qf(obs, actions)
+    assert agent.qf(*(x.repeat(1, 3, 1)[:, :16] for x in (obs, actions))).shape == (2, 2, 16)
+    agent._set_dropout(False, agent.qf)
+    assert agent.qf(obs, actions).shape == (2, 2, 7)
 
 
 def test_a_seeds_masks_are_the_same_in_any_stack():
@@ -256,14 +256,14 @@ def test_a_seeds_masks_are_the_same_in_any_stack():
 def test_each_transition_of_each_environment_gives_twenty_critic_steps_and_one_actor_step():
     agent = make_agent(droq, num_envs=3)
     counts, totals = [0, 0], []
-    critic_step, actor_step, update = agent.critic_step, agent.actor_step, agent.update
+    critic_step, actor_step, update = agent.update_critic, agent.update_actor, agent.update
 
     def count(place, step, *x):
         counts[place] += 1
         return step(*x)
 
-    agent.critic_step = lambda *x: count(0, critic_step, *x)
-    agent.actor_step = lambda *x: count(1, actor_step, *x)
+    agent.update_critic = lambda *x: count(0, critic_step, *x)
+    agent.update_actor = lambda *x: count(1, actor_step, *x)
     agent.update = lambda: (update(), totals.append(tuple(counts)))[0]
     drive(agent, make_steps((0, 1), 3, 8))
     begun = [total for total in totals if total != (0, 0)]

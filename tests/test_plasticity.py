@@ -1,23 +1,16 @@
-"""Plasticity metrics: checked by hand, on real networks, and when they are logged."""
+"""Plasticity metrics: checked by hand, on every agent, and when the harness logs them."""
 
 import itertools
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from agents import ppo
-from lab.agent import load_agent
-from tests.conftest import AGENTS, drive, flat_state, make_agent, make_steps, same
+from lab.training import plasticity as metrics_of
+from lab.training.plasticity import measure, plasticity
+from tests.conftest import drive, flat_state, make_agent, make_steps, save_state
 
-# Every agent that has the block: by hand, and measured by a clock of transitions; PPO measures at
-# each update.
-BLOCKS = [module for module in map(load_agent, AGENTS) if hasattr(module, "plasticity")]
-every_block = pytest.mark.parametrize("module", BLOCKS, ids=lambda module: module.Agent.name)
-every_agent = pytest.mark.parametrize(
-    "module", [module for module in BLOCKS if hasattr(module, "PLASTICITY_EVERY")],
-    ids=lambda module: module.Agent.name)
 WIDTH = 16  # of the tests' networks
 
 
@@ -45,8 +38,8 @@ def network_of(*weights):
     return network
 
 
-def measured(module, network, *hidden):
-    metrics = module.plasticity("net", network, [torch.stack(layer) for layer in hidden])
+def measured(network, *hidden):
+    metrics = plasticity("net", network, [torch.stack(layer) for layer in hidden])
     assert list(metrics) == [f"plasticity/net_{kind}" for kind in (
         "weight_magnitude", "dead_units", "dormant_ratio")]
     assert not any(value.requires_grad for value in metrics.values())
@@ -60,74 +53,65 @@ FAINTER, FAINT_NO_MORE = [0.0, 2.98, 0.0], [0.0, 3.02, 0.0]
 SIGNED = [-3.0, 0.0, 3.0]  # activity 2, mean 0
 
 
-@every_block
-def test_one_network_a_seed_by_hand(module):
+def test_one_network_a_seed_by_hand():
     network = network_of([[1.0, -2.0, 3.0], [0.5, -0.5, 0.0]], [[[-6.0]], [[1.0]]])
     narrow = [units(ALIVE, ZERO), units(ALIVE, CONSTANT)]
     wide = [units(ALIVE, ALIVE, SIGNED, CONSTANT), units(ZERO, ZERO, ALIVE, ZERO)]
-    magnitude, dead, dormant = measured(module, network, narrow, wide)
+    magnitude, dead, dormant = measured(network, narrow, wide)
     assert magnitude == pytest.approx([12 / 4, 2 / 4])
     assert dead == pytest.approx([2 / 6, 4 / 6])
     assert dormant == pytest.approx([1 / 6, 3 / 6])
 
 
-@every_block
-def test_a_unit_is_dormant_up_to_a_fortieth_of_its_layers_mean(module):
+def test_a_unit_is_dormant_up_to_a_fortieth_of_its_layers_mean():
     """The mean of (79, 1) is 40."""
     network = network_of([[1.0], [1.0]])
     _, dead, dormant = measured(
-        module, network, [units(STRONG, FAINT), units(STRONG, FAINT)],
+        network, [units(STRONG, FAINT), units(STRONG, FAINT)],
         [units(STRONG, FAINTER), units(STRONG, FAINT_NO_MORE)])
     assert dead == [0, 0] and dormant == [2 / 4, 1 / 4]
 
 
-@every_block
-def test_a_layer_of_zeros_is_dormant(module):
-    _, dead, dormant = measured(module, network_of([[0.0], [0.0]]),
+def test_a_layer_of_zeros_is_dormant():
+    _, dead, dormant = measured(network_of([[0.0], [0.0]]),
                                 [units(ZERO, ZERO), units(CONSTANT, CONSTANT)])
     assert dead == [1, 1] and dormant == [1, 0]
 
 
-@every_block
-def test_two_copies_a_seed_by_hand(module):
+def test_two_copies_a_seed_by_hand():
     """Each copy's layer has a mean of its own: a strong copy does not make a faint one dormant."""
     network = network_of([[[1.0], [-3.0]], [[0.0], [4.0]]])
     narrow = [units(HUGE, HUGE), units(FAINT, ALIVE), units(ZERO, ALIVE), units(FAINT, FAINT)]
     wide = [units(ALIVE, ALIVE, CONSTANT), units(ALIVE, ALIVE, ALIVE),
             units(STRONG, CONSTANT, ZERO), units(ALIVE, ZERO, ALIVE)]
-    magnitude, dead, dormant = measured(module, network, narrow, wide)
+    magnitude, dead, dormant = measured(network, narrow, wide)
     assert magnitude == [2, 2]
     assert dead == pytest.approx([1 / 10, 4 / 10])
     assert dormant == pytest.approx([0, 3 / 10])
 
 
-def replay_measure(agent):
-    """-> a function that measures again on the rows of the same batch."""
-    agent.update()
-    states = [g.get_state() for g in agent.generators]
-
-    def measure():
-        for generator, state in zip(agent.generators, states, strict=True):
-            generator.set_state(state)
-        return agent.update()
-    return measure
-
-
-def learnt(module, monkeypatch, **settings):
-    """An agent that has learnt, and measures at each update."""
-    monkeypatch.setattr(module, "PLASTICITY_EVERY", 1)
-    agent = make_agent(module, seeds=(0, 1, 2), replay_ratio=1.0, policy_delay=1, **settings)
-    drive(agent, make_steps((0, 1, 2), 1, 20))
+def learnt(module, **settings):
+    """An agent after some updates."""
+    agent = make_agent(module, seeds=(0, 1, 2), num_envs=3, replay_ratio=1.0, policy_delay=1,
+                       **settings)
+    assert drive(agent, make_steps((0, 1, 2), 3, 12))
     return agent
 
 
-def last_bias(network, layer):
-    """What is added last before that ReLU, (S, copies, 1, units)."""
+def silence(agent, network, layer, seed, copy, unit):
+    """A unit of that hidden layer gives 0 whatever its input."""
+    network = getattr(agent, network)
+    if isinstance(network, ppo.Network) or not hasattr(network, "mlp"):  # a tanh of 0
+        fc = (network.fc1, network.fc2)[layer]
+        fc.weight.data[seed, :, unit] = fc.bias.data[seed, :, unit] = 0
+        return
     mlp = network.mlp
     if hasattr(mlp, "layers"):  # BRO's
-        return mlp.norms[(1, 2, 4)[layer]].bias.data
-    fc = (mlp.fc1, mlp.fc2)[layer]
-    return (fc[1] if isinstance(fc, nn.Sequential) else fc).bias.data
+        last = mlp.norms[(1, 2, 4)[layer]]
+    else:
+        fc = (mlp.fc1, mlp.fc2)[layer]
+        last = fc[1] if isinstance(fc, nn.Sequential) else fc
+    last.bias.data[seed, copy, 0, unit] = -1e6  # what is added last before that ReLU
 
 
 def dead(hidden, row):
@@ -135,27 +119,22 @@ def dead(hidden, row):
     return [[len(set(unit)) == 1 for unit in x[row].T.tolist()] for x in hidden]
 
 
-@every_agent
-def test_a_silenced_unit_of_any_layer_is_counted_in_its_seed_alone(module, monkeypatch):
+def test_a_silenced_unit_of_any_layer_is_counted_in_its_seed_alone(module):
     """With those that it silences in later layers, or wakes there."""
-    agent, seen = learnt(module, monkeypatch), {}
-    measure, plasticity = replay_measure(agent), module.plasticity
-    monkeypatch.setattr(module, "plasticity", lambda name, network, hidden: (
-        seen.update({name: hidden}), plasticity(name, network, hidden))[1])
-    before = measure()
+    agent = learnt(module)
+    before, state = measure(agent), {name: [p.clone() for p in getattr(agent, name).parameters()]
+                                     for name in networks(agent)}
+    assert before.keys() == names(agent)
     for network, (layers, copies) in networks(agent).items():
-        for place, layer in itertools.product(range(copies), range(layers)):
-            row, name = copies + place, f"plasticity/{network}_dead_units"
-            alive = dead(seen[network], row)
+        for copy, layer in itertools.product(range(copies), range(layers)):
+            row, name = copies + copy, f"plasticity/{network}_dead_units"
+            alive = dead(agent.hidden_activations()[network], row)
             unit = alive[layer].index(False)
-            bias = last_bias(getattr(agent, network), layer)[1, place, 0]
-            kept = bias[unit].item()
-            bias[unit] = -1e6
-            after = measure()
-            bias[unit] = kept
-            now = [flag for r in range(copies) for flags in dead(seen[network], copies + r)
+            silence(agent, network, layer, 1, copy, unit)
+            after, hidden = measure(agent), agent.hidden_activations()[network]
+            now = [flag for r in range(copies) for flags in dead(hidden, copies + r)
                    for flag in flags]
-            assert dead(seen[network], row)[layer] == [
+            assert dead(hidden, row)[layer] == [
                 flag or u == unit for u, flag in enumerate(alive[layer])]
             assert after[name][1].item() == pytest.approx(sum(now) / len(now))
             assert len(now) == layers * copies * WIDTH
@@ -163,21 +142,22 @@ def test_a_silenced_unit_of_any_layer_is_counted_in_its_seed_alone(module, monke
                 same_network = other.startswith(f"plasticity/{network}_")
                 for seed in (0, 2) if same_network else (0, 1, 2):
                     assert after[other][seed] == before[other][seed], other
-            assert all(torch.equal(before[other], value) for other, value in measure().items())
+            for p, old in zip(getattr(agent, network).parameters(), state[network], strict=True):
+                p.data.copy_(old)
+            assert all(torch.equal(before[other], value) for other, value in
+                       measure(agent).items())
 
 
-@every_block
 def test_every_layer_of_each_network_counts_and_nothing_else(module, monkeypatch):
     """What a ReLU or a tanh gives: no sum of a residual block."""
-    monkeypatch.setattr(module, "PLASTICITY_EVERY", 1, raising=False)
-    seen, plasticity = [], module.plasticity
-    monkeypatch.setattr(module, "plasticity", lambda name, network, hidden: (
+    seen = []
+    monkeypatch.setattr(metrics_of, "plasticity", lambda name, network, hidden: (
         seen.append((name, network, hidden)), plasticity(name, network, hidden))[1])
-    agent = make_agent(module, seeds=(0, 1, 2), replay_ratio=1.0, num_envs=3)
-    drive(agent, make_steps((0, 1, 2), 3, 12))
+    agent = learnt(module)
+    measure(agent)
     rows = 3 * 8 // 4 if module.Agent.name == "ppo" else 16  # a minibatch's
     expected = networks(agent)
-    assert seen and {name for name, *_ in seen} == expected.keys()
+    assert {name for name, *_ in seen} == expected.keys()
     for name, network, hidden in seen:
         layers, copies = expected[name]
         assert network is getattr(agent, name)
@@ -187,13 +167,15 @@ def test_every_layer_of_each_network_counts_and_nothing_else(module, monkeypatch
             low == 0 < high for low, high in ends)
 
 
-@every_agent
-def test_each_seed_is_measured_on_its_own_replay(module, monkeypatch):
-    agent = learnt(module, monkeypatch)
-    measure = replay_measure(agent)
-    before = measure()
-    agent.replay.rows[1] = 0
-    after = measure()
+def test_each_seed_is_measured_on_its_own_batch(module):
+    agent = learnt(module)
+    before = measure(agent)
+    if module.Agent.name == "ppo":
+        agent.last_obs[1] = 0
+    else:
+        for x in agent.batch:
+            x[1] = 0
+    after = measure(agent)
     for name in names(agent):
         assert torch.equal(after[name][[0, 2]], before[name][[0, 2]]), name
     for network in networks(agent):
@@ -201,75 +183,54 @@ def test_each_seed_is_measured_on_its_own_replay(module, monkeypatch):
         assert after[f"plasticity/{network}_dead_units"][1] > 0.5
 
 
-@every_agent
-def test_measuring_changes_nothing_but_the_generators(module, monkeypatch):
-    """No gradient step is due, and no statistics move."""
-    agent = learnt(module, monkeypatch)
-    agent.update()
-    before = {name: value.clone() if isinstance(value, torch.Tensor) else value
-              for name, value in flat_state(agent.state_dict()).items()}
-    assert agent.update().keys() == names(agent)
-    after = flat_state(agent.state_dict())
-    changed = {name.split("/")[0] for name in before if not same(before[name], after[name])}
-    assert changed == {"generators"}
+def test_measuring_draws_no_number_builds_no_graph_and_changes_no_state(module):
+    """So that what is logged does not decide what is learnt: also the next updates are the same."""
+    agents = learnt(module), learnt(module)
+    before = [flat_state(save_state(agent)) for agent in agents]
+    before = [{name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in state.items()}
+              for state in before]
+    hidden_activations, graphs = agents[0].hidden_activations, []
+
+    def watched():
+        hidden = hidden_activations()
+        graphs.extend(x.requires_grad for layers in hidden.values() for x in layers)
+        return hidden
+
+    agents[0].hidden_activations = watched
+    state = torch.get_rng_state()
+    metrics = measure(agents[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert metrics.keys() == names(agents[0]) and graphs and not any(graphs)
+    for value in metrics.values():
+        assert value.shape == (3,) and not value.requires_grad and value.isfinite().all()
+    for agent, old in zip(agents, before, strict=True):
+        new = flat_state(save_state(agent))
+        assert new.keys() == old.keys()
+        assert all(torch.equal(x, new[name]) if isinstance(x, torch.Tensor) else x == new[name]
+                   for name, x in old.items())
+        assert not any(p.grad is not None for name in networks(agent)
+                       for p in getattr(agent, name).parameters())
+    histories = [drive(agent, make_steps((3, 4, 5), 3, 10)) for agent in agents]
+    assert histories[0] and len(histories[0]) == len(histories[1])
+    for ours, theirs in zip(*histories, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@every_agent
-def test_the_weights_are_those_of_each_seeds_whole_network(module, monkeypatch):
-    agent = learnt(module, monkeypatch)
-    metrics = agent.update() or agent.update()
+def test_before_the_first_update_there_is_nothing_to_measure(module):
+    agent = make_agent(module)
+    assert agent.hidden_activations() == measure(agent) == {}
+
+
+def test_an_agent_without_hidden_activations_is_not_measured():
+    assert measure(object()) == {}
+
+
+def test_the_weights_are_those_of_each_seeds_whole_network(module):
+    agent = learnt(module)
+    metrics = measure(agent)
     for name in networks(agent):
         for seed in (0, 1):
-            weights = [w for p in getattr(agent, name).parameters() for w in p[seed].flatten()]
-            mean = sum(abs(w.item()) for w in weights) / len(weights)
+            weights = torch.cat([p[seed].flatten() for p in getattr(agent, name).parameters()])
+            mean = sum(map(abs, weights.tolist())) / len(weights)
             assert metrics[f"plasticity/{name}_weight_magnitude"][seed].item() == pytest.approx(
                 mean, rel=1e-4)
-
-
-@every_agent
-@pytest.mark.parametrize("num_envs, replay_ratio", [(1, 1.0), (3, 1.0), (1, 0.25), (3, 0.25)])
-def test_plasticity_is_measured_once_in_so_many_transitions(module, monkeypatch, num_envs,
-                                                            replay_ratio):
-    """At the first update at or after each multiple, whether or not a gradient step is due."""
-    monkeypatch.setattr(module, "PLASTICITY_EVERY", 10)
-    agent = make_agent(module, num_envs=num_envs, replay_ratio=replay_ratio, policy_delay=1)
-    history, update = [], agent.update
-    agent.update = lambda: (history.append((agent.transitions, agent.critic_steps, update())),
-                            history[-1][-1])[1]
-    drive(agent, make_steps((0, 1), num_envs, 60 // num_envs + 1))
-    expected = {math.ceil(10 * k / num_envs) * num_envs for k in range(1, 7)}
-    measured_at = [transitions for transitions, _, metrics in history
-                   if names(agent) & metrics.keys()]
-    assert measured_at == sorted(expected)
-    learnt = [steps < later for (_, steps, _), (_, later, _) in zip(
-        history, history[1:] + [(0, agent.critic_steps, {})], strict=True)]
-    assert replay_ratio == 1 or not all(
-        step for step, (at, *_) in zip(learnt, history, strict=True) if at in expected)
-    for step, (transitions, _, metrics) in zip(learnt, history, strict=True):
-        found = {name for name in metrics if name.startswith("plasticity/")}
-        assert found == (names(agent) if transitions in expected else set())
-        assert ("loss/qf" in metrics) == step
-        for name in found:
-            value = metrics[name]
-            assert value.shape == (2,) and not value.requires_grad and value.isfinite().all()
-            assert "magnitude" in name or ((value >= 0) & (value <= 1)).all()
-
-
-def test_a_silenced_unit_of_ppo_is_counted_once_in_its_seed_alone():
-    """Whose weights do not move. A tanh is silent where all that reaches it is 0."""
-    def measure(*silent):
-        agent = make_agent(ppo, seeds=(0, 1, 2), lr=0.0)
-        if silent:
-            network, layer = silent
-            fc = getattr(getattr(agent, network), layer)
-            fc.weight.data[1, :, 5] = fc.bias.data[1, :, 5] = 0
-        return drive(agent, make_steps((0, 1, 2), 1, 9))[0]
-
-    before = measure()
-    assert names(make_agent(ppo)) < before.keys()
-    for network in ("actor", "critic"):
-        for layer in ("fc1", "fc2"):
-            after = measure(network, layer)
-            for name in (name for name in before if "dead" in name or "dormant" in name):
-                change = (after[name] - before[name]) * 2 * WIDTH
-                assert change.tolist() == ([0, 1, 0] if network in name else [0, 0, 0]), name

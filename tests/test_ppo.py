@@ -9,7 +9,14 @@ import torch
 from torch.distributions import Independent, Normal
 
 from agents import ppo
-from tests.conftest import drive, make_agent, make_spec, make_steps
+from tests.conftest import (
+    drive,
+    make_agent,
+    make_spec,
+    make_steps,
+    restore_state,
+    save_state,
+)
 
 
 def rollout(S, T, N, generator):
@@ -448,17 +455,7 @@ def test_an_agent_given_all_of_its_state_goes_on_exactly(count):
     drive(giver, steps[:count])
     drive(taker, make_steps((2, 3), 2, 12))
     assert giver.acted.shape[1] == 0
-    for name in ppo.Agent.STATE:
-        value, theirs = getattr(giver, name), getattr(taker, name)
-        if hasattr(value, "state_dict"):
-            theirs.load_state_dict(copy.deepcopy(value.state_dict()))
-        elif isinstance(value, torch.Tensor):
-            theirs.detach().copy_(value.detach())
-        elif isinstance(value, list):
-            for ours, generator in zip(value, theirs, strict=True):
-                generator.set_state(ours.get_state())
-        else:
-            setattr(taker, name, value)
+    restore_state(taker, copy.deepcopy(save_state(giver)))
     histories = [drive(agent, steps[count:]) for agent in (giver, taker)]
     assert len(histories[0]) == len(histories[1]) >= 2
     for ours, theirs in zip(*histories, strict=True):

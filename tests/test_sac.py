@@ -9,7 +9,14 @@ from torch import nn
 from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
 
 from agents import sac
-from tests.conftest import drive, make_agent, make_spec, make_steps
+from tests.conftest import (
+    drive,
+    make_agent,
+    make_spec,
+    make_steps,
+    restore_state,
+    save_state,
+)
 
 
 def test_log_probs_equal_the_transformed_distribution_far_into_saturation(float64):
@@ -126,9 +133,9 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64):
         "alpha": torch.optim.Adam([log_alpha], lr=c.qf_lr)}
 
     calls = []
-    critic_step, actor_step = agent.critic_step, agent.actor_step
-    agent.critic_step = lambda *x: (calls.append(x), critic_step(*x))[1]
-    agent.actor_step = lambda *x: (calls.append(x), actor_step(*x))[1]
+    critic_step, actor_step = agent.update_critic, agent.update_actor
+    agent.update_critic = lambda *x: (calls.append(x), critic_step(*x))[1]
+    agent.update_actor = lambda *x: (calls.append(x), actor_step(*x))[1]
     drive(agent, make_steps((0, 1), 1, 28))
     assert len(calls) == 2 * 20
     for (*batch, next_noise), (_, noise) in zip(calls[::2], calls[1::2], strict=True):
@@ -144,14 +151,18 @@ def test_twenty_updates_equal_a_slow_single_seed_reference(float64):
     torch.testing.assert_close(agent.log_alpha[0].detach(), log_alpha.detach())
 
 
-def test_the_target_entropy_is_minus_the_number_of_actions_for_each_seed():
-    """At the target entropy the temperature has no gradient; above it, it falls."""
-    agent = make_agent(sac, seeds=[0, 1, 2])
+@pytest.mark.parametrize("dimensions", [1, 2, 5])
+def test_the_target_entropy_is_minus_one_for_each_action_dimension(dimensions):
+    """The temperature's gradient is alpha times the entropy above the target, of each seed: it is
+    read off the mean gradient that Adam begins with."""
+    agent = make_agent(sac, seeds=[0, 1, 2], alpha=0.5,
+                       spec=make_spec(low=dimensions * (-1.0,), high=dimensions * (3.0,)))
     assert agent.log_alpha.shape == (3,)
-    history = drive(agent, make_steps((0, 1, 2), 1, 60))
-    entropy, alpha = (torch.stack([h[f"policy/{name}"] for h in history])
-                      for name in ("entropy", "alpha"))
-    assert (entropy > -2).all() and (alpha.diff(dim=0) < 0).all()
+    metrics = agent.update_actor(torch.rand(3, 16, 3), torch.randn(3, 16, dimensions))
+    gradient = agent.alpha_optimizer.state[agent.log_alpha]["exp_avg"] / (1 - 0.9)
+    expected = 0.5 * (metrics["policy/entropy"] + dimensions)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert (agent.log_alpha.detach().exp() < 0.5).equal(gradient > 0)
 
 
 def test_a_fixed_temperature_stays():
@@ -184,8 +195,8 @@ def test_replay_ratio_is_gradient_steps_for_each_transition():
 def test_each_gradient_step_samples_its_own_batch():
     batches = []
     agent = make_agent(sac, replay_ratio=3)
-    step = agent.critic_step
-    agent.critic_step = lambda *x: (batches.append(x[0]), step(*x))[1]
+    step = agent.update_critic
+    agent.update_critic = lambda *x: (batches.append(x[0]), step(*x))[1]
     drive(agent, make_steps((0, 1), 1, 12))
     assert len(batches) >= 6
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(batches))
@@ -194,8 +205,8 @@ def test_each_gradient_step_samples_its_own_batch():
 def test_the_policy_delay_counts_critic_steps():
     agent = make_agent(sac, policy_delay=3)
     steps = []
-    actor_step = agent.actor_step
-    agent.actor_step = lambda *x: (steps.append(agent.critic_steps), actor_step(*x))[1]
+    actor_step = agent.update_actor
+    agent.update_actor = lambda *x: (steps.append(agent.critic_steps), actor_step(*x))[1]
     drive(agent, make_steps((0, 1), 1, 30))
     assert steps == list(range(3, agent.critic_steps + 1, 3))
 
@@ -207,16 +218,23 @@ def test_the_replay_is_no_larger_than_the_run():
 
 
 def test_infinite_bounds_are_refused():
-    with pytest.raises(ValueError, match="action_high must be finite"):
+    with pytest.raises(ValueError, match=r"action bounds must be finite, not .*inf"):
         make_agent(sac, spec=make_spec(low=(-1.0,), high=(math.inf,)))
 
 
-def test_the_frozen_critic_is_the_critic_after_loading_too():
-    agent = make_agent(sac)
-    agent.load_state_dict(make_agent(sac, seeds=(7, 8)).state_dict())
+def test_the_actors_step_reads_the_critic_after_loading_too_and_does_not_move_it():
+    agent, other = make_agent(sac), make_agent(sac, seeds=(7, 8))
+    restore_state(agent, save_state(other))
     drive(agent, make_steps((0, 1), 1, 20))
-    pairs = zip(agent.qf.parameters(), agent.qf_frozen.parameters(), strict=True)
-    assert all(a.data_ptr() == b.data_ptr() and not b.requires_grad for a, b in pairs)
+    obs, noise = torch.rand(2, 16, 3), torch.randn(2, 16, 2)
+    with torch.no_grad():
+        actions, log_probs = agent.actor(obs, noise)
+        values = agent.qf(obs, actions).amin(1)
+        expected = (agent.log_alpha.exp()[:, None] * log_probs - values).mean(1)
+    before = [p.clone() for p in agent.qf.parameters()]
+    torch.testing.assert_close(agent.update_actor(obs, noise)["loss/actor"], expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.qf.parameters(), strict=True))
+    assert all(p.grad is None for p in agent.qf.parameters())
 
 
 def test_first_actions_are_uniform_over_the_bounds():

@@ -53,12 +53,7 @@ def _subject(argv: Sequence[str], index: int | None, defaults: Any) -> AgentUnde
     device = "cuda" if options.cuda else "cpu"
     check_device(device)
     subject = AgentUnderTest(options.agent, config, device)
-    try:
-        subject.make()
-    except UserError:
-        raise
-    except Exception:
-        pass  # the checks report it
+    subject.make()
     return subject
 
 

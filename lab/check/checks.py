@@ -226,8 +226,9 @@ def not_in_state(agent: Any, fresh: Any) -> list[str]:
         x: Any = getattr(owner, name, None)
         return flat_state(x.state_dict() if hasattr(x, "state_dict") else x)
 
-    return [name for name in vars(agent) if name not in getattr(agent, "STATE", vars(agent))
-            and not callable(getattr(agent, name))
+    return [name for name, x in vars(agent).items()
+            if name not in getattr(agent, "STATE", vars(agent))
+            and (isinstance(x, torch.nn.Module) or not callable(x))
             and any(differing(leaves(name, agent), leaves(name, fresh)))]
 
 

@@ -20,6 +20,7 @@ def measure(agent: Any) -> dict[str, Tensor]:
     return metrics
 
 
+@torch.no_grad()
 def plasticity(name: str, network: nn.Module, hidden: list[Tensor]) -> dict[str, Tensor]:
     """hidden: the activations (S * copies, B, units) of each hidden layer -> metrics, (S,) each.
 
