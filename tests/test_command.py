@@ -359,8 +359,9 @@ def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch)
 
 def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch):
     path = write(tmp_path, SAC)
-    interrupt(monkeypatch, signal.SIGINT, at=9)
-    assert train.run([path, *tiny(tmp_path, "--log")]) == 128 + signal.SIGINT
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGINT, at=9)
+        assert train.run([path, *tiny(tmp_path, "--log")]) == 128 + signal.SIGINT
     capsys.readouterr()
     write(tmp_path, SAC + "\n# another\n")
     run = next((tmp_path / "runs").iterdir())
