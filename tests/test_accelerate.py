@@ -178,7 +178,7 @@ def edges():
 
 
 @needs_compiler
-@pytest.mark.parametrize("below", [0.0, 3.0])
+@pytest.mark.parametrize("below", [0.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
     """And a choice of the user's own, which may look alike, stays a choice: its gradient alone is
     a product with a sign too."""
@@ -194,6 +194,7 @@ def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
     assert seen == [(1, 2)]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_choices_of_the_forward_pass_stay_as_they_are(compiled):
     """Of numbers that a product with 0 would not make 0, and of other types. Where such a number
@@ -215,6 +216,7 @@ def test_choices_of_the_forward_pass_stay_as_they_are(compiled):
     assert len(seen) == 1 and seen[0][1] >= 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_gradient_of_a_choice_keeps_its_type(compiled):
     """The sign would be of the ReLU's."""

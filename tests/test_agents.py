@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab import accelerate
 from lab.accelerate import Accelerator
+from lab.agent import load_agent
 from lab.check import __main__ as check
 from lab.training.plasticity import measure
 from tests.conftest import (
@@ -36,8 +37,15 @@ def subject(path):
     return check.parse([str(path)])
 
 
-@pytest.mark.parametrize("name", check.CHECKS)
-@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+# Training one of these takes seconds: the checks that train until it decides well are slow.
+LONG = list(check.CHECKS)[-5:]
+COSTLY = ("bro", "cem", "crossq", "droq")
+
+
+@pytest.mark.parametrize("path, name", [
+    pytest.param(path, name, id=f"{path.stem}-{name}", marks=[
+        pytest.mark.slow] if path.stem in COSTLY and name in LONG else [])
+    for path in AGENTS for name in check.CHECKS])
 def test_the_agent_passes_every_check(path, name):
     assert check.failure(check.CHECKS[name], subject(path)) is None
 
@@ -98,9 +106,12 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 
 
 @needs_compiler
-def test_compiled_and_eager_updates_agree(module):
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in (*COSTLY, "ppo")
+                 else []) for path in AGENTS])
+def test_compiled_and_eager_updates_agree(path):
     """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
-    steps = make_steps((0, 1), 1, 200)
+    steps, module = make_steps((0, 1), 1, 200), load_agent(path)
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
                        steps) for compiled in (False, True)]
     assert len(histories[0]) == len(histories[1]) > 10
@@ -118,8 +129,8 @@ def test_a_value_is_not_rounded_to_bf16(module):
 
 
 # bf16 has 8 bits: 0.4% a number. How far a metric of the first updates may lie from fp32's, of its
-# own size or of 1; of PPO's loss more, the difference of two policies that are nearly the same.
-BF16_TOLERANCE = 0.05
+# own size or of 1; measured: at most 0.045 in any agent, and above 1.8 with outputs ten times larger.
+BF16_TOLERANCE = 0.1
 
 
 def test_bf16_learns_close_to_fp32(module):

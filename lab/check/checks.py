@@ -229,7 +229,7 @@ def not_in_state(agent: Any, fresh: Any) -> list[str]:
     return [name for name, x in vars(agent).items()
             if name not in getattr(agent, "STATE", vars(agent))
             and (isinstance(x, torch.nn.Module) or not callable(x))
-            and any(differing(leaves(name, agent), leaves(name, fresh)))]
+            and list(differing(leaves(name, agent), leaves(name, fresh)))]
 
 
 def require_best(subject: AgentUnderTest, state: int, mistake: str) -> None:
