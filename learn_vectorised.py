@@ -1,6 +1,6 @@
 """Train an agent on many environments per seed, in one process, on the CPU or on a GPU.
 
-    python learn_vectorised.py                              PPO on a pole, 32 at once, no files
+    python learn_vectorised.py                              PPO on 32 cart-poles, writes no files
     python learn_vectorised.py --log --cuda
     python learn_vectorised.py agents/ppo.py --env BipedalWalker-v3 --num-envs 32 --plan --log
     python learn_vectorised.py agents/sac.py --env HalfCheetah-v5 --num-envs 8 --seeds 4 \\
@@ -9,7 +9,7 @@
 
 import sys
 
-if __name__ == "__main__":  # a worker imports this file as well, and needs nothing of the rest
+if __name__ == "__main__":  # workers import this file too, but need no imports
     from lab.options import Vectorised
     from lab.train import run
 

@@ -219,7 +219,7 @@ def test_bad_input_is_told_in_a_line(tmp_path, capsys):
             (run, "--against", "c"): "'c' is none of the runs: a",
             (run, run): "two runs are called 'a'",
             (broken,): "metrics.jsonl, line 1, is no row of metrics",
-            (settings,): "config.json is no run's config.json",
+            (settings,): "config.json is not the config.json of a run",
             (): "the following arguments are required",
             (run, "--inn"): "unrecognized arguments: --inn",
             (run, "--out", run / "sac.py"): "cannot write to"}.items():
