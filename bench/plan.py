@@ -1,8 +1,8 @@
-"""What lab.plan estimates, beside what the same run then takes.
+"""Accuracy of lab.plan: estimated and measured run times.
 
     python bench/plan.py
 
-Whole commands, from their start to their end, one after another, on an otherwise idle machine.
+Times whole commands, one after another. The machine should be otherwise idle.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def estimate(arguments: list[str]) -> float:
-    """Seconds."""
+    """Estimated seconds."""
     done = subprocess.run([sys.executable, "-m", "lab.plan", *arguments], cwd=ROOT, check=True,
                           capture_output=True, text=True)
     number, unit = re.search(r": about ([\d.]+) (\w+)$", done.stdout, re.MULTILINE).groups()
@@ -38,7 +38,7 @@ def estimate(arguments: list[str]) -> float:
 
 
 def measure(arguments: list[str]) -> float:
-    """Seconds."""
+    """Measured seconds."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "learn_simple.py", *arguments], cwd=ROOT, check=True,
                    capture_output=True)

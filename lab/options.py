@@ -169,7 +169,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     """tyro.cli, but an error is a UserError of one line instead of a box."""
     stderr, script = io.StringIO(), Path(sys.argv[0])
-    prog = f"python -m lab.{script.parent.name}" if script.name == "__main__.py" else None
+    prog = f"python -m lab.{script.parent.name}" if script.match("lab/*/__main__.py") else None
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,),
