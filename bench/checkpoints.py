@@ -43,13 +43,13 @@ def main() -> None:
             start = number * new
             agent.replay.rows[:, start : start + new] = torch.randn(
                 SEEDS, new, agent.replay.rows.shape[2])
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             checkpoint.save(Path(folder), number, {"agent": agent.state_dict()})
-            pauses.append(time.perf_counter() - begun)
+            pauses.append(time.perf_counter() - start_time)
             print(f"checkpoint {number}: {pauses[-1]:.1f} s", flush=True)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         checkpoint.load_latest(Path(folder))
-        loading = time.perf_counter() - begun
+        loading = time.perf_counter() - start_time
     share = max(pauses[1:]) / CHECKPOINT_SECONDS
     result = {
         "command": "python bench/checkpoints.py", "seeds": SEEDS, "versions": versions(),

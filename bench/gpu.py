@@ -53,7 +53,7 @@ class Results:
     """Entries by name: unit, repeats, facts, error. Every change rewrites the files."""
 
     def __init__(self, out: Path, device: str, minutes: float, missing: list[str]):
-        self.out, self.begun, self.entries = out, time.monotonic(), {}
+        self.out, self.start_time, self.entries = out, time.monotonic(), {}
         self.head = {
             "command": " ".join(["python", "bench/gpu.py", *sys.argv[1:]]), "minutes": minutes,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -61,7 +61,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self.begun:6.1f} s  {text}", flush=True)
+        print(f"{time.monotonic() - self.start_time:6.1f} s  {text}", flush=True)
 
     def add(self, name: str, unit: str = "", repeat: float | None = None, **facts: Any) -> None:
         entry = self.entries.setdefault(name, {"unit": unit, "repeats": []})
@@ -69,9 +69,9 @@ class Results:
             entry["repeats"].append(float(f"{repeat:.5g}"))
         entry |= facts
         self.say(f"{name}: " + (f"{repeat:,.0f} {unit}" if repeat is not None else str(facts)))
-        whole = {**self.head, "seconds": round(time.monotonic() - self.begun, 1),
+        content = {**self.head, "seconds": round(time.monotonic() - self.start_time, 1),
                  "results": self.entries}
-        replace(self.out / "gpu.json", json.dumps(whole, indent=1) + "\n")
+        replace(self.out / "gpu.json", json.dumps(content, indent=1) + "\n")
         replace(self.out / "gpu.md", table(self.entries))
 
     @contextlib.contextmanager
@@ -112,15 +112,15 @@ def wait(device: str) -> None:
 def rate(side: Side, device: str, seconds: float) -> tuple[float, float]:
     """-> units per second, and the share of time in which the host was busy. A share near 1 means
     that kernel launches are the bottleneck, not the device."""
-    count, issued, begun = 0, 0.0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+    count, issued, start_time = 0, 0.0, time.perf_counter()
+    while time.perf_counter() - start_time < seconds:
         start = time.perf_counter()
         for _ in range(side.chunk):
             side.step()
         issued += time.perf_counter() - start
         wait(device)
         count += side.chunk
-    spent = time.perf_counter() - begun
+    spent = time.perf_counter() - start_time
     return count * side.unit / spent, issued / spent
 
 
@@ -143,13 +143,13 @@ def in_turn(results: Results, sides: dict[str, Callable[[], Side]], unit: str, d
             results.add(name, unit, error="not started: no time left")
             continue
         with results.errors_of(name):
-            before, begun = allocated(), time.monotonic()
+            before, start_time = allocated(), time.monotonic()
             side = build()
             for _ in range(side.warm):
                 side.step()
             wait(device)
             built[name] = side
-            facts = {"build_s": round(time.monotonic() - begun, 1)}
+            facts = {"build_s": round(time.monotonic() - start_time, 1)}
             if device == "cuda":
                 facts["memory_GB"] = round(
                     (torch.cuda.max_memory_allocated() - before) / 1e9, 3)
@@ -212,25 +212,25 @@ class Program:
     """A subprocess with a time limit: SIGINT, then SIGKILL for its process group."""
 
     def __init__(self, command: list[str], log: Path):
-        self.command, self.log, self.begun = command, log, time.monotonic()
+        self.command, self.log, self.start_time = command, log, time.monotonic()
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
-    def end(self, moment: float, patience: float = GRACE / 2) -> dict[str, Any]:
-        """Wait until `moment`, then `patience` seconds after SIGINT -> how it ended."""
+    def end(self, deadline: float, grace: float = GRACE / 2) -> dict[str, Any]:
+        """Wait until `deadline`, then `grace` seconds after SIGINT -> how it ended."""
         try:
-            self.process.wait(max(0.1, moment - time.monotonic()))
+            self.process.wait(max(0.1, deadline - time.monotonic()))
             how = f"exit code {self.process.returncode}"
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGINT)
             how = "stopped at its time"
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+                self.process.wait(grace)
         self.kill()
         return {"command": " ".join(self.command), "end": how,
-                "seconds": round(time.monotonic() - self.begun, 1)}
+                "seconds": round(time.monotonic() - self.start_time, 1)}
 
     def kill(self) -> None:
         """Kill the process and its children."""
@@ -280,10 +280,10 @@ def read_run(folder: Path, slug: str) -> dict[str, Any]:
     rows = [row for seed in seeds for row in seed]
     if not rows:
         return {"error": "no row of metrics"}
-    begun, curve = min(row["wall_time"] for row in rows), []
+    start_time, curve = min(row["wall_time"] for row in rows), []
     for step in sorted({row["step"] for row in rows if "return/eval" in row}):
         of_step = [row for row in rows if row["step"] == step and "return/eval" in row]
-        curve.append([step, round(max(row["wall_time"] for row in of_step) - begun, 1),
+        curve.append([step, round(max(row["wall_time"] for row in of_step) - start_time, 1),
                       round(statistics.fmean(row["return/eval"] for row in of_step), 2),
                       len(of_step)])
     speeds = [row["perf/steps_per_s"] for row in seeds[0] if row.get("perf/updates_per_s")]
@@ -355,6 +355,7 @@ def instances(name: str) -> int | None:
 
 
 def missing(device: str) -> list[str]:
+    """Packages and versions of the tested GPU setup that are not installed here."""
     found = []
     if sys.version_info[:2] != (3, 12):
         found.append("Python 3.12 (this is {}.{})".format(*sys.version_info[:2]))
@@ -380,10 +381,10 @@ def main() -> None:
     # compile each size separately, and allow for many sizes
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
-    lacks = missing(options.device)
-    results = Results(options.out, options.device, options.minutes, lacks)
-    results.say("missing: " + (", ".join(lacks) or "nothing"))
-    last = results.begun + 60 * options.minutes
+    absent = missing(options.device)
+    results = Results(options.out, options.device, options.minutes, absent)
+    results.say("missing: " + (", ".join(absent) or "nothing"))
+    last = results.start_time + 60 * options.minutes
     sections = [name for name in SECTIONS if name in options.only]
     for place, name in enumerate(sections):
         share = SHARES[name] / sum(SHARES[later] for later in sections[place:])

@@ -39,10 +39,10 @@ def estimate(arguments: list[str]) -> float:
 
 def measure(arguments: list[str]) -> float:
     """Measured seconds."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     subprocess.run([sys.executable, "learn_simple.py", *arguments], cwd=ROOT, check=True,
                    capture_output=True)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_time
 
 
 def markdown(result: dict) -> str:
@@ -62,9 +62,9 @@ def main() -> None:
     from lab.training.recorder import processor
 
     rows = {}
-    for name, words in RUNS.items():
+    for name, flags in RUNS.items():
         processes = "2" if "2 processes" in name else "1"
-        arguments = [*words.split(), *ONE.split(), "--processes", processes]
+        arguments = [*flags.split(), *ONE.split(), "--processes", processes]
         rows[name] = {"estimated_s": round(estimate(arguments), 1),
                       "taken_s": round(measure(arguments), 1)}
         print(f"{name}: {rows[name]}", flush=True)

@@ -88,12 +88,12 @@ def measure_peer(library: str, algorithm: str) -> float:
     class Clock(BaseCallback):
         def _on_step(self) -> bool:
             if self.num_timesteps == warm_up + 1:  # the update of the previous step is done
-                self.begun = time.perf_counter()
+                self.start_time = time.perf_counter()
             return True
 
     clock = Clock()
     model.learn(warm_up + window, callback=clock)
-    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.begun)
+    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.start_time)
 
 
 def measure_decisions(actions: int, seeds: int, mode: str) -> float:
@@ -113,10 +113,10 @@ def measure_decisions(actions: int, seeds: int, mode: str) -> float:
     obs = torch.randn(200, seeds, 1, 17)
     for x in obs[:20]:
         agent.act(x)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     for x in obs:
         agent.act(x)
-    return len(obs) / (time.perf_counter() - begun)
+    return len(obs) / (time.perf_counter() - start_time)
 
 
 def measure_memory() -> float:
@@ -265,7 +265,7 @@ def main() -> None:
 
     kept = kept_rows(options, processor())
     rows = {case: [] for case in cases(options.algorithms)}
-    begun, total = time.monotonic(), len(rows) * options.repeats
+    start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
         for number, (algorithm, side, seeds, mode) in enumerate(rows):
             python = sys.executable if side == "lab" else options.peers
@@ -273,7 +273,7 @@ def main() -> None:
                                mode)
             rows[algorithm, side, seeds, mode].append(speed)
             done = repeat * len(rows) + number + 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
     memory = run_pinned(__file__, sys.executable, [options.core], ONE_CORE, "memory")

@@ -58,11 +58,11 @@ if "bench/CartPole-v1" not in gymnasium.registry:
 def steps_per_second(step, count: int) -> float:
     """Of step(k), which makes `count` environment steps; warms up for 0.3 s first."""
     for seconds in (0.3, SECONDS):
-        k, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < seconds:
+        k, start_time = 0, time.perf_counter()
+        while time.perf_counter() - start_time < seconds:
             step(k)
             k += 1
-    return k * count / (time.perf_counter() - begun)
+    return k * count / (time.perf_counter() - start_time)
 
 
 def random_actions(space, *shape: int) -> np.ndarray:
@@ -145,16 +145,16 @@ def measure_sb3() -> float:
     model = PPO("MlpPolicy", stack, n_steps=64, device="cpu", seed=0)
 
     class Clock(BaseCallback):
-        begun = 0.0
+        start_time = 0.0
 
         def _on_step(self) -> bool:
             if self.num_timesteps == 8_192 + 32:  # the previous update is done
-                self.begun = time.perf_counter()
+                self.start_time = time.perf_counter()
             return True
 
     clock = Clock()
     model.learn(16_384, callback=clock)
-    speed = (model.num_timesteps - 8_192 - 32) / (time.perf_counter() - clock.begun)
+    speed = (model.num_timesteps - 8_192 - 32) / (time.perf_counter() - clock.start_time)
     stack.close()
     return speed
 
@@ -208,7 +208,7 @@ def main() -> None:
     if not options.peers:
         parser.error("--peers is required; `make throughput` creates that virtual environment")
     rows: dict[tuple[str, str], list[float]] = {case: [] for case in cases()}
-    begun, total = time.monotonic(), len(rows) * options.repeats
+    start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
         for number, (name, side) in enumerate(rows):
             cores = options.cores[:1] if side.endswith("one core") else options.cores
@@ -216,7 +216,7 @@ def main() -> None:
             speed = run_pinned(__file__, python, cores, {"PYTHONPATH": str(ROOT)}, name, side)
             rows[name, side].append(speed)
             done = repeat * len(rows) + number + 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {name}, {side}: {speed:,.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
     from lab.training.recorder import processor

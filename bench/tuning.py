@@ -155,9 +155,9 @@ def time_of_an_ask(trials: int = 100) -> list[float]:
         recorded.append(Trial(number, settings, "completed",
                               {1: sample("Hartmann-6", settings, rng)}))
     for seed in range(5):
-        begun = time.process_time()
+        start_time = time.process_time()
         surrogate.ask(searched, recorded, seed)
-        seconds.append(time.process_time() - begun)
+        seconds.append(time.process_time() - start_time)
     return seconds
 
 

@@ -97,19 +97,19 @@ NUM_ENVS = 32  # default environments per seed
 SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 # options that a study does not take from the --config of a run
-OWN = ("name", "log", "seeds", "workers")
+NOT_INHERITED = ("name", "log", "seeds", "workers")
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
-    words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
-    resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
+    args = [part for arg in argv for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    resume, settings = _value_after(args, "--resume"), _value_after(args, "--config")
     source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and len(words) > 2:
+    if resume and len(args) > 2:
         raise UserError("--resume takes all settings from the run; give no other flag")
     dropped = ["config", "resume", "autotune", *(() if resume else ("processes",)),
-               *(OWN if kind is Tune and not resume else ())]
+               *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     index = find_agent(argv)
     if source:
@@ -183,8 +183,8 @@ def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
         raise UserError(re.split(" Argument helptext:| For full helptext", text)[0]) from end
 
 
-def _value_after(words: Sequence[str], flag: str) -> str | None:
-    return next((value for word, value in itertools.pairwise(words) if word == flag), None)
+def _value_after(args: Sequence[str], flag: str) -> str | None:
+    return next((value for arg, value in itertools.pairwise(args) if arg == flag), None)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -245,5 +245,5 @@ def resolve_defaults(options: Options) -> Options:
 
 def given_flags(argv: Sequence[str]) -> set[str]:
     """Names of the options given as flags; --no-compile counts as compile."""
-    words = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
-    return {word.replace("-", "_").removeprefix("no_") for word in words}
+    flags = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
+    return {flag.replace("-", "_").removeprefix("no_") for flag in flags}

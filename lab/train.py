@@ -23,13 +23,13 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
         do: Callable[[Any, dict[str, Any]], int] | None = None) -> int:
     """Parse argv and call `do`, by default `train` -> exit code: 0, 1 if a job failed, 2 for
     invalid input, 128 + signal."""
-    def whole() -> int:
+    def main() -> int:
         options, config = parse_args(argv, kind)
         if getattr(options, "plan", False):
             options = candidates.apply_plan(options, config, argv)
         return (do or train)(options, config)
 
-    return guarded(whole)
+    return guarded(main)
 
 
 def train(options: Options, config: dict[str, Any]) -> int:
