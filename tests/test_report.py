@@ -215,11 +215,11 @@ def test_bad_input_is_told_in_a_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, reason in {
             (tmp_path / "none",): f"no such run folder: {tmp_path / 'none'}",
-            (tmp_path / "empty",): "holds no metrics",
-            (run, "--against", "c"): "'c' is none of the runs: a",
+            (tmp_path / "empty",): "has no metrics",
+            (run, "--against", "c"): "'c' is not one of the runs: a",
             (run, run): "two runs are called 'a'",
-            (broken,): "metrics.jsonl, line 1, is no row of metrics",
-            (settings,): "config.json is not the config.json of a run",
+            (broken,): "metrics.jsonl, line 1, is not a row of metrics",
+            (settings,): "config.json is not a run's config.json",
             (): "the following arguments are required",
             (run, "--inn"): "unrecognized arguments: --inn",
             (run, "--out", run / "sac.py"): "cannot write to"}.items():
