@@ -40,7 +40,7 @@ def test_without_a_compiler_the_update_runs_eager_and_one_line_says_so(monkeypat
     steps = [accelerator(double) for _ in range(2)]
     assert all(torch.equal(step(torch.ones(3)), 2 * torch.ones(3)) for step in steps)
     out, err = capsys.readouterr()
-    assert err == "--compile: no C++ compiler (g++) found, running eager\n" and not out
+    assert err == "--compile: found no C++ compiler (g++); running eagerly\n" and not out
     assert not compilations and not accelerator.compiled
 
 
@@ -123,7 +123,7 @@ def test_two_hyper_threads_of_a_core_count_once_where_the_system_tells(monkeypat
 def test_a_missing_cuda_device_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(UserError, match=r"^--cuda: .*no CUDA device.*leave --cuda out"):
+        with pytest.raises(UserError, match=r"^--cuda: .*no CUDA device.*remove --cuda"):
             accelerate.check_device(device)
     accelerate.check_device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -129,7 +129,7 @@ def test_a_value_is_not_rounded_to_bf16(module):
 
 
 # bf16 has 8 bits: 0.4% a number. How far a metric of the first updates may lie from fp32's, of its
-# own size or of 1; measured: at most 0.045 in any agent, and above 1.8 with outputs ten times larger.
+# own size or of 1; measured: at most 0.045 in any agent, above 1.8 with outputs ten times larger.
 BF16_TOLERANCE = 0.1
 
 

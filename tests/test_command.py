@@ -107,9 +107,9 @@ def finished(tmp_path_factory):
     ("--runs {folder}/file/below", r"cannot write to the runs folder '.*/below': .*--runs"),
     ("--config {folder}/none.json", r"cannot read .*none.json: No such file"),
     ("--config {folder}", r"cannot read .*: Is a directory"),
-    ("--config {folder}/file", r"file is no run's config.json: JSONDecodeError"),
-    ("--config {folder}/list.json", r"list.json is no run's config.json"),
-    ("--config {folder}/empty.json", r"empty.json is no run's config.json: KeyError 'options'"),
+    ("--config {folder}/file", r"file is not the config.json of a run: JSONDecodeError"),
+    ("--config {folder}/list.json", r"list.json is not the config.json of a run"),
+    ("--config {folder}/empty.json", r"empty.json is not the config.json of a run: KeyError 'o"),
     ("--config {folder}/unknown.json", r"unknown.json does not fit .*sac.py: .*'gama'"),
     ("--config {folder}/type.json", r"type.json does not fit .*sac.py: gamma: str is n"),
 ])
@@ -154,7 +154,7 @@ def test_an_agent_that_raises_is_one_line_with_its_place_below_its_traceback(tmp
 def test_cuda_where_there_is_none_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refused(capsys, tmp_path, tiny(tmp_path, "--log", "--cuda"))
-    assert line.startswith("error: --cuda: torch sees no CUDA device here; leave --cuda out")
+    assert line.startswith("error: --cuda: torch sees no CUDA device here; remove --cuda")
 
 
 def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
@@ -367,9 +367,9 @@ def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch
     run = next((tmp_path / "runs").iterdir())
     line = refused(capsys, tmp_path, ["--resume", str(run)])
     lines = len(SAC.splitlines())
-    assert f"{path} is not what {run} began with, from line {lines + 1} on" in line
+    assert f"{path} differs from {run}/mine.py from line {lines + 1} on" in line
     again = f"python learn_simple.py {run}/mine.py --resume {run}"
-    assert f"({again}), or begin a new run" in line
+    assert f"({again}), or start a new run" in line
     Path(path).unlink()
     assert f"{path} is missing" in refused(capsys, tmp_path, ["--resume", str(run)])
     assert train.run(again.split()[2:]) == 0
@@ -418,7 +418,7 @@ def test_code_that_came_with_a_run_does_not_run(tmp_path, monkeypatch, capsys, f
     source = run if flag == "--resume" else run / "config.json"
     assert train.run([flag, str(source)]) == 2
     line = capsys.readouterr().err
-    assert "names code that lies beside it" in line and line.count("\n") == 1
+    assert "names code in its own folder" in line and line.count("\n") == 1
     assert not (tmp_path / "ran").exists()
 
 
@@ -473,4 +473,4 @@ def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, c
 
 def test_bounds_of_the_reward_in_the_wrong_order_are_refused(capsys, tmp_path):
     line = refused(capsys, tmp_path, tiny(tmp_path, "--clip-reward", "1", "-5"))
-    assert "--clip-reward needs LOW below HIGH, not 1.0 -5.0" in line
+    assert "--clip-reward needs LOW < HIGH, not 1.0 -5.0" in line

@@ -93,10 +93,10 @@ def mosaic(tiles: Sequence[Image.Image]) -> Image.Image:
     columns = math.ceil(len(tiles) / rows)
     width, height = (side + GAP for side in tiles[0].size)
     size = [side + GAP + (side + GAP) % 2 for side in (columns * width, rows * height)]
-    whole = Image.new("RGB", (size[0], size[1]), WHITE)
+    canvas = Image.new("RGB", (size[0], size[1]), WHITE)
     for i, tile in enumerate(tiles):
-        whole.paste(tile, (GAP + i % columns * width, GAP + i // columns * height))
-    return whole
+        canvas.paste(tile, (GAP + i % columns * width, GAP + i // columns * height))
+    return canvas
 
 
 def open_output(out: Path | None) -> Output:
