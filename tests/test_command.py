@@ -234,7 +234,7 @@ def test_the_comments_of_the_settings_are_their_help(capsys):
         train.run(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    for words in ("Soft Actor-Critic", "--qf-width INT", "units of each of a critic's",
+    for words in ("Soft Actor-Critic", "--qf-width INT", "units in each of a critic's",
                   "--steps INT", "default: 6000"):
         assert words in out
 
