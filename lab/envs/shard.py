@@ -65,7 +65,8 @@ class EnvShard:
                 return
             next_obs = np.array([result[0] for result in results], np.float32)
             ends = np.array(outcomes)
-            fits = next_obs.shape == (len(results), O) and ends.shape == (len(results), 3)
+            fits = (next_obs.shape == (len(results), O) and ends.shape == (len(results), 3)
+                    and ends.dtype != object)  # a None becomes NaN
         except (TypeError, ValueError):
             self._check(results)
             raise

@@ -62,7 +62,7 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
         raise UserError(_unknown(env_id, error)) from error
     except (Exception, SystemExit) as error:
         message = f"cannot make environment {env_id!r}"
-        if isinstance(error, gymnasium.error.Error) and not places(error)[1]:
+        if isinstance(error, gymnasium.error.Error | ImportError) and not places(error)[1]:
             raise UserError(f"{message}: {' '.join(str(error).split())}") from error
         raise code_error(message, error) from error
 
