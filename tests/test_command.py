@@ -455,7 +455,7 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
     path = write(tmp_path, patched("update", diverges) + "del Agent.hidden_activations\n")
     assert train.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
     out, err = capsys.readouterr()
-    assert err == "FAILED Pendulum-v1 seed 1: loss/qf is not finite\n"
+    assert err == "FAILED Pendulum-v1 seed 1: the agent's loss/qf is not finite\n"
     row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
     assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)
 

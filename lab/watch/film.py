@@ -161,7 +161,7 @@ class Video:
         except ImportError as error:
             raise UserError(f"--out {path}: an mp4 needs a package: pip install imageio-ffmpeg"
                             ) from error
-        self.write, self.path = imageio_ffmpeg.write_frames, path
+        self.write, self.path = imageio_ffmpeg.write_frames, path.absolute()
         self.file: Any = None
 
     def show(self, frame: Image.Image, seconds: float) -> None:
