@@ -186,8 +186,8 @@ def sac_section(results: Results, device: str, end: float) -> None:
 
 
 def leanrl_section(results: Results, device: str, end: float) -> None:
-    """Last: on an H100 with torch 2.11 recording its graph failed, and after that no other graph
-    could be recorded in the process."""
+    """Runs last: on an H100 with torch 2.11, capturing LeanRL's CUDA graph failed, and afterwards
+    the process could not capture any other graph."""
     cuda = device == "cuda"
     in_turn(results, {"SAC, plain loop, beside LeanRL's way": lambda: one_seed(device, False, cuda),
                       "SAC, LeanRL's way": lambda: one_seed(device, True, cuda)},

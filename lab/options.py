@@ -271,8 +271,8 @@ def resolve_defaults(options: Options) -> Options:
 
 
 def free_cores(options: Vectorised) -> int:
-    """For torch's threads: those that no environment worker (this process is one) or thread of
-    envpool takes, 1 or more. One where the GPU computes."""
+    """Cores for torch's threads: those that environment workers (the main process is one) and
+    envpool's threads leave, at least 1. On a GPU 1."""
     if options.cuda:
         return 1
     cores = physical_cores()

@@ -379,7 +379,7 @@ def before_state(agent):
 def test_a_checkpoint_from_before_state_continues_exactly(module, count, tune_alpha):
     """Also one from before the first update, whose optimizers are empty."""
     steps = make_steps((0, 1), 1, 45)
-    giver, taker = (make_agent(module, seeds=seeds, tune_alpha=tune_alpha)
+    giver, taker = (make_agent(module, seeds=seeds, tune_alpha=tune_alpha, replay_ratio=1.0)
                     for seeds in ((0, 1), (5, 6)))
     drive(giver, steps[:count])
     drive(taker, steps[:12])

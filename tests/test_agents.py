@@ -58,7 +58,8 @@ def parameters(agent):
 
 
 def test_loading_a_state_leaves_the_agent_that_gave_it_alone(module):
-    giver, taker = (make_agent(module, seeds=seeds) for seeds in ((0, 1), (2, 3)))
+    giver, taker = (make_agent(module, seeds=seeds, replay_ratio=1.0, policy_delay=1)
+                    for seeds in ((0, 1), (2, 3)))
     drive(giver, make_steps((0, 1), 1, 30))
     restore_state(taker, save_state(giver))
     before = copy.deepcopy(flat_state(save_state(giver)))
@@ -76,7 +77,7 @@ def test_exploring_differs_from_step_to_step_and_from_seed_to_seed(module):
 
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_an_update_changes_every_parameter(module, num_envs):
-    agent = make_agent(module, num_envs=num_envs)
+    agent = make_agent(module, num_envs=num_envs, replay_ratio=1.0, policy_delay=1)
     before = parameters(agent)
     assert drive(agent, make_steps((0, 1), num_envs, 40)), "no update was due in 40 steps"
     after = parameters(agent)

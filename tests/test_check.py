@@ -138,7 +138,7 @@ def test_an_attribute_that_changed_and_is_in_no_state_is_named(tmp_path, name):
 
     def __init__(self, spec, config, seeds"""))
     reason = check.failure(check.CHECKS[RESUME], subject)
-    assert re.search(rf"STATE does not name .*\b{name}\b.*, which changed", reason), reason
+    assert re.search(rf"STATE lacks .*\b{name}\b.*, which changed", reason), reason
     assert not re.search(r"\b(actor|replay|spec|config|update_critic)\b",
                          reason.partition("STATE")[2])
 

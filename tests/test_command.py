@@ -234,7 +234,7 @@ def test_the_comments_of_the_settings_are_their_help(capsys):
         train.run(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    for words in ("Soft Actor-Critic", "--qf-width INT", "units of each of a critic's",
+    for words in ("Soft Actor-Critic", "--qf-width INT", "units in each of a critic's",
                   "--steps INT", "default: 6000"):
         assert words in out
 
@@ -306,8 +306,11 @@ def test_a_logged_run_leaves_its_metrics_events_picture_and_settings(finished):
     assert metrics(finished, seed=0) != metrics(finished, seed=1)
 
 
-def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsys):
-    again = ["--config", str(finished / "config.json"), "--runs", str(tmp_path)]
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsys, processes):
+    """Also where its seeds are split over two processes."""
+    again = ["--config", str(finished / "config.json"), "--runs", str(tmp_path), "--processes",
+             processes]
     assert train.run(again) == 0
     for seed in (0, 1):
         assert metrics(next(tmp_path.iterdir()), seed=seed) == metrics(finished, seed=seed)
@@ -449,10 +452,10 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
     if self.transitions > 150 and self.replay.size > 1:
         loss[1] = float("nan")
     return {"loss/qf": loss}"""
-    path = write(tmp_path, patched("update", diverges))
+    path = write(tmp_path, patched("update", diverges) + "del Agent.hidden_activations\n")
     assert train.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
     out, err = capsys.readouterr()
-    assert err == "FAILED Pendulum-v1 seed 1: loss/qf is not finite\n"
+    assert err == "FAILED Pendulum-v1 seed 1: the agent's loss/qf is not finite\n"
     row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
     assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)
 

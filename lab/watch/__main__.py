@@ -134,7 +134,8 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
     out = None if options.window else options.out or group.folder / "watch.gif"
     seconds = options.max_seconds or (None if options.window else 5.0)
     output = film.open_output(out)
-    with contextlib.closing(make_view(group.env_id, seeds, trained.cuda)) as view:
+    with (contextlib.chdir(os.curdir),  # back to it: an environment may change it
+          contextlib.closing(make_view(group.env_id, seeds, trained.cuda)) as view):
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
                  trained, config)
@@ -251,7 +252,8 @@ def make_view(env_id: str, seeds: Sequence[int], cuda: bool) -> "Filmed | Filmed
     if is_torch(env_id):
         return FilmedTorch(config)
     camera.check(env_id)
-    return Filmed(config)
+    with contextlib.chdir(os.curdir):
+        return Filmed(config)
 
 
 class Filmed(SyncEnvs):
