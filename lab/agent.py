@@ -133,6 +133,10 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         shape = tuple(getattr(value, "shape", ()))
         expect("update", f"{name} of shape (S,) = ({S},)", shape == (S,), shape)
         expect("update", f"{name} detached", not value.requires_grad, "it with a gradient")
+    if hasattr(agent, "hidden_activations"):
+        hidden = call("hidden_activations", agent.hidden_activations)
+        expect("hidden_activations", "a dict of lists of tensors", isinstance(hidden, dict) and all(
+            isinstance(x, torch.Tensor) for layers in hidden.values() for x in layers), hidden)
     state = call("saving its state", save_state, agent)
     expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
     call("restoring its state", restore_state, agent, state)
