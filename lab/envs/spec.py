@@ -1,10 +1,12 @@
 """EnvSpec, what an agent knows of its environment, and gymnasium.make with our errors. No torch."""
 
+import ast
 import contextlib
 import difflib
 import functools
 import importlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +37,10 @@ class EnvSpec:
                                 "must be below the high one")
 
 
-def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
-    """One gymnasium environment. UserError if it cannot be made; it suggests similar ids."""
+def make_one(env_id: str, env_kwargs: Sequence[str] = (), **settings: Any) -> gymnasium.Env:
+    """One gymnasium environment. `env_kwargs`: NAME=VALUE words of --env-kwargs. UserError if it
+    cannot be made; it suggests similar ids."""
+    settings = read_kwargs(env_kwargs) | settings
     try:
         redirect_mujoco_warnings()
         with warnings.catch_warnings():
@@ -45,7 +49,9 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
             module, colon, name = env_id.rpartition(":")
             env = gymnasium.make(MOVED.get(module, module) + colon + name,
                                  disable_env_checker=True, **settings)
-    except (gymnasium.error.Error, ImportError, ValueError) as error:
+    except (gymnasium.error.Error, ImportError, ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not env_kwargs:
+            raise
         ids = list(gymnasium.registry)
         by_lower = {name.lower(): name for name in ids}
         near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
@@ -57,6 +63,21 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
     if env.spec and env.spec.id != env_id.split(":")[-1]:
         raise UserError(f"environment {env_id!r} has no version; use {env.spec.id!r}")
     return env
+
+
+def read_kwargs(words: Sequence[str]) -> dict[str, Any]:
+    """The words NAME=VALUE of --env-kwargs -> keyword arguments of gymnasium.make. A value is a
+    Python literal, or else a string. UserError if a word has another form or a name comes twice."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise UserError(f"--env-kwargs needs NAME=VALUE, each name once, not {' '.join(words)}")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found[name] = text
+    return found
 
 
 def import_prefix(env_id: str) -> str:
@@ -103,7 +124,7 @@ def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
     return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
 
 
-def probe(env_id: str) -> EnvSpec:
+def probe(env_id: str, env_kwargs: Sequence[str] = ()) -> EnvSpec:
     """The EnvSpec of a gymnasium environment. UserError if it is not supported."""
-    with contextlib.closing(make_one(env_id)) as env:
+    with contextlib.closing(make_one(env_id, env_kwargs)) as env:
         return spec_of(env, env_id)

@@ -4,6 +4,7 @@ subprocess, which should start fast."""
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -40,10 +41,10 @@ class Camera(gymnasium.Wrapper):
         return float(self.metadata.get("render_fps") or FPS)
 
 
-def make(env_id: str) -> Camera:
+def make(env_id: str, env_kwargs: Sequence[str] = ()) -> Camera:
     """UserError if the environment has no render mode "rgb_array"."""
     try:
-        env = make_one(env_id, render_mode="rgb_array")
+        env = make_one(env_id, env_kwargs, render_mode="rgb_array")
     except TypeError as error:  # its constructor takes no render_mode
         raise UserError(f"{env_id} cannot be rendered: {error}") from error
     if "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -70,17 +71,17 @@ def set_scene(renderer: Any) -> None:
     model.vis.quality.shadowsize, model.vis.quality.offsamples = 1024, 0
 
 
-def check(env_id: str) -> None:
+def check(env_id: str, env_kwargs: Sequence[str] = ()) -> None:
     """Set MUJOCO_GL to a backend that works here. UserError if the environment cannot be rendered.
 
     Renders in subprocesses, because a broken GL library may kill its process, and because MuJoCo
     reads MUJOCO_GL only once, at import.
     """
-    code = "import sys; from lab.watch import camera; camera.dry_run(sys.argv[1])"
+    code = "import sys; from lab.watch import camera; camera.dry_run(*sys.argv[1:])"
     reasons = {}
     for gl in [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else GL:
-        done = subprocess.run([sys.executable, "-c", code, env_id], text=True, capture_output=True,
-                              env=os.environ | {"MUJOCO_GL": gl})
+        done = subprocess.run([sys.executable, "-c", code, env_id, *env_kwargs], text=True,
+                              capture_output=True, env=os.environ | {"MUJOCO_GL": gl})
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = gl
             return
@@ -92,11 +93,11 @@ def check(env_id: str) -> None:
                     "(apt install libegl1) or OSMesa (apt install libosmesa6)")
 
 
-def dry_run(env_id: str) -> None:
+def dry_run(env_id: str, *env_kwargs: str) -> None:
     """Render one frame. On failure prints the reason in one line; exit code 2 for a UserError, else
     1."""
     try:
-        env = make(env_id)
+        env = make(env_id, env_kwargs)
         env.reset()
         env.frame()
         env.close()
