@@ -63,10 +63,9 @@ class RunSummary:
     """What becomes of the seeds: the board of all of them, final returns, losses."""
 
     def __init__(self, jobs: Sequence[Job], options: Options):
-        self.options, self.seeds = options, range(options.seeds)
-        self.title, self.declared = jobs[0].name, ""
-        if options.clip_reward:
-            self.declared = ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
+        self.options = options
+        self.seeds = range(options.first_seed, options.first_seed + options.seeds)
+        self.title, self.declared = jobs[0].name, declared(options)
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.boards = {env_id: recorder.AllSeeds(group, self.seeds)
                        for env_id, group in self.groups.items()}
@@ -111,6 +110,16 @@ class RunSummary:
                   f"look at it: tensorboard --logdir {folder}")
         for reason in self.lost:
             print(f"FAILED {reason}", file=sys.stderr)
+
+
+def declared(options: Options) -> str:
+    """What changes the task or the training reward, for the titles of tables and pictures."""
+    text = ""
+    if options.env_kwargs:
+        text += f", environment made with {' '.join(options.env_kwargs)}"
+    if options.clip_reward:
+        text += ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
+    return text
 
 
 def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:
