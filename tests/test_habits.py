@@ -73,6 +73,13 @@ def test_another_number_is_refused(tmp_path, capsys, flag, text):
     assert flag in refused(capsys, tmp_path, tiny(tmp_path, flag, text))
 
 
+def test_bounds_of_a_space_are_numbers_of_the_same_kind():
+    searched = space.read(["batch_size=logint:1e1:1e3"], type(_config()), "agents/sac.py")
+    assert searched.parameters[0].bounds() == (10, 1000)
+    with pytest.raises(UserError, match=r"whole numbers, not 1\.5:8"):
+        space.read(["batch_size=int:1.5:8"], type(_config()), "agents/sac.py")
+
+
 def test_seed_is_no_flag(tmp_path, capsys):
     """Elsewhere it is one seed; here it was their number."""
     line = refused(capsys, tmp_path, tiny(tmp_path, "--seed", "3"))
