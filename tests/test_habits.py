@@ -455,3 +455,10 @@ def test_a_name_beyond_ascii_in_an_ascii_locale(tmp_path, environment):
         out, err = process.communicate()
     assert process.returncode == 0 and not err
     assert "Pendulum-v1" in out and (next(tmp_path.glob("runs/*")) / "learning_curves.png").exists()
+
+
+def test_a_path_that_the_locale_cannot_spell_is_refused(tmp_path, capsys):
+    """Python reads bytes that are no letters of the locale as half characters."""
+    folder = tmp_path / os.fsdecode(b"l\xe4ufe")
+    for flags in (["--runs", str(folder)], [write(tmp_path, SAC, os.fsdecode(b"l\xe4ufer.py"))]):
+        assert "PYTHONUTF8=1" in refused(capsys, tmp_path, [*tiny(tmp_path, "--log"), *flags])

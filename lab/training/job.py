@@ -16,7 +16,7 @@ from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
-from lab.training.recorder import group_folder, safe_name
+from lab.training.recorder import group_folder, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
@@ -107,11 +107,14 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
 
 
 def check_names(options: Options) -> None:
-    """UserError if the run's name is too long for a folder, or if two environments would share
-    one."""
+    """UserError if the run's name is too long for a folder, if two environments would share one,
+    or if the locale cannot spell a path."""
     name = options.name or Path(options.agent).stem
     if (size := len(os.fsencode(safe_name(name)))) > MAX_NAME:
         raise UserError(f"--name is too long for a folder: {size} bytes, at most {MAX_NAME}")
+    for path in (options.agent, str((options.resume or options.runs).absolute())):
+        if options.log and printable(path) != path:  # TensorBoard cannot write there
+            raise UserError(f"{path}: the locale has no such letters; set PYTHONUTF8=1")
     folders: dict[Path, str] = {}
     for env_id in options.env:
         other = folders.setdefault(group_folder(Path(), env_id, ""), env_id)
