@@ -135,6 +135,10 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         shape = tuple(getattr(value, "shape", ()))
         expect("update", f"{name} of shape (S,) = ({S},)", shape == (S,), shape)
         expect("update", f"{name} detached", not value.requires_grad, "it with a gradient")
+    if hasattr(agent, "hidden_activations"):
+        hidden = call("hidden_activations", agent.hidden_activations)
+        expect("hidden_activations", "a dict of lists of tensors", isinstance(hidden, dict) and all(
+            isinstance(x, torch.Tensor) for layers in hidden.values() for x in layers), hidden)
     state = call("saving its state", save_state, agent)
     expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
     call("restoring its state", restore_state, agent, state)
@@ -197,8 +201,13 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
             reason = str(error).split("\n\t")[-1]  # below torch's headline
             raise ValueError(f"{name} does not fit the checkpoint: {reason}") from error
     elif isinstance(part, list | tuple):
-        for x, y in zip(part, saved, strict=True):
-            _restore(name, x, y)
+        if len(part) != len(saved):
+            raise ValueError(f"{name} has {len(part)} parts, the checkpoint's has {len(saved)}: "
+                             "same seeds?")
+        parts = [_restore(name, x, y) for x, y in zip(part, saved, strict=True)]
+        if isinstance(part, tuple):
+            return tuple(parts)
+        part[:] = parts
     elif hasattr(part, "STATE"):
         restore_state(part, saved)
     else:

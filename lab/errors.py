@@ -16,6 +16,12 @@ class CodeError(UserError):
     """The user's code raised an exception, which is __cause__: its traceback is printed too."""
 
 
+def one_line(error: BaseException) -> str:
+    """Its message, after its type unless it is a UserError."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+
+
 def guarded(do: Callable[[], int]) -> int:
     """-> the exit code of `do`, or 2 for a UserError, which is printed, or 128 + signal."""
     before = signal.signal(signal.SIGTERM, _terminated)

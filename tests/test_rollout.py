@@ -356,6 +356,18 @@ def sigterm_is_an_interrupt():
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_run_whose_checkpoints_are_all_corrupt_is_refused_and_keeps_its_metrics(tmp_path):
+    """From step 0 it would begin its metrics anew."""
+    job = make_job(run=str(tmp_path))
+    run(job)
+    before = files_of(job)
+    for path in job.checkpoints.glob("step_*.pt"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        run(job)
+    assert files_of(job) == before and before[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, number):
     job = make_job(run=str(tmp_path))
@@ -458,7 +470,8 @@ def test_a_seed_whose_metrics_turn_nan_fails_once_and_the_others_go_on(tmp_path,
         train(job, interrupt_at(75, fail))
     whole = run(dataclasses.replace(job, run=None))
     failures = [m for m in whole if "failed_seed" in m]
-    assert failures == [{"failed_seed": 5, "step": 45, "reason": "loss/scripted is not finite"}]
+    reason = "the agent's loss/scripted is not finite"
+    assert failures == [{"failed_seed": 5, "step": 45, "reason": reason}]
     steps = {seed: list(rows) for seed, rows in rows_of(whole).items()}
     assert steps == {seed: list(range(5, 101 if seed != 5 else 45, 5)) for seed in (3, 5, 4)}
     resumed = run(job)
@@ -478,7 +491,7 @@ def test_a_diagnostic_that_is_nan_is_left_out_and_a_loss_or_a_weight_fails_the_s
     messages = run(make_job(scripted, config, env_id=DIARY, seeds=(3, 5, 4)))
     failures = [m for m in messages if "failed_seed" in m]
     assert failures == [
-        {"failed_seed": 5, "step": 45, "reason": f"{metric} is not finite"}] * fails
+        {"failed_seed": 5, "step": 45, "reason": f"the agent's {metric} is not finite"}] * fails
     for seed, rows in rows_of(messages).items():
         broken = seed == 5
         assert list(rows) == list(range(5, 45 if broken and fails else 101, 5))

@@ -429,13 +429,14 @@ def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):
     settings = json.loads((run / "config.json").read_text())
     settings["options"]["agent"] = str(copy)
     (run / "config.json").write_text(json.dumps(settings))
-    assert "names code that lies beside it" in refused(capsys, run)
+    assert "names code in its own folder" in refused(capsys, run)
     assert not (run / "ran").exists()
 
 
 def test_what_draws_nothing_is_one_line(monkeypatch):
     """Drawing is tried in a process of its own, which may end as it likes."""
-    for name, words in (("Diary", "cannot be ren"), ("Ragged", "must render an array .* not list")):
+    for name, words in (("Diary", "cannot be ren"),
+                        ("Ragged", r"must render an array .* not \[1, 2\] \(a list\)")):
         with pytest.raises(UserError, match=f"lab-tests/{name}-v0 {words}"):
             camera.check(f"tests.probe_envs:lab-tests/{name}-v0")
     monkeypatch.setenv("MUJOCO_GL", "glfw")

@@ -245,8 +245,9 @@ def test_a_worker_that_does_not_start_is_a_timeout(make, monkeypatch):
 
 
 @pytest.mark.parametrize("env_id, words", [
-    ("tests.probe_envs:lab-tests/OnlyInTheMainProcess-v0", "failed: RuntimeError: no licence here"),
-    ("lab-tests/Diary-v0", "failed: UserError: cannot make environment 'lab-tests/Diary-v0'")])
+    ("tests.probe_envs:lab-tests/OnlyInTheMainProcess-v0",
+     r"failed: cannot make environment .*probe_envs.py:\d+: RuntimeError: no licence"),
+    ("lab-tests/Diary-v0", "failed: cannot make environment 'lab-tests/Diary-v0'")])
 def test_an_environment_that_a_worker_cannot_make_is_an_error_with_its_reason(make, env_id, words):
     """The second is registered in this process alone."""
     with pytest.raises(WorkerError, match=rf"worker 1 of 2 \(process \d+\) {words}") as caught:

@@ -51,7 +51,9 @@ class VecEnvConfig(NamedTuple):
 
 
 class VectorEnvs:
-    """Base class of the backends. `shape`: (S, N). `groups`: slices of N that step in turn."""
+    """Base class of the backends. `shape`: (S, N). `groups`: slices of N that step in turn.
+    `broken`: index of a seed -> the first value from its environments that was not finite; known
+    after a step, in torch after finished()."""
 
     spec: EnvSpec
 
@@ -59,6 +61,7 @@ class VectorEnvs:
         self.config, self.device = config, torch.device(config.device)
         self.shape = len(config.seeds), config.num_envs
         self.groups = [slice(None)]
+        self.broken: dict[int, str] = {}
 
     def reset(self, *stream: int) -> torch.Tensor:
         """-> obs (S, N, O). Seeds each environment with its seed, `stream` and its index n."""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from lab.envs.base import TRAINING, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.generators import kept_generators
 from lab.envs.shard import (
     REPLAY_ACTIONS,
     RESET,
@@ -84,6 +86,8 @@ class HostEnvs(VectorEnvs):
 
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
+        if not np.isfinite(self.rows).all():
+            self._note_broken()
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
         rows = rows.to(self.device, non_blocking=True)
@@ -93,6 +97,16 @@ class HostEnvs(VectorEnvs):
         if self.config.clip_reward:
             rewards = rewards.clamp(*self.config.clip_reward)
         return Transition(next_obs, rewards, terminations, truncations, obs)
+
+    def _note_broken(self) -> None:
+        O, N = self.spec.obs_dim, self.shape[1]
+        for position, row in enumerate(self.order.tolist()):
+            values = self.rows[row]
+            wrong = np.flatnonzero(~np.isfinite(values))
+            if len(wrong):
+                column = int(wrong[0])
+                name = f"observation[{column % O}]" if column < 2 * O else "reward"
+                self.broken.setdefault(position // N, f"{name} = {values[column]}")
 
     def finished(self) -> list[Finished]:
         sums, self.sums = self.sums, np.zeros_like(self.sums)
@@ -132,8 +146,8 @@ class HostEnvs(VectorEnvs):
         return self.transition().obs, int(lost.sum())
 
     def can_restore_exactly(self) -> bool | None:
-        """Tried on one environment that has left its first episode, which is seeded; False without
-        a try if an episode is longer than the history."""
+        """Tried on one environment that has left its first, seeded episode; False without a try if
+        an episode is longer than the history."""
         if self.ages.max() > len(self.history):
             return False
         later = np.flatnonzero(self.origins[:, 0] != SEEDED)
@@ -142,8 +156,9 @@ class HostEnvs(VectorEnvs):
         state, row = self.state_dict(), later[:1]
         part = {name: state[name][row] for name in ("rows", "ages", "origins")}
         part |= {"actions": state["actions"][:, row], "sums": torch.zeros(3, 1)}
-        with contextlib.closing(SyncEnvs(VecEnvConfig(
-                self.config.env_id, [0], env_kwargs=self.config.env_kwargs))) as twin:
+        config = VecEnvConfig(self.config.env_id, [0], env_kwargs=self.config.env_kwargs)
+        with (contextlib.chdir(os.curdir), kept_generators(),
+              contextlib.closing(SyncEnvs(config)) as twin):
             return twin.load_state_dict(part)[1] == 0
 
     def row_keys(self) -> list[tuple[int, int]]:

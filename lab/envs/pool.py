@@ -27,7 +27,7 @@ from lab.envs.host import HostEnvs
 from lab.envs.shard import REPLAY_ACTIONS, EnvShard, handle_command, make_shards
 from lab.envs.spec import probe
 from lab.envs.worker import recv, serve
-from lab.errors import UserError
+from lab.errors import UserError, one_line
 
 START_SECONDS, STEP_SECONDS = 120.0, 60.0  # a worker that takes longer counts as hung
 
@@ -59,9 +59,10 @@ class WorkerEnvs(HostEnvs):
         # runs at interpreter exit too, before multiprocessing joins the workers
         self.finalizer = weakref.finalize(self, _stop_workers, self.links, self.processes)
         context = multiprocessing.get_context("spawn")  # fork is unsafe with CUDA and threads
+        # no daemons, whose environments could start no process; they end with this one all the same
         for process in range(1, processes):
             ours, theirs = socket.socketpair()
-            worker = context.Process(target=serve, daemon=True, args=(
+            worker = context.Process(target=serve, args=(
                 theirs, os.getpid(), config.env_id, self._parts(rows, process, processes), shared,
                 config.env_kwargs))
             with theirs:
@@ -118,8 +119,7 @@ class WorkerEnvs(HostEnvs):
             fn()
         except Exception as error:
             self.close()
-            reason = " ".join(str(error).split())
-            raise WorkerError(f"{self.spec.id} failed: {type(error).__name__}: {reason}") from error
+            raise WorkerError(f"{self.spec.id} failed: {one_line(error)}") from error
 
     def _command(self, command: bytes, seconds: float) -> None:
         self.timeout = seconds

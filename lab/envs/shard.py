@@ -9,6 +9,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from lab.envs.check import check_reset, check_step
+from lab.envs.generators import seed_generators
 from lab.envs.spec import make_one
 
 # first byte of a command; any other byte is the number of a group to step
@@ -27,8 +29,8 @@ class EnvShard:
     def __init__(self, env_id: str, env_keys: Sequence[tuple[int, int]], actions: np.ndarray,
                  rows: np.ndarray, returns: np.ndarray, origins: np.ndarray,
                  *, make: Callable[[str], gymnasium.Env] = make_one):
-        self.env_keys, self.actions, self.rows, self.returns = env_keys, actions, rows, returns
-        self.origins = origins
+        self.env_id, self.env_keys, self.actions = env_id, env_keys, actions
+        self.rows, self.returns, self.origins = rows, returns, origins
         self.envs = [make(env_id) for _ in env_keys]
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
@@ -37,32 +39,55 @@ class EnvShard:
     def reset(self, stream: Sequence[int]) -> None:
         """Reset all environments, seeded with seed, stream and n; writes obs. Later resets are not
         seeded and continue the environment's random stream."""
+        if self.env_keys:
+            seed_generators([self.env_keys[0][0], *stream, self.env_keys[0][1]])
         for i, (seed, n) in enumerate(self.env_keys):
             self._begin(i, seed_of(seed, stream, n))
 
     def step(self, indices: Sequence[int] | None = None) -> None:
-        """Step these environments; None: all."""
+        """Step these environments; None: all. UserError if one returns something unexpected."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
+        results: list[Any] = []
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
         which: Any = slice(None) if indices is None else indices
-        for i in range(len(self.envs)) if indices is None else indices:
-            self.rows[i, :O], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
-            outcomes.append((reward, terminated, truncated and not terminated))
-            running = self.running[i]
-            running[0] += float(reward)
-            running[1] += 1
-            if terminated or truncated:
-                self.returns[i] = running
-                fresh.append(i)
-        self.rows[which, O : 2 * O] = self.rows[which, :O]
-        self.rows[which, 2 * O :] = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
+        try:
+            for i in range(len(self.envs)) if indices is None else indices:
+                results.append(self.envs[i].step(actions[i]))
+                _, reward, terminated, truncated, _ = results[-1]
+                outcomes.append((reward, terminated, truncated and not terminated))
+                running = self.running[i]
+                running[0] += float(reward)
+                running[1] += 1
+                if terminated or truncated:
+                    self.returns[i] = running
+                    fresh.append(i)
+            if not results:
+                return
+            next_obs = np.array([result[0] for result in results], np.float32)
+            ends = np.array(outcomes)
+            fits = (next_obs.shape == (len(results), O) and ends.shape == (len(results), 3)
+                    and ends.dtype != object)  # a None becomes NaN
+        except (TypeError, ValueError):
+            self._check(results)
+            raise
+        if not fits:
+            self._check(results)
+        self.rows[which, :O] = self.rows[which, O : 2 * O] = next_obs
+        self.rows[which, 2 * O :] = ends
         for i in fresh:
             self._begin(i)
 
+    def _check(self, results: Sequence[Any]) -> None:
+        for result in results:
+            check_step(self.env_id, self.obs_dim, result, finite=False)
+
     def restore_start(self) -> None:
         """Restart the selected environments (action not NaN) from their origins."""
-        for i in self._selected():
+        selected = self._selected()
+        if selected:
+            seed_generators(self.origins[selected[0]].tolist())
+        for i in selected:
             self._begin(i, recall(self.envs[i], self.origins[i].tolist()))
 
     def replay_actions(self) -> None:
@@ -76,7 +101,10 @@ class EnvShard:
         env = self.envs[i]
         renew_box2d_world(env)
         self.running[i], self.origins[i] = [0.0, 0], origin(env, seed)
-        self.rows[i, self.obs_dim : 2 * self.obs_dim] = env.reset(seed=seed)[0]
+        result = env.reset(seed=seed)
+        if type(result) is not tuple or getattr(result[0], "shape", None) != (self.obs_dim,):
+            check_reset(self.env_id, self.obs_dim, result, finite=False)
+        self.rows[i, self.obs_dim : 2 * self.obs_dim] = result[0]
 
     def close(self) -> None:
         for env in self.envs:
@@ -116,8 +144,9 @@ def origin(env: gymnasium.Env, seed: int | None) -> list[int]:
     state of the environment's generator if that is numpy's PCG64."""
     if seed is not None:
         return seeded(seed)
-    state: Any = env.unwrapped.np_random.bit_generator.state
-    if state["bit_generator"] != "PCG64":
+    generator = getattr(env.unwrapped, "np_random", None)  # may be a RandomState
+    state: Any = getattr(getattr(generator, "bit_generator", None), "state", {})
+    if state.get("bit_generator") != "PCG64":
         return [UNKNOWN] * 7
     position, increment = state["state"]["state"], state["state"]["inc"]
     return [CONTINUED, *divmod(position, WORD), *divmod(increment, WORD), state["has_uint32"],

@@ -5,14 +5,25 @@ import contextlib
 import difflib
 import functools
 import importlib
+import math
+import os
+import sysconfig
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
+from gymnasium.envs import registration
 
-from lab.errors import UserError
+from lab.errors import CodeError, UserError
+
+OURS = tuple(str(Path(file).parent) + os.sep for file in (
+    gymnasium.__file__, Path(__file__).parent, importlib.__file__))
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 # Old module names, as older runs have them in their environment ids
 MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_tasks"}
@@ -32,37 +43,49 @@ class EnvSpec:
 
     def __post_init__(self) -> None:
         for i, (low, high) in enumerate(zip(self.action_low, self.action_high, strict=True)):
-            if not low < high:  # NaN as well
+            # NaN as well; agents compute in float32
+            if not (low < high and np.float32(low) < np.float32(high)):
                 raise UserError(f"{self.id}: action {i} has bounds [{low}, {high}]; the low bound "
                                 "must be below the high one")
 
 
 def make_one(env_id: str, env_kwargs: Sequence[str] = (), **settings: Any) -> gymnasium.Env:
-    """One gymnasium environment. `env_kwargs`: NAME=VALUE words of --env-kwargs. UserError if it
-    cannot be made; it suggests similar ids."""
+    """One gymnasium environment. `env_kwargs`: words NAME=VALUE of --env-kwargs. UserError if its
+    id is unknown, which suggests similar ids; CodeError if its code raises."""
     settings = read_kwargs(env_kwargs) | settings
+    name = import_prefix(env_id)
+    refuse_without_version(name, env_id)
+    redirect_mujoco_warnings()
     try:
-        redirect_mujoco_warnings()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 on purpose
-            warnings.filterwarnings("ignore", message=".*latest versioned environment")
-            module, colon, name = env_id.rpartition(":")
-            env = gymnasium.make(MOVED.get(module, module) + colon + name,
-                                 disable_env_checker=True, **settings)
-    except (gymnasium.error.Error, ImportError, ValueError, TypeError) as error:
-        if isinstance(error, TypeError) and not env_kwargs:
-            raise
-        ids = list(gymnasium.registry)
-        by_lower = {name.lower(): name for name in ids}
-        near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
-        if env_id in ids or not near:
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot make environment {env_id!r}: {reason}") from error
-        names = ", ".join(by_lower[name] for name in near)
-        raise UserError(f"unknown environment {env_id!r}; did you mean {names}?") from error
-    if env.spec and env.spec.id != env_id.split(":")[-1]:
-        raise UserError(f"environment {env_id!r} has no version; use {env.spec.id!r}")
-    return env
+            return gymnasium.make(name, disable_env_checker=True, **settings)
+    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
+        raise UserError(_unknown(env_id, error)) from error
+    except (Exception, SystemExit) as error:
+        message = f"cannot make environment {env_id!r}"
+        known = (gymnasium.error.Error, ImportError, *([TypeError] if env_kwargs else []))
+        if isinstance(error, known) and not places(error)[1]:
+            raise UserError(f"{message}: {' '.join(str(error).split())}") from error
+        raise code_error(message, error) from error
+
+
+def refuse_without_version(name: str, env_id: str) -> None:
+    """UserError for a name that gymnasium completes with the highest version."""
+    with contextlib.suppress(gymnasium.error.Error):  # no id: gymnasium.make says so
+        space, base, version = registration.parse_env_id(name)
+        highest = registration.find_highest_version(space, base)
+        if name not in gymnasium.registry and version is None and highest is not None:
+            raise UserError(f"environment {env_id!r} has no version; use '{name}-v{highest}'")
+
+
+def _unknown(env_id: str, error: Exception) -> str:
+    by_lower = {name.lower(): name for name in gymnasium.registry}
+    near = difflib.get_close_matches(env_id.lower(), list(by_lower), n=3, cutoff=0.6)
+    if not near:
+        return f"cannot make environment {env_id!r}: {' '.join(str(error).split())}"
+    names = ", ".join(by_lower[name] for name in near)
+    return f"unknown environment {env_id!r}; did you mean {names}?"
 
 
 def read_kwargs(words: Sequence[str]) -> dict[str, Any]:
@@ -83,12 +106,51 @@ def read_kwargs(words: Sequence[str]) -> dict[str, Any]:
 def import_prefix(env_id: str) -> str:
     """Import the module of "module:Name-v0", as gymnasium does -> the id without it."""
     module, colon, name = env_id.rpartition(":")
+    if not colon:
+        return name
+    module = MOVED.get(module, module)
     try:
-        if colon:
-            importlib.import_module(MOVED.get(module, module))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"cannot make environment {env_id!r}: {error}") from error
+        importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        message = f"cannot make environment {env_id!r}"
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):  # the module itself
+            raise UserError(f"{message}: {error}") from error
+        raise code_error(message, error) from error
     return name
+
+
+def code_error(message: str, error: BaseException) -> CodeError:
+    """The message with the place in the user's code and what it raised there; raise it from the
+    error."""
+    error, place = places(error)
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return CodeError(f"{message}: {place + ': ' if place else ''}{type(error).__name__}: {reason}")
+
+
+def places(error: BaseException) -> tuple[BaseException, str]:
+    """-> the error that gymnasium.make may have wrapped, and file:line of the innermost frame in
+    the user's code, else in that of a package; "" if there is none but gymnasium's and the lab's.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return error, f"{error.filename}:{error.lineno}"
+    own, others = "", ""
+    for each in chain(error):
+        for frame in traceback.extract_tb(each.__traceback__):
+            if not frame.filename.startswith((*OURS, "<")):
+                others = f"{frame.filename}:{frame.lineno}"
+                if not frame.filename.startswith(LIBRARIES):
+                    own = others
+        if own or others:
+            return each, own or others
+    return error, ""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that caused it."""
+    while error:
+        yield error
+        error = error.__cause__
 
 
 @functools.cache
@@ -111,20 +173,50 @@ def redirect_mujoco_warnings() -> None:
 def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
     """UserError unless both spaces are one-dimensional Boxes."""
     obs_space, action_space = env.observation_space, env.action_space
-    if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
+    if (not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1
+            or action_space.dtype.kind != "f"):
         space = " ".join(str(action_space).split())
         raise UserError(f"{env_id} has action space {space}; only continuous control is "
-                        "supported: a one-dimensional Box")
+                        "supported: a one-dimensional Box of floats")
     if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
         space = " ".join(str(obs_space).split())
         raise UserError(f"{env_id} has observation space {space}; only a one-dimensional Box is "
                         "supported: register it with gymnasium's FlattenObservation")
     limit = getattr(env.spec, "max_episode_steps", None)  # env.spec may be None
-    low, high = (tuple(float(x) for x in bound) for bound in (action_space.low, action_space.high))
+    for wrapper in wrappers(env):
+        refuse_statistics(wrapper, env_id)
+        if isinstance(wrapper, gymnasium.wrappers.TimeLimit):
+            limit = min(limit or math.inf, wrapper._max_episode_steps)
+    low, high = (tuple(map(as_bound, bound)) for bound in (action_space.low, action_space.high))
     return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
+
+
+def as_bound(value: float) -> float:
+    """The largest float32 and above stand for infinity."""
+    infinite = abs(value) >= np.finfo(np.float32).max
+    return math.copysign(math.inf, value) if infinite else float(value)
+
+
+def wrappers(env: gymnasium.Env) -> Iterator[gymnasium.Wrapper]:
+    """From the outermost to the innermost."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+
+
+def refuse_statistics(wrapper: gymnasium.Wrapper, env_id: str) -> None:
+    """UserError if the wrapper normalises with statistics that it still updates: each environment
+    has its own ones, those of evaluation start empty, and a checkpoint does not hold them."""
+    running = [name for name, value in vars(wrapper).items()
+               if type(value).__name__ == "RunningMeanStd"]
+    if running and getattr(wrapper, "update_running_mean", True):
+        flag = "--norm-reward" if "return_rms" in running else "--norm-obs"
+        raise UserError(f"{env_id} is wrapped in {type(wrapper).__name__}, whose running "
+                        "statistics evaluation and checkpoints would not share: remove the wrapper "
+                        f"and let the agent normalise (agents/ppo.py {flag})")
 
 
 def probe(env_id: str, env_kwargs: Sequence[str] = ()) -> EnvSpec:
     """The EnvSpec of a gymnasium environment. UserError if it is not supported."""
-    with contextlib.closing(make_one(env_id, env_kwargs)) as env:
+    with contextlib.chdir(os.curdir), contextlib.closing(make_one(env_id, env_kwargs)) as env:
         return spec_of(env, env_id)

@@ -54,7 +54,13 @@ class TorchEnvs(VectorEnvs):
         return Transition(*transition)
 
     def finished(self) -> list[Finished]:
+        # a NaN stays in the sums, and in the running episodes and states until these end
+        parts = (self.sums.T, self.running.movedim(0, -1), self.env.observe(self.state))
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in parts]).all(0)
         sums, self.sums = self.sums.T.tolist(), torch.zeros_like(self.sums)  # synchronises
+        for index, ok in enumerate(finite.tolist()):
+            if not ok:
+                self.broken.setdefault(index, "an observation or a reward that is not finite")
         return [summary(row) for row in sums]
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.envs.shard import REPLAY_ACTIONS, handle_command, make_shards
-from lab.errors import guard_output
+from lab.envs.shard import REPLAY_ACTIONS, EnvShard, handle_command, make_shards
+from lab.errors import guard_output, one_line
 
 SPIN_SECONDS = 5e-4  # waking up costs little against a longer wait
 
@@ -31,6 +31,7 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
     die_with(parent, signal.SIGKILL)
     guard_output()
     link.setblocking(False)
+    shards: list[EnvShard] = []
     try:
         arrays = [np.frombuffer(buffer, dtype).reshape(shape) for buffer, dtype, shape in shared]
         shards = make_shards(env_id, groups, arrays, env_kwargs)
@@ -47,8 +48,11 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
     except (BrokenPipeError, ConnectionResetError):
         return  # the main process is gone
     except Exception as error:
-        reason = " ".join(str(error).split())
-        link.sendall(f"!{type(error).__name__}: {reason}".encode())
+        link.sendall(f"!{one_line(error)}".encode())
+    finally:
+        for each in shards:
+            with contextlib.suppress(Exception):
+                each.close()
 
 
 def recv(link: socket.socket, size: int, seconds: float | None = None) -> bytes:

@@ -1,11 +1,12 @@
 """The evaluation loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lab.envs.base import EVALUATION, VectorEnvs
+from lab.envs.generators import kept_generators
 from lab.errors import UserError
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N) each: returns so far, still running
@@ -16,6 +17,12 @@ def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep =
              ) -> list[float]:
     """-> the mean return of each seed, over one deterministic episode per environment. `on_step` is
     called before the first step and after each step. UserError if an episode does not end."""
+    with kept_generators():  # training's environments may draw from them
+        return _evaluate(agent, evaluation, stream, on_step)
+
+
+def _evaluate(agent: Any, evaluation: VectorEnvs, stream: Sequence[int], on_step: OnStep
+              ) -> list[float]:
     obs = evaluation.reset(EVALUATION, *stream)
     returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
     running = torch.ones_like(returns, dtype=torch.bool)

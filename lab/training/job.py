@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from lab.accelerate import check_device
 from lab.agent import check_contract
+from lab.envs import check
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
@@ -138,10 +140,16 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 
 
 def dry_run(job: Job) -> EnvSpec:
-    """Run the agent on random observations up to its first update -> the environment's spec.
-    UserError if the environment or the agent fails; writes no files."""
-    with contextlib.closing(make_envs(job.env_id, [0], 1, job.eval_backend, job.device,
-                                      env_kwargs=job.env_kwargs)) as one:
-        spec = one.spec
+    """Run the environment for some random steps, and the agent on random observations up to its
+    first update -> the environment's spec. Prints warnings. UserError if the environment or the
+    agent fails; writes no files."""
+    if choose_backend(job.env_id, job.eval_backend) == "sync":
+        spec, warnings = check.dry_run(job.env_id, job.env_kwargs)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    else:
+        stack = make_envs(job.env_id, [0], 1, job.eval_backend, job.device)
+        with contextlib.closing(stack) as one:
+            spec = one.spec
     check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
     return spec

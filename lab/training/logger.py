@@ -18,6 +18,7 @@ from lab.training.recorder import SeedRecorder
 
 CHECKPOINT_SECONDS = 300
 DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # these may be NaN without failing the seed
+RETURNS = ("return/", "length/")  # from the environment
 
 
 def due(step: int, every: int, num_envs: int) -> bool:
@@ -58,6 +59,9 @@ class TrainLogger:
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
+        if state is None and checkpoint.exist(self.job.checkpoints):
+            raise UserError(f"no checkpoint in {self.job.checkpoints} can be read, so this run "
+                            "cannot continue; its metrics are kept: start a new run")
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
         if step < self.job.steps:  # else the run is complete
@@ -87,14 +91,14 @@ class TrainLogger:
                                 f"{now.get(name)}: restore the setting, or start a new run")
 
     def _settings(self) -> dict[str, str]:
-        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward",
-                  "env_kwargs")
+        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward", "env_kwargs")
         return {name: repr(value) for name, value in (
             self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """Call after every environment step."""
         job, end = self.job, step >= self.job.steps
+        self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
         evaluating = end or due(step, job.eval_every, job.num_envs)
@@ -121,6 +125,7 @@ class TrainLogger:
             self.logged_updates = self.accelerate.gradient_steps
         if evaluating:
             self.last_eval = evaluate(agent, self.evaluation, step)
+            self.fail_broken(step, self.evaluation, " in evaluation")
         self.measure_plasticity(agent)
         columns = {}
         if self.metrics:  # the host waits for the device here and in finished()
@@ -128,6 +133,7 @@ class TrainLogger:
             columns = dict(zip(self.metrics, values, strict=True))
             self.metrics = {}  # do not repeat them in rows before the next update
         rows, finished = {}, self.training.finished()
+        self.fail_broken(step, self.training)
         for index, seed in enumerate(self.job.seeds):
             row = {tag: values[index] for tag, values in columns.items()}
             if finished[index].episodes:
@@ -139,10 +145,9 @@ class TrainLogger:
             row = {tag: value for tag, value in row.items() if tag not in broken}
             broken = [tag for tag in broken if not tag.startswith(DIAGNOSTICS)
                       or tag.endswith("weight_magnitude")]
-            if broken and index not in self.failed:
-                self.failed.add(index)
-                self.emit({"failed_seed": seed, "step": step,
-                           "reason": f"{broken[0]} is not finite"})
+            if broken:
+                whose = "the environment's" if broken[0].startswith(RETURNS) else "the agent's"
+                self.fail(index, step, f"{whose} {broken[0]} is not finite")
             if index not in self.failed:
                 rows[seed] = row
                 if self.recorders:
@@ -151,6 +156,16 @@ class TrainLogger:
         self.notes = {}
         self.last_emit = time.perf_counter()
         self.clock += self.last_emit - now  # speed leaves out evaluation
+
+    def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
+        for index, value in envs.broken.items():
+            self.fail(index, step, f"the environment returned {value}{where} at step {step}")
+
+    def fail(self, index: int, step: int, reason: str) -> None:
+        """Leave the seed out from here on."""
+        if index not in self.failed:
+            self.failed.add(index)
+            self.emit({"failed_seed": self.job.seeds[index], "step": step, "reason": reason})
 
     def measure_plasticity(self, agent: Any) -> None:
         """Plasticity metrics of the last batch, once per update. A resumed agent has no batch

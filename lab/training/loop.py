@@ -1,6 +1,8 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
+import os
 import signal
 from typing import Any
 
@@ -13,6 +15,9 @@ from lab.training.logger import TrainLogger
 
 def train(job: Job, emit: Emit) -> None:
     """Train to the end, resuming from the last checkpoint if there is one. `emit` gets progress."""
+    # absolute: an environment may change the working directory
+    job = dataclasses.replace(job, agent_path=os.path.abspath(job.agent_path),
+                              run=job.run and os.path.abspath(job.run))
     accelerate = Accelerator(job.compile, job.precision, job.device)
     training = make_training(job)
     with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:

@@ -136,7 +136,8 @@ def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure
     reason begins with file and line of the agent if the exception went through its code."""
     prepare_process(job.threads)
     try:
-        work(job, emit)
+        with contextlib.chdir(os.curdir):  # back to it: an environment may change it
+            work(job, emit)
     except UserError as error:
         if isinstance(error, CodeError) and error.__cause__:
             traceback.print_exception(error.__cause__)

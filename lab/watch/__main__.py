@@ -134,8 +134,9 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
     out = None if options.window else options.out or group.folder / "watch.gif"
     seconds = options.max_seconds or (None if options.window else 5.0)
     output = film.open_output(out)
-    made = make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs)
-    with contextlib.closing(made) as view:
+    with (contextlib.chdir(os.curdir),  # back to it: an environment may change it
+          contextlib.closing(make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs)
+                             ) as view):
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
                  trained, config)
@@ -225,11 +226,11 @@ class PolicyStack:
         zeros, and their actions are discarded."""
         actions = []
         sizes = [len(part.wanted) for part in self.parts]
-        for part, own in zip(self.parts, obs.split(sizes), strict=True):
+        for part, part_obs in zip(self.parts, obs.split(sizes), strict=True):
             indices = [part.members.index(seed) for seed in part.wanted]
-            whole = obs.new_zeros(len(part.members), *obs.shape[1:])
-            whole[indices] = own
-            actions.append(part.agent.act(whole, explore=explore)[indices])
+            padded = obs.new_zeros(len(part.members), *obs.shape[1:])
+            padded[indices] = part_obs
+            actions.append(part.agent.act(padded, explore=explore)[indices])
         return torch.cat(actions)
 
     def describe(self, steps: int) -> str:
@@ -253,7 +254,8 @@ def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequenc
     if is_torch(env_id):
         return FilmedTorch(config)
     camera.check(env_id, env_kwargs)
-    return Filmed(config)
+    with contextlib.chdir(os.curdir):
+        return Filmed(config)
 
 
 class Filmed(SyncEnvs):

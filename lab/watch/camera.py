@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import gymnasium
 import numpy as np
 
+from lab.envs.check import describe
 from lab.envs.spec import make_one
-from lab.errors import UserError
+from lab.errors import CodeError, UserError, one_line
 
 GL = ("egl", "osmesa", "glfw")  # MuJoCo's backends, in the order tried; glfw needs a display
 FPS = 30.0  # if the environment has no render_fps
@@ -30,23 +31,46 @@ class Camera(gymnasium.Wrapper):
 
     def frame(self) -> np.ndarray:
         """(height, width, 3) uint8."""
-        frame: Any = self.render()
-        if np.ndim(frame) != 3 or np.shape(frame)[2] != 3:
+        rendered = self.render()
+        frame = as_picture(rendered)
+        if frame is None:
             raise UserError(f"{self.spec and self.spec.id} must render an array (height, width, "
-                            f"3), not {type(frame).__name__}")
-        return np.asarray(frame, np.uint8)
+                            f"3), not {describe(rendered)}")
+        return frame
 
     @property
     def fps(self) -> float:
         return float(self.metadata.get("render_fps") or FPS)
 
 
+def as_picture(frame: Any) -> np.ndarray | None:
+    """(height, width, 3) uint8, also from grey or RGBA pixels and from floats in [0, 1]; None if it
+    is no picture."""
+    try:
+        pixels = np.asarray(frame)
+    except ValueError:  # ragged
+        return None
+    if pixels.dtype.kind not in "biuf" or pixels.size == 0:
+        return None
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
+        return None
+    if pixels.dtype.kind in "bf" and pixels.max() <= 1:
+        pixels = 255.0 * pixels
+    if pixels.dtype != np.uint8:
+        pixels = np.nan_to_num(pixels).clip(0, 255).round().astype(np.uint8)
+    return np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3))
+
+
 def make(env_id: str, env_kwargs: Sequence[str] = ()) -> Camera:
     """UserError if the environment has no render mode "rgb_array"."""
     try:
         env = make_one(env_id, env_kwargs, render_mode="rgb_array")
-    except TypeError as error:  # its constructor takes no render_mode
-        raise UserError(f"{env_id} cannot be rendered: {error}") from error
+    except CodeError as error:
+        if isinstance(error.__cause__, TypeError):  # its constructor takes no render_mode
+            raise UserError(f"{env_id} cannot be rendered: {error.__cause__}") from error
+        raise
     if "rgb_array" not in env.metadata.get("render_modes", ()):
         raise UserError(f'{env_id} cannot be rendered: it has no render mode "rgb_array"')
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
@@ -77,7 +101,9 @@ def check(env_id: str, env_kwargs: Sequence[str] = ()) -> None:
     Renders in subprocesses, because a broken GL library may kill its process, and because MuJoCo
     reads MUJOCO_GL only once, at import.
     """
-    code = "import sys; from lab.watch import camera; camera.dry_run(*sys.argv[1:])"
+    # the reason goes to the stdout of the subprocess, what the environment prints to stderr
+    code = ("import os, sys; out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1); "
+            "from lab.watch import camera; camera.dry_run(sys.argv[1], sys.argv[2:], out)")
     reasons = {}
     for gl in [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else GL:
         done = subprocess.run([sys.executable, "-c", code, env_id, *env_kwargs], text=True,
@@ -93,16 +119,14 @@ def check(env_id: str, env_kwargs: Sequence[str] = ()) -> None:
                     "(apt install libegl1) or OSMesa (apt install libosmesa6)")
 
 
-def dry_run(env_id: str, *env_kwargs: str) -> None:
-    """Render one frame. On failure prints the reason in one line; exit code 2 for a UserError, else
-    1."""
+def dry_run(env_id: str, env_kwargs: Sequence[str], out: TextIO) -> None:
+    """Render one frame. On failure writes the reason in one line to `out`; exit code 2 for a
+    UserError, else 1."""
     try:
         env = make(env_id, env_kwargs)
         env.reset()
         env.frame()
         env.close()
     except Exception as error:
-        reason = " ".join(str(error).split())
-        refused = isinstance(error, UserError)
-        print(reason if refused else f"{type(error).__name__}: {reason}")
-        sys.exit(2 if refused else 1)
+        print(one_line(error), file=out, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
