@@ -1,6 +1,7 @@
 """Gymnasium environments stepped through arrays, in the main process or in a worker. No torch:
 workers that do not import it start fast and stay small."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,9 +112,11 @@ class EnvShard:
 
 
 def make_shards(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
-                arrays: Sequence[np.ndarray]) -> list[EnvShard]:
+                arrays: Sequence[np.ndarray], env_kwargs: Sequence[str]) -> list[EnvShard]:
     """One shard per group, from its (seed, n) keys and the first of their rows in the arrays."""
-    return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays))
+    make = functools.partial(make_one, env_kwargs=env_kwargs)
+    return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays),
+                     make=make)
             for env_keys, start in groups]
 
 
