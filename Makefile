@@ -1,4 +1,4 @@
-# make learn   set up and train 4 seeds of SAC on Pendulum-v1     make test   every quick check
+# make learn   create .venv, train 4 seeds of SAC on Pendulum-v1     make test   ruff, mypy, quick tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,11 +23,11 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Goes on where it stopped; all of it takes days.
+# Takes days; resumes where it stopped.
 results: $(VENV)/installed
 	$(BIN)/python bench/learning.py
 
-# The peers live in an environment of their own: they are never needed to train.
+# The libraries that we compare with have their own virtual environment; training never needs them.
 .bench-venv/installed: bench/requirements.txt bench/constraints.txt
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install -q -r bench/requirements.txt -c bench/constraints.txt

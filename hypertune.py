@@ -3,13 +3,13 @@
     python hypertune.py                                     two settings of SAC on Pendulum-v1
     python hypertune.py agents/crossq.py --env BipedalWalker-v3 --steps 100_000 --trials 40 \\
         --seeds 3 --space qf_lr=log:1e-4:3e-3 batch_size=int:64:512 policy_delay=cat:1,2,3 \\
-        gamma=0.95:0.999 --name study                       again, after a stop: it goes on
-    python hypertune.py agents/ppo.py --help                every flag, the agent's own among them
+        gamma=0.95:0.999 --name study                       run it again to resume
+    python hypertune.py agents/ppo.py --help                all flags, with the agent's own
 """
 
 import sys
 
-if __name__ == "__main__":  # a trial's process imports this file as well, and needs no surrogate
+if __name__ == "__main__":  # trial processes import this file too, but no surrogate
     from lab.options import Tune
     from lab.train import run
     from lab.tuning.run import tune

@@ -1,10 +1,10 @@
-"""How long a checkpoint stops training, with replays of a million transitions.
+"""How long a checkpoint interrupts training, with replay buffers of a million transitions.
 
     python bench/checkpoints.py
 
-8 seeds of SAC on HalfCheetah-v5, whose replays are full. A checkpoint is written every five
-minutes; between two of them as many transitions are new as 400 seed-steps/s make, more than the SAC
-of bench/speed.py.
+8 seeds of SAC on HalfCheetah-v5 with full replay buffers. Training writes a checkpoint every five
+minutes, so between two of them this adds the transitions of five minutes at 400 seed-steps/s, more
+than SAC reaches in bench/speed.py.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def main() -> None:
             start = number * new
             agent.replay.rows[:, start : start + new] = torch.randn(
                 SEEDS, new, agent.replay.rows.shape[2])
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             checkpoint.save(Path(folder), number, {"agent": agent.state_dict()})
-            pauses.append(time.perf_counter() - begun)
+            pauses.append(time.perf_counter() - start_time)
             print(f"checkpoint {number}: {pauses[-1]:.1f} s", flush=True)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         checkpoint.load_latest(Path(folder))
-        loading = time.perf_counter() - begun
+        loading = time.perf_counter() - start_time
     share = max(pauses[1:]) / CHECKPOINT_SECONDS
     result = {
         "command": "python bench/checkpoints.py", "seeds": SEEDS, "versions": versions(),
@@ -57,7 +57,7 @@ def main() -> None:
         "seconds": [round(pause, 2) for pause in pauses], "loading_seconds": round(loading, 2),
         "share_of_five_minutes": round(share, 4)}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{share:.1%} of five minutes, the first and whole one {pauses[0]:.1f} s; loading "
+    print(f"{share:.1%} of five minutes; the first, full checkpoint {pauses[0]:.1f} s; loading "
           f"{loading:.1f} s; written: {options.out}")
 
 

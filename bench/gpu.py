@@ -1,13 +1,18 @@
-"""What a GPU gives, measured in the order of value; each result is written as it comes.
+"""GPU benchmarks, the most important first. Results are written as soon as they are measured.
 
-    python bench/gpu.py --minutes 9 --out DIR              on a GPU: DIR/gpu.json and DIR/gpu.md
-    python bench/gpu.py --device cpu --minutes 1           small and eager, to see that it runs
+    python bench/gpu.py --minutes 9 --out DIR              writes DIR/gpu.json and DIR/gpu.md
+    python bench/gpu.py --device cpu --minutes 1           a smoke test: small and eager
     python bench/gpu.py --minutes 4 --out DIR --only sac envs
 
-Sections: tests, the CUDA tests; sac, updates/s of stacked SAC beside one seed without this lab;
-envs, environments in torch, PPO on them, and rl8's PPO on the same Pendulum; learning, 32 seeds on
-HalfCheetah-v4; quadrotor, PPO on torch/Quadrotor-v0. A section that ends early leaves its minutes
-to the next ones. What fails leaves its error, and the rest runs on.
+Sections:
+tests       the CUDA tests
+sac         updates/s of stacked SAC, against one seed without this lab
+envs        environments in torch, PPO on them, and rl8's PPO on the same Pendulum
+learning    32 seeds on HalfCheetah-v4
+quadrotor   PPO on torch/Quadrotor-v0
+
+Time that a section does not use goes to the later ones. An error is recorded in the results and
+does not stop the other measurements.
 """
 
 import argparse
@@ -37,19 +42,19 @@ from lab.training.recorder import read_metrics, versions  # noqa: E402
 SHARES = {"tests": 0.2, "sac": 0.28, "envs": 0.18, "learning": 0.2, "quadrotor": 0.1,
           "leanrl": 0.04}
 MOST_REPEATS = 5
-LAST_BUILD = 0.6  # of a section's time: later it only repeats
-GRACE = 20.0  # seconds that a program has to end, and a section past its time
+LAST_BUILD = 0.6  # share of a section's time, after which nothing new is built
+GRACE = 20.0  # seconds that a section may exceed its time; a program gets half to stop
 
 
 class OutOfTime(BaseException):
-    """A section is past its hard limit; a BaseException, so that a compiler does not catch it."""
+    """A section exceeded its hard limit. A BaseException, so that a compiler does not catch it."""
 
 
 class Results:
-    """By name: the unit, the repeats, facts, an error; the files are written at each change."""
+    """Entries by name: unit, repeats, facts, error. Every change rewrites the files."""
 
     def __init__(self, out: Path, device: str, minutes: float, missing: list[str]):
-        self.out, self.begun, self.entries = out, time.monotonic(), {}
+        self.out, self.start_time, self.entries = out, time.monotonic(), {}
         self.head = {
             "command": " ".join(["python", "bench/gpu.py", *sys.argv[1:]]), "minutes": minutes,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -57,7 +62,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self.begun:6.1f} s  {text}", flush=True)
+        print(f"{time.monotonic() - self.start_time:6.1f} s  {text}", flush=True)
 
     def add(self, name: str, unit: str = "", repeat: float | None = None, **facts: Any) -> None:
         entry = self.entries.setdefault(name, {"unit": unit, "repeats": []})
@@ -65,9 +70,9 @@ class Results:
             entry["repeats"].append(float(f"{repeat:.5g}"))
         entry |= facts
         self.say(f"{name}: " + (f"{repeat:,.0f} {unit}" if repeat is not None else str(facts)))
-        whole = {**self.head, "seconds": round(time.monotonic() - self.begun, 1),
+        content = {**self.head, "seconds": round(time.monotonic() - self.start_time, 1),
                  "results": self.entries}
-        replace(self.out / "gpu.json", json.dumps(whole, indent=1) + "\n")
+        replace(self.out / "gpu.json", json.dumps(content, indent=1) + "\n")
         replace(self.out / "gpu.md", table(self.entries))
 
     @contextlib.contextmanager
@@ -80,7 +85,7 @@ class Results:
 
 
 def replace(path: Path, text: str) -> None:
-    """At once: a cut leaves the file before or the file after."""
+    """Write atomically."""
     part = path.with_suffix(".part")
     part.write_text(text)
     part.replace(path)
@@ -106,24 +111,24 @@ def wait(device: str) -> None:
 
 
 def rate(side: Side, device: str, seconds: float) -> tuple[float, float]:
-    """-> what it does in a second, and the share of the time in which the host was busy: near 1,
-    launching bounds it, and not the device."""
-    count, issued, begun = 0, 0.0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+    """-> units per second, and the share of time in which the host was busy. A share near 1 means
+    that kernel launches are the bottleneck, not the device."""
+    count, issued, start_time = 0, 0.0, time.perf_counter()
+    while time.perf_counter() - start_time < seconds:
         start = time.perf_counter()
         for _ in range(side.chunk):
             side.step()
         issued += time.perf_counter() - start
         wait(device)
         count += side.chunk
-    spent = time.perf_counter() - begun
+    spent = time.perf_counter() - start_time
     return count * side.unit / spent, issued / spent
 
 
 def in_turn(results: Results, sides: dict[str, Callable[[], Side]], unit: str, device: str,
             seconds: float, end: float) -> None:
-    """Build and measure each; then measure all of them in rounds, so that peers share the state of
-    the machine."""
+    """Build and measure each side; then repeat in rounds over all sides, so that drift of the
+    machine affects them equally."""
     built: dict[str, Side] = {}
     last_build = time.monotonic() + LAST_BUILD * (end - time.monotonic())
 
@@ -136,16 +141,16 @@ def in_turn(results: Results, sides: dict[str, Callable[[], Side]], unit: str, d
 
     for name, build in sides.items():
         if time.monotonic() > last_build:
-            results.add(name, unit, error="not begun: no time left")
+            results.add(name, unit, error="not started: no time left")
             continue
         with results.errors_of(name):
-            before, begun = allocated(), time.monotonic()
+            before, start_time = allocated(), time.monotonic()
             side = build()
             for _ in range(side.warm):
                 side.step()
             wait(device)
             built[name] = side
-            facts = {"build_s": round(time.monotonic() - begun, 1)}
+            facts = {"build_s": round(time.monotonic() - start_time, 1)}
             if device == "cuda":
                 facts["memory_GB"] = round(
                     (torch.cuda.max_memory_allocated() - before) / 1e9, 3)
@@ -159,7 +164,7 @@ def in_turn(results: Results, sides: dict[str, Callable[[], Side]], unit: str, d
 
 
 def allocated() -> int:
-    """Bytes on the GPU; and the peak begins anew."""
+    """Bytes allocated on the GPU. Also resets the peak."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -181,8 +186,8 @@ def sac_section(results: Results, device: str, end: float) -> None:
 
 
 def leanrl_section(results: Results, device: str, end: float) -> None:
-    """Last: on an H100 with torch 2.11 recording its graph failed, and after that no other graph
-    could be recorded in the process."""
+    """Runs last: on an H100 with torch 2.11, capturing LeanRL's CUDA graph failed, and afterwards
+    the process could not capture any other graph."""
     cuda = device == "cuda"
     in_turn(results, {"SAC, plain loop, beside LeanRL's way": lambda: one_seed(device, False, cuda),
                       "SAC, LeanRL's way": lambda: one_seed(device, True, cuda)},
@@ -209,35 +214,35 @@ def envs_section(results: Results, device: str, end: float) -> None:
     in_turn(results, sides, "steps/s", device, seconds, end)
 
 
-# Programs of their own: the tests, and training
+# Sections that run subprocesses: tests and training
 
 
 class Program:
-    """A command that gets SIGINT at its time, and is killed with its children if it stays."""
+    """A subprocess with a time limit: SIGINT, then SIGKILL for its process group."""
 
     def __init__(self, command: list[str], log: Path):
-        self.command, self.log, self.begun = command, log, time.monotonic()
+        self.command, self.log, self.start_time = command, log, time.monotonic()
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
-    def end(self, moment: float, patience: float = GRACE / 2) -> dict[str, Any]:
-        """Wait for it until then, and for `patience` seconds after SIGINT -> how it ended."""
+    def end(self, deadline: float, grace: float = GRACE / 2) -> dict[str, Any]:
+        """Wait until `deadline`, then `grace` seconds after SIGINT -> how it ended."""
         try:
-            self.process.wait(max(0.1, moment - time.monotonic()))
+            self.process.wait(max(0.1, deadline - time.monotonic()))
             how = f"exit code {self.process.returncode}"
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGINT)
             how = "stopped at its time"
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+                self.process.wait(grace)
         self.kill()
         return {"command": " ".join(self.command), "end": how,
-                "seconds": round(time.monotonic() - self.begun, 1)}
+                "seconds": round(time.monotonic() - self.start_time, 1)}
 
     def kill(self) -> None:
-        """It and all that it began."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -260,7 +265,7 @@ def tests_section(results: Results, device: str, end: float) -> None:
 
 
 def train(results: Results, device: str, end: float, runs: dict[str, list[str]]) -> None:
-    """Side by side, until then: mean evaluation returns over the seeds, and training steps/s."""
+    """Train the runs in parallel until `end`; add mean evaluation returns and training steps/s."""
     on_gpu = ["--cuda", "--compile", "--precision", "bf16"] if device == "cuda" else []
     last = end - min(5.0, 0.1 * (end - time.monotonic()))
     programs: dict[str, Program] = {}
@@ -272,22 +277,22 @@ def train(results: Results, device: str, end: float, runs: dict[str, list[str]])
                  "--checkpoint-every", "0"], results.out / f"{slug}.log")
             stack.callback(programs[name].kill)
         for name, program in programs.items():
-            facts = program.end(last, 2.0)  # its rows are on disk; nobody needs its checkpoint
+            facts = program.end(last, 2.0)  # metrics are on disk; the checkpoint is not needed
             facts["command"] = facts["command"].replace(folder, "RUNS")
             slug = name.split(",")[0].lower()
             results.add(name, "steps/s", **facts | read_run(Path(folder), slug))
 
 
 def read_run(folder: Path, slug: str) -> dict[str, Any]:
-    """The curve [step of one seed, seconds, mean return, seeds], and steps/s of all seeds."""
+    """-> the curve, rows of [steps per seed, seconds, mean return, seeds], and steps/s in all."""
     seeds = [read_metrics(path) for path in folder.glob(f"{slug}-*/*/*/seed_*/metrics.jsonl")]
     rows = [row for seed in seeds for row in seed]
     if not rows:
         return {"error": "no row of metrics"}
-    begun, curve = min(row["wall_time"] for row in rows), []
+    start_time, curve = min(row["wall_time"] for row in rows), []
     for step in sorted({row["step"] for row in rows if "return/eval" in row}):
         of_step = [row for row in rows if row["step"] == step and "return/eval" in row]
-        curve.append([step, round(max(row["wall_time"] for row in of_step) - begun, 1),
+        curve.append([step, round(max(row["wall_time"] for row in of_step) - start_time, 1),
                       round(statistics.fmean(row["return/eval"] for row in of_step), 2),
                       len(of_step)])
     speeds = [row["perf/steps_per_s"] for row in seeds[0] if row.get("perf/updates_per_s")]
@@ -296,7 +301,7 @@ def read_run(folder: Path, slug: str) -> dict[str, Any]:
 
 
 def learning_section(results: Results, device: str, end: float) -> None:
-    """Each agent's 32 seeds are one stack; half of the cores step each one's environments."""
+    """A stack of 32 seeds per agent; each agent's environments get half of the cores."""
     cores = len(os.sched_getaffinity(0))
     size = ["--seeds", "32", "--steps", "100_000", "--eval-every", "5_000", "--log-every", "1_000"]
     if device == "cpu":
@@ -327,7 +332,7 @@ SECTIONS = {"tests": tests_section, "sac": sac_section, "envs": envs_section,
 
 
 def table(entries: dict[str, Any]) -> str:
-    """Of all results, and the ratios that were aimed for."""
+    """Markdown of all results and the ratios of interest."""
     medians = {name: statistics.median(entry["repeats"])
                for name, entry in entries.items() if entry["repeats"]}
     lines = ["| measurement | median | lowest to highest | repeats | remarks |",
@@ -353,12 +358,13 @@ def table(entries: dict[str, Any]) -> str:
 
 
 def instances(name: str) -> int | None:
-    """Of a name that ends in "8 x 4096"."""
+    """Number of environments of a name that ends in "8 x 4096"."""
     first, cross, second = name.split(", ")[-1].partition(" x ")
     return int(first) * int(second) if cross else None
 
 
 def missing(device: str) -> list[str]:
+    """Packages and versions of the tested GPU setup that are not installed here."""
     found = []
     if sys.version_info[:2] != (3, 12):
         found.append("Python 3.12 (this is {}.{})".format(*sys.version_info[:2]))
@@ -374,20 +380,20 @@ def missing(device: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget of all sections")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; --device cpu shows that it runs")
+        parser.error("torch sees no CUDA device here; --device cpu is a smoke test")
     torch.set_num_threads(1)
-    # each size is compiled for itself, however many there are
+    # compile each size separately, and allow for many sizes
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
-    lacks = missing(options.device)
-    results = Results(options.out, options.device, options.minutes, lacks)
-    results.say("missing: " + (", ".join(lacks) or "nothing"))
-    last = results.begun + 60 * options.minutes
+    absent = missing(options.device)
+    results = Results(options.out, options.device, options.minutes, absent)
+    results.say("missing: " + (", ".join(absent) or "nothing"))
+    last = results.start_time + 60 * options.minutes
     sections = [name for name in SECTIONS if name in options.only]
     for place, name in enumerate(sections):
         share = SHARES[name] / sum(SHARES[later] for later in sections[place:])
@@ -397,7 +403,7 @@ def main() -> None:
             with results.errors_of(name), hard_limit(seconds + GRACE):
                 SECTIONS[name](results, options.device, time.monotonic() + seconds)
         except OutOfTime:
-            results.add(name, error="cut: past its hard limit")
+            results.add(name, error="stopped: exceeded its hard limit")
         torch._dynamo.reset()
         if options.device == "cuda":
             torch.cuda.empty_cache()

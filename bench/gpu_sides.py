@@ -1,8 +1,9 @@
-"""What bench/gpu.py measures in its own process: SAC, environments in torch, PPO, and their peers.
+"""The sides that bench/gpu.py measures in-process: SAC, environments in torch, PPO, and peers.
 
-One seed without this lab: "plain" as one writes it, eager; "LeanRL's way" with torch.compile and
-CUDA graphs. Both are nn.Linear, two critics one after the other, a replay in device memory. A step
-of every SAC acts, stores, samples and updates; it steps no environment.
+Two baselines train one seed of SAC without this lab: "plain loop" is an ordinary eager
+implementation, "LeanRL's way" adds torch.compile and CUDA graphs. Both use nn.Linear, two separate
+critics and a replay buffer in device memory. A step of any SAC side acts, stores, samples and
+updates; it steps no environment.
 """
 
 import importlib.util
@@ -26,12 +27,12 @@ from lab.envs.spec import EnvSpec  # noqa: E402
 from lab.envs.torch_tasks import ENVS  # noqa: E402
 
 SPEC = EnvSpec("HalfCheetah-v4", 17, 6, 6 * (-1.0,), 6 * (1.0,), 1000)
-REPLAY = 100_000  # transitions a seed
+REPLAY = 100_000  # transitions per seed
 
 
 class Side(NamedTuple):
-    """One thing to measure: a call of step() counts `unit`; the device is waited for once a chunk,
-    and `warm` calls come before, which compile and record."""
+    """One side of a comparison. A call of step() counts as `unit` updates or steps. Synchronises
+    once per `chunk` calls. The first `warm` calls compile and record, and are not timed."""
 
     step: Callable[[], Any]
     unit: float
@@ -41,7 +42,7 @@ class Side(NamedTuple):
 
 
 def accelerator(kind: str, device: str) -> Callable[..., Any]:
-    """On a CPU all are eager: the compiler would take the minutes that it has."""
+    """On a CPU all kinds run eagerly: compiling would use up the time of a smoke test."""
     if kind == "compiled" and device == "cuda":
         return torch.compile
     compiled = kind in ("graphs", "bf16") and device == "cuda"
@@ -66,7 +67,7 @@ def mlp(fan_in: int, fan_out: int) -> nn.Sequential:
 
 
 def one_seed(device: str, lean: bool, compiled: bool) -> Side:
-    """SAC without this lab: plain, or with what LeanRL does to its updates if they are compiled."""
+    """SAC of one seed without this lab: plain, or `lean`, with LeanRL's optimisations."""
     actor = mlp(17, 12).to(device)
     critics, targets = ([mlp(23, 1).to(device) for _ in range(2)] for _ in range(2))
     alpha = torch.zeros(1, device=device, requires_grad=True)
@@ -144,8 +145,8 @@ def one_seed(device: str, lean: bool, compiled: bool) -> Side:
 
 
 def stepping(name: str, seeds: int, num_envs: int, device: str) -> Side:
-    """An environment alone, its actions drawn beforehand. Bytes: each input is copied, which reads
-    and writes, and read; each output is written and copied."""
+    """An environment without an agent; actions are drawn beforehand. Bytes moved: inputs are copied
+    (read and write) and read; outputs are written and copied (read and write)."""
     stack = make_envs(f"torch/{name}", range(seeds), num_envs, device=device,
                       compile=device == "cuda")
     stack.reset()
@@ -159,7 +160,7 @@ def stepping(name: str, seeds: int, num_envs: int, device: str) -> Side:
 
 
 def ppo(kind: str, seeds: int, num_envs: int, device: str) -> Side:
-    """PPO on Pendulum with its updates: rollouts of 32 steps, 8 minibatches, one pass."""
+    """PPO on Pendulum, updates included: rollouts of 32 steps, 8 minibatches, one epoch."""
     stack = make_envs("torch/Pendulum-v1", range(seeds), num_envs, device=device,
                       compile=device == "cuda")
     config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
@@ -179,8 +180,8 @@ def ppo(kind: str, seeds: int, num_envs: int, device: str) -> Side:
 
 
 def rl8(num_envs: int, device: str) -> Side:
-    """rl8's PPO, one seed, on the same Pendulum, set as `ppo` above; fp32, its default."""
-    # only its trainers, not used here, log to mlflow
+    """rl8's PPO with one seed on the same Pendulum; settings of `ppo` above, fp32 as by default."""
+    # rl8 imports mlflow, but only its trainers, unused here, need it
     if "mlflow" not in sys.modules and importlib.util.find_spec("mlflow") is None:
         pyfunc = types.ModuleType("mlflow.pyfunc")
         pyfunc.PythonModel = pyfunc.PythonModelContext = object

@@ -1,12 +1,13 @@
-"""Learning results: run the experiments below and keep what they reached in bench/results/.
+"""Learning results: run the experiments below and store their results in bench/results/.
 
-    python bench/learning.py                       those without a result, one after another
-    python bench/learning.py sac-pendulum          one, whether it has a result or not
-    python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   keep that run
+    python bench/learning.py                       all experiments without a result
+    python bench/learning.py sac-pendulum          one experiment, even if it has a result
+    python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   store that run
 
-A run that was interrupted goes on, and `--run` keeps it as far as it got. Each leaves its config,
-versions and picture, and every evaluation of every seed in scores.csv, from which learning.md,
-summary.md, bf16.md and curves.png are made. `python bench/readme.py` puts the tables into the docs.
+An interrupted run is resumed. `--run` stores a run as far as it got, without training. Stored are
+config, versions, learning curves, and every evaluation of every seed in scores.csv. From
+scores.csv, learning.md, summary.md, bf16.md and curves.png are made. `python bench/readme.py` puts
+the tables into the docs.
 """
 
 import argparse
@@ -37,8 +38,8 @@ MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
 HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width {} "
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
-# name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and what others
-# have published at the same number of steps
+# name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
+# returns at the same number of steps
 EXPERIMENTS = {
     "sac-halfcheetah": (f"agents/sac.py {CHEETAH}", "6156 (SimbaV2's curves)"),
     "sac-halfcheetah-bf16": (f"agents/sac.py {CHEETAH} --precision bf16", "6156"),
@@ -96,15 +97,15 @@ EXPERIMENTS = {
         "--gae-lambda 0.98 --num-steps 4096 --num-minibatches 64 --ent-coef 0.01",
         "200 counts as solved"),
 }
-# the same seeds in fp32 and, name + "-bf16", in bf16
+# experiments that ran with the same seeds in fp32 and in bf16 (name + "-bf16")
 PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
-# README.md's table: every agent, and the results that fall short as well
+# README.md's table: every agent, with the results that miss their targets
 SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
            "ppo-walker2d", "droq-hopper", "ppo-biped", "cem-lunarlander")
 
 
 def train(name: str) -> Path:
-    """A new run, or the last one if it did not end -> its folder."""
+    """Start a run, or resume the last one if it is unfinished -> its folder."""
     def runs() -> list[Path]:
         return sorted(path.parent for path in ROOT.glob(f"runs/{name}-*/config.json")
                       if json.loads(path.read_text())["name"] == name)
@@ -117,17 +118,17 @@ def train(name: str) -> Path:
 
 
 def kind(name: str) -> type[Options]:
-    """The options of the script that runs it."""
+    """The options class of the script that runs the experiment."""
     return Vectorised if "--num-envs" in EXPERIMENTS[name][0] else Simple
 
 
 def settings(name: str) -> tuple[Options, dict[str, Any]]:
-    """What its command sets: the script's options and the agent's config."""
+    """The script's options and the agent's config that the command sets."""
     return parse_args(EXPERIMENTS[name][0].split(), kind(name))
 
 
 def keep(name: str, run: Path) -> None:
-    """Copy what a reader needs of a run into bench/results/<name>/."""
+    """Store a run in bench/results/<name>/ and its evaluations in scores.csv."""
     ran, (wanted, config) = json.loads((run / "config.json").read_text()), settings(name)
     options = ran["options"]
     same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
@@ -139,7 +140,7 @@ def keep(name: str, run: Path) -> None:
     (env_id,) = options["env"]
     group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
     by_seed = curves.read_curves(group, range(options["seeds"]), "return/eval")
-    if not (run / PICTURE).exists():  # it did not end: as far as all seeds got
+    if not (run / PICTURE).exists():  # unfinished: cut at the last step that all seeds reached
         last = min(max((step for step, _ in curve), default=0) for curve in by_seed.values())
         if not last:
             raise SystemExit(f"{run} has a seed without an evaluation")
@@ -168,13 +169,13 @@ def read() -> Scores:
 
 
 def last(returns: dict[tuple[int, int], float]) -> tuple[int, list[float]]:
-    """The last step, and what the seeds reached there; one that failed has no row."""
+    """The last step and the returns of the seeds there; failed seeds have no row."""
     end = max(step for _, step in returns)
     return end, [value for (_, step), value in returns.items() if step == end]
 
 
 def pairs(scores: Scores) -> str:
-    """bf16 minus fp32, seed by seed: at the end, and as the mean over all evaluations."""
+    """Table of bf16 minus fp32, paired by seed: at the end and averaged over all evaluations."""
     lines = ["| run | seeds | steps | fp32, end | bf16 - fp32, end | each seed "
              "| bf16 - fp32, mean over the run |", "|---|---|---|---|---|---|---|"]
     for name in PAIRS:
@@ -195,7 +196,7 @@ def pairs(scores: Scores) -> str:
 
 
 def table(scores: Scores) -> str:
-    """What each experiment reached at its end."""
+    """Table of the returns at the end of each experiment."""
     lines = ["| command (`python learn_simple.py ... --log`; with --num-envs learn_vectorised.py) "
              "| seeds | steps | mean | 95% t interval | IQM | each seed | published |",
              "|---|---|---|---|---|---|---|---|"]
@@ -227,8 +228,8 @@ def summary(scores: Scores) -> str:
 
 
 def draw(scores: Scores, path: Path) -> None:
-    """A panel for each environment and length: seeds thin, their mean and its 95% t interval,
-    published means as crosses. Of a pair in fp32 and in bf16 only the latter."""
+    """One panel per environment and length: thin lines for seeds, their mean with its 95% t
+    interval, crosses for published means. Of a pair in fp32 and bf16, only bf16."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -280,13 +281,14 @@ def write_tables() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
-    parser.add_argument("--run", type=Path, help="keep this run, as far as it got; no training")
+    parser.add_argument("names", nargs="*", help="default: all experiments without a result; "
+                        f"choices: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--run", type=Path, help="store this run as far as it got; no training")
     options = parser.parse_args()
     for unknown in set(options.names) - set(EXPERIMENTS):
-        parser.error(f"no experiment {unknown!r}; there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiment {unknown!r}; choose from {', '.join(EXPERIMENTS)}")
     if options.run and len(options.names) != 1:
-        parser.error("--run needs the name of its one experiment")
+        parser.error("--run needs the name of exactly one experiment")
     done = read()
     for name in options.names or [name for name in EXPERIMENTS if name not in done]:
         keep(name, options.run or train(name))

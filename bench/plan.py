@@ -1,8 +1,8 @@
-"""What lab.plan estimates, beside what the same run then takes.
+"""Accuracy of lab.plan: estimated and measured run times.
 
     python bench/plan.py
 
-Whole commands, from their start to their end, one after another, on an otherwise idle machine.
+Times whole commands, one after another. The machine should be otherwise idle.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def estimate(arguments: list[str]) -> float:
-    """Seconds."""
+    """Estimated seconds."""
     done = subprocess.run([sys.executable, "-m", "lab.plan", *arguments], cwd=ROOT, check=True,
                           capture_output=True, text=True)
     number, unit = re.search(r": about ([\d.]+) (\w+)$", done.stdout, re.MULTILINE).groups()
@@ -38,11 +38,11 @@ def estimate(arguments: list[str]) -> float:
 
 
 def measure(arguments: list[str]) -> float:
-    """Seconds."""
-    begun = time.perf_counter()
+    """Measured seconds."""
+    start_time = time.perf_counter()
     subprocess.run([sys.executable, "learn_simple.py", *arguments], cwd=ROOT, check=True,
                    capture_output=True)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_time
 
 
 def markdown(result: dict) -> str:
@@ -62,9 +62,9 @@ def main() -> None:
     from lab.training.recorder import processor
 
     rows = {}
-    for name, words in RUNS.items():
+    for name, flags in RUNS.items():
         processes = "2" if "2 processes" in name else "1"
-        arguments = [*words.split(), *ONE.split(), "--processes", processes]
+        arguments = [*flags.split(), *ONE.split(), "--processes", processes]
         rows[name] = {"estimated_s": round(estimate(arguments), 1),
                       "taken_s": round(measure(arguments), 1)}
         print(f"{name}: {rows[name]}", flush=True)

@@ -1,5 +1,5 @@
-"""The returns of uniform random actions, where normalised scores are 0: makes the rows `random` of
-lab/report/published.csv anew, one for each environment that has a reference.
+"""Returns of uniform random actions, the zero of normalised scores. Replaces the `random` rows of
+lab/report/published.csv, one per environment with a reference.
 
     python bench/random_policy.py
 """
@@ -20,7 +20,7 @@ SOURCE = f"uniform random actions, {EPISODES} episodes (bench/random_policy.py)"
 
 
 def random_return(env_id: str) -> float:
-    """The mean over EPISODES episodes."""
+    """Mean return over EPISODES episodes."""
     env = gymnasium.make(env_id)
     env.action_space.seed(0)
     total = 0.0

@@ -1,4 +1,4 @@
-"""Put the tables of bench/results/ into README.md and docs/, each between its marks.
+"""Insert the tables of bench/results/ into README.md and docs/, between their markers.
 
     python bench/readme.py
 """
@@ -12,7 +12,7 @@ MARKED = re.compile(r"<!-- (bench/results/[\w.-]+) -->\n.*?<!-- end -->", re.DOT
 
 
 def filled(text: str) -> str:
-    """The blank lines keep Markdown from reading the marks as a part of the table."""
+    """Insert the tables. Markdown needs the blank lines, or the markers join the table."""
     return MARKED.sub(lambda found: f"<!-- {found[1]} -->\n\n{(ROOT / found[1]).read_text()}\n"
                                     "<!-- end -->", text)
 

@@ -1,15 +1,15 @@
-"""Training speed beside Stable-Baselines3 and SBX: whole loops on HalfCheetah-v5, on one core.
+"""Training speed against Stable-Baselines3 and SBX: whole loops on HalfCheetah-v5, on one core.
 
     make bench        # or: python bench/speed.py --peers .bench-venv/bin/python
 
-Every measurement is a process of its own, pinned to the same core. A repeat runs all of them one
-after another, so that the drift of the machine meets every side alike, and ratios are taken within
-a repeat. Hyperparameters are equal: SAC 256x256, batch 256, one update a step, all step sizes 3e-4;
-DroQ the same with 20 updates a step, dropout 0.01 and layer norm; CrossQ with critics 1024 wide, an
-actor step every third update, step sizes 1e-3; PPO as CleanRL has it, which are SB3's defaults (the
-lab's also normalises observations and rewards, the peers' runs do not). Steps/s of the lab are
-summed over its seeds. CEM has no peer: its figure is decisions/s, a decision being one action for
-each of the seeds, with critics 256 wide and the default search, for 2 and for 6 action dimensions.
+Each measurement runs in its own process, pinned to the same core. A repeat runs all measurements
+once, so drift of the machine affects all sides equally; ratios are taken within a repeat.
+Hyperparameters are equal. SAC: 256x256, batch 256, one update per step, all learning rates 3e-4.
+DroQ: the same with 20 updates per step, dropout 0.01 and layer norm. CrossQ: critics 1024 wide, an
+actor update every third update, learning rates 1e-3. PPO: CleanRL's settings, which are SB3's
+defaults (this lab's PPO also normalises observations and rewards; the peers do not). Steps/s of the
+lab are summed over seeds. CEM has no peer: it reports decisions/s, where a decision is one action
+for every seed, with critics 256 wide and the default search, for 2 and 6 action dimensions.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "HalfCheetah-v5"
-# steps of the peers before the clock starts; steps measured, by the number of seeds
+# warm-up steps of the peers; measured steps, by number of seeds
 WARM_UP = {"sac": 300, "ppo": 4096, "crossq": 130, "droq": 115}
 MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096},
             "crossq": {1: 90, 4: 30}, "droq": {1: 50, 4: 25}}
@@ -42,7 +42,7 @@ EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "q
 
 
 def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
-    """Steps/s, summed over seeds, of the second half of training: compilation is over."""
+    """Steps/s, summed over seeds, in the second half of training, after compilation."""
     sys.path.insert(0, str(ROOT))
     from lab.training.job import Job
     from lab.training.loop import train
@@ -87,17 +87,17 @@ def measure_peer(library: str, algorithm: str) -> float:
 
     class Clock(BaseCallback):
         def _on_step(self) -> bool:
-            if self.num_timesteps == warm_up + 1:  # the update of the step before is over
-                self.begun = time.perf_counter()
+            if self.num_timesteps == warm_up + 1:  # the update of the previous step is done
+                self.start_time = time.perf_counter()
             return True
 
     clock = Clock()
     model.learn(warm_up + window, callback=clock)
-    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.begun)
+    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.start_time)
 
 
 def measure_decisions(actions: int, seeds: int, mode: str) -> float:
-    """Decisions/s of CEM while exploring: each gives one action to every seed."""
+    """Decisions/s of CEM while exploring; a decision is one action for every seed."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -113,14 +113,14 @@ def measure_decisions(actions: int, seeds: int, mode: str) -> float:
     obs = torch.randn(200, seeds, 1, 17)
     for x in obs[:20]:
         agent.act(x)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     for x in obs:
         agent.act(x)
-    return len(obs) / (time.perf_counter() - begun)
+    return len(obs) / (time.perf_counter() - start_time)
 
 
 def measure_memory() -> float:
-    """Peak MiB of a process that holds 8 seeds of SAC with 100 000 steps in their replays."""
+    """Peak MiB of a process with 8 seeds of SAC and 100 000 transitions in each replay buffer."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -135,7 +135,7 @@ def measure_memory() -> float:
     obs = training.reset()
     flags, chunk = torch.rand(8, 1000), obs.expand(8, 1000, -1)
     actions = torch.rand(8, 1000, training.spec.action_dim)
-    for _ in range(steps // 1000):  # every row is written, so that every page counts
+    for _ in range(steps // 1000):  # write every row, so that all pages are resident
         agent.observe(chunk, actions, flags, chunk, flags, flags)
     agent.critic_steps = agent.transitions - agent.learning_starts - 30
     agent.update()
@@ -144,7 +144,7 @@ def measure_memory() -> float:
 
 def run_pinned(script: str, python: str, cores: Sequence[int], environment: dict[str, str],
                *arguments: str) -> float:
-    """A script of bench/ on these cores -> the number that it prints last."""
+    """Run a script of bench/ on these cores -> the last number that it prints."""
     done = subprocess.run(
         [python, script, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
         preexec_fn=lambda: os.sched_setaffinity(0, cores), env=os.environ | environment)
@@ -161,7 +161,7 @@ def versions(python: str, packages: list[str]) -> dict[str, str]:
 
 
 def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
-    """(algorithm, side, seeds, mode). SB3 itself has no DroQ and no CrossQ."""
+    """(algorithm, side, seeds, mode). SB3 has neither DroQ nor CrossQ."""
     modes = [f"{p}-{c}" for c in ("eager", "compiled") for p in ("fp32", "bf16")]
     peers = {"sac": ("sb3", "sbx"), "ppo": ("sb3", "sbx"), "cem-2": (), "cem-6": ()}
     stacks = {"sac": "148", "ppo": "148", "cem-2": "4", "cem-6": "4"}
@@ -171,7 +171,7 @@ def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
 
 
 def summary(result: dict) -> str:
-    """The tables of docs/speed.md, from the result file alone: one per algorithm, by mode."""
+    """The tables of docs/speed.md from the result file: one per algorithm, a column per mode."""
     lines = []
     for algorithm, title in TITLES.items():
         rows: dict[str, dict[str, list[float]]] = {}  # side -> mode -> speeds
@@ -200,7 +200,7 @@ def median_ratio(values: list[float], others: list[float]) -> float:
 
 
 def shown(values: list[float], algorithm: str) -> str:
-    """Their median: steps/s, or the milliseconds of one of CEM's decisions."""
+    """The median: steps/s, or for CEM milliseconds per decision."""
     middle = statistics.median(values)
     if algorithm.startswith("cem"):
         return f"{1000 / middle:.2g} ms"
@@ -208,7 +208,7 @@ def shown(values: list[float], algorithm: str) -> str:
 
 
 def markdown(result: dict) -> str:
-    """Every case with its spread, from the result file alone."""
+    """All cases with their spread, from the result file."""
     lines = ["| algorithm | side | seeds | mode | steps/s (CEM: decisions/s), median (min to max) "
              "| x SB3 | x SBX |",
              "|---|---|---|---|---|---|---|"]
@@ -226,20 +226,20 @@ def markdown(result: dict) -> str:
 
 
 def kept_rows(options: argparse.Namespace, processor: str) -> list[dict]:
-    """Rows of the result file for the algorithms that are not measured now."""
+    """Rows of the result file for the algorithms that are not measured in this run."""
     if not options.out.exists():
         return []
     result = json.loads(options.out.read_text())
     rows = [row for row in result["rows"] if row["case"][0] not in options.algorithms]
     if rows and result["processor"] != processor:
-        raise SystemExit(f"{options.out} is of another processor, {result['processor']}: "
-                         "measure all algorithms, or write elsewhere with --out")
+        raise SystemExit(f"{options.out} was measured on another processor, {result['processor']}: "
+                         "measure all algorithms, or choose another --out")
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", help="Python of the environment with the peers")
+    parser.add_argument("--peers", help="Python of the virtual environment with SB3 and SBX")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--algorithms", nargs="+", default=[*MEASURED, "cem-2", "cem-6"])
@@ -258,14 +258,14 @@ def main() -> None:
             print(measure_peer(side, rest[0]))
         return
     if not options.peers:
-        parser.error("--peers is needed: `make bench` builds their environment")
+        parser.error("--peers is required; `make bench` creates that virtual environment")
 
     sys.path.insert(0, str(ROOT))
     from lab.training.recorder import processor
 
     kept = kept_rows(options, processor())
     rows = {case: [] for case in cases(options.algorithms)}
-    begun, total = time.monotonic(), len(rows) * options.repeats
+    start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
         for number, (algorithm, side, seeds, mode) in enumerate(rows):
             python = sys.executable if side == "lab" else options.peers
@@ -273,7 +273,7 @@ def main() -> None:
                                mode)
             rows[algorithm, side, seeds, mode].append(speed)
             done = repeat * len(rows) + number + 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
     memory = run_pinned(__file__, sys.executable, [options.core], ONE_CORE, "memory")

@@ -1,14 +1,15 @@
-"""Environment steps/s of every backend beside gymnasium's, and training steps/s beside SB3's.
+"""Environment steps/s of every backend against gymnasium, and training steps/s against SB3.
 
     make throughput        # or: python bench/throughput.py --peers .bench-venv/bin/python
 
-Every measurement is a process of its own, pinned to --cores (what is named "one core" to the first
-of them). A repeat runs all of them one after another, and ratios are taken within a repeat. Actions
-are random and drawn beforehand; episodes end and begin as they do in training. Stepping has 16
-environments, "torch" 1024 as well; training is PPO on 32 BipedalWalkers, in rollouts of 2048
-transitions of a seed and minibatches of 64, everything else SB3's defaults; steps/s are summed over
-seeds. CartPole is gymnasium's with a push to the left or right for an action below or above 0
-(envpool's: its own, discrete, is not measured).
+Each measurement runs in its own process, pinned to --cores ("one core": the first of them). A
+repeat runs all measurements once; ratios are taken within a repeat.
+
+Stepping: 16 environments, for torch also 1024. Actions are random and drawn beforehand; episodes
+end and restart as in training. CartPole is gymnasium's with a continuous action: negative pushes
+left, positive right. envpool's discrete CartPole is not measured.
+Training: PPO on 32 BipedalWalker environments, rollouts of 2048 transitions per seed, minibatches
+of 64, otherwise SB3's defaults. Steps/s are summed over seeds.
 """
 
 import argparse
@@ -55,17 +56,17 @@ if "bench/CartPole-v1" not in gymnasium.registry:
 
 
 def steps_per_second(step, count: int) -> float:
-    """step(k) makes `count` steps; the first 0.3 s are to warm up."""
+    """Of step(k), which makes `count` environment steps; warms up for 0.3 s first."""
     for seconds in (0.3, SECONDS):
-        k, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < seconds:
+        k, start_time = 0, time.perf_counter()
+        while time.perf_counter() - start_time < seconds:
             step(k)
             k += 1
-    return k * count / (time.perf_counter() - begun)
+    return k * count / (time.perf_counter() - start_time)
 
 
 def random_actions(space, *shape: int) -> np.ndarray:
-    """64 of that shape, within the bounds."""
+    """64 arrays of that shape, uniform within the bounds."""
     uniform = np.random.default_rng(0).random((64, *shape, *space.shape))
     return (space.low + uniform * (space.high - space.low)).astype(space.dtype)
 
@@ -116,7 +117,7 @@ def measure_lab(side: str, name: str) -> float:
 
 
 def measure_training(side: str) -> float:
-    """Steps/s, summed over seeds, of the second half of a run."""
+    """Steps/s, summed over seeds, in the second half of a run."""
     if side.startswith("sb3"):
         return measure_sb3()
     from lab.training.job import Job
@@ -144,16 +145,16 @@ def measure_sb3() -> float:
     model = PPO("MlpPolicy", stack, n_steps=64, device="cpu", seed=0)
 
     class Clock(BaseCallback):
-        begun = 0.0
+        start_time = 0.0
 
         def _on_step(self) -> bool:
-            if self.num_timesteps == 8_192 + 32:  # the update before is over
-                self.begun = time.perf_counter()
+            if self.num_timesteps == 8_192 + 32:  # the previous update is done
+                self.start_time = time.perf_counter()
             return True
 
     clock = Clock()
     model.learn(16_384, callback=clock)
-    speed = (model.num_timesteps - 8_192 - 32) / (time.perf_counter() - clock.begun)
+    speed = (model.num_timesteps - 8_192 - 32) / (time.perf_counter() - clock.start_time)
     stack.close()
     return speed
 
@@ -167,7 +168,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def markdown(result: dict) -> str:
-    """The tables of docs/vectorised.md, from the result file alone."""
+    """The tables of docs/vectorised.md, from the result file."""
     speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
 
     def cell(name: str, side: str, base: str) -> str:
@@ -189,7 +190,7 @@ def markdown(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", help="Python of the environment with SB3")
+    parser.add_argument("--peers", help="Python of the virtual environment with SB3")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/throughput.json")
@@ -205,9 +206,9 @@ def main() -> None:
             print(measure_gymnasium(side, ENVIRONMENTS[name]))
         return
     if not options.peers:
-        parser.error("--peers is needed: `make throughput` builds their environment")
+        parser.error("--peers is required; `make throughput` creates that virtual environment")
     rows: dict[tuple[str, str], list[float]] = {case: [] for case in cases()}
-    begun, total = time.monotonic(), len(rows) * options.repeats
+    start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
         for number, (name, side) in enumerate(rows):
             cores = options.cores[:1] if side.endswith("one core") else options.cores
@@ -215,7 +216,7 @@ def main() -> None:
             speed = run_pinned(__file__, python, cores, {"PYTHONPATH": str(ROOT)}, name, side)
             rows[name, side].append(speed)
             done = repeat * len(rows) + number + 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {name}, {side}: {speed:,.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
     from lab.training.recorder import processor

@@ -1,14 +1,14 @@
-"""The tuner beside random search, plain bayes_opt and Optuna's samplers, on noisy objectives.
+"""The tuner against random search, plain bayes_opt and Optuna's samplers, on noisy objectives.
 
-    python bench/tuning.py --peers .bench-venv/bin/python       objectives, and the time of an ask
-    python bench/tuning.py --pruning                            what pruning saves on Pendulum-v1
+    python bench/tuning.py --peers .bench-venv/bin/python       test functions, time of an ask
+    python bench/tuning.py --pruning                            savings by pruning on Pendulum-v1
 
-Each repeat is 40 evaluations of 3 seeds. A seed's return is the objective plus noise that is like
-RL's: normal with a fifth of the objective's spread over the space, and one seed in twenty collapses
-by the whole spread. Reported is the simple regret, free of noise, of the point that a method
-recommends in the end: the lab's has the highest posterior mean of the whole space, the others' the
-highest value that they saw. Everybody is told the scale of a parameter who can use it; plain
-bayes_opt knows none. The objectives are to be maximised.
+Each repeat makes 40 evaluations of 3 seeds. A seed's return is the objective plus noise as in RL:
+normal with a fifth of the objective's standard deviation over the space, and one seed in twenty
+collapses by one standard deviation. Reported is the noise-free simple regret of the point that a
+method recommends at the end: for the lab the highest posterior mean over the whole space, for the
+others the highest observed mean. Methods are told which parameters are integer or logarithmic,
+except plain bayes_opt, which is told neither. Objectives are maximised.
 """
 
 import argparse
@@ -44,12 +44,13 @@ def hartmann(**x: float) -> float:
 
 
 def valley(lr: float, batch_size: int) -> float:
-    """A learning rate: slow below its best, which grows with the batch, and a cliff above."""
+    """Like a learning rate: a gentle slope below the optimum, which grows with the batch size, and
+    a cliff above it."""
     distance = math.log10(lr / (3e-4 * (batch_size / 128) ** 0.5))
     return 100 * math.exp(-(distance / (0.4 if distance > 0 else 1.0)) ** 2)
 
 
-# name: the objective, its maximum, its standard deviation over the space, the space as --space
+# name -> objective, its maximum, its standard deviation over the space, the space as in --space
 OBJECTIVES = {
     "Branin": (branin, -0.397887, 51.3, ("x0=-5:10", "x1=0:15")),
     "Hartmann-6": (hartmann, 3.32237, 0.383, tuple(f"x{i}=0:1" for i in range(6))),
@@ -58,7 +59,7 @@ OBJECTIVES = {
 
 
 def sample(name: str, settings: dict, rng: np.random.Generator) -> list[float]:
-    """The return of each seed."""
+    """A noisy return for each seed."""
     objective, _, spread, _ = OBJECTIVES[name]
     noise = 0.2 * rng.normal(size=SEEDS) - (rng.random(SEEDS) < 0.05)
     return (objective(**settings) + spread * noise).tolist()
@@ -133,7 +134,7 @@ def run_optuna(name: str, seed: int, rng: np.random.Generator, gp: bool) -> dict
 
 
 def measure(method: str, name: str, repeat: int) -> float:
-    """The regret of one repeat; a repeat has the same noise for every method."""
+    """Simple regret in one repeat, which has the same noise for every method."""
     run = {"lab": run_lab, "random search": run_random, "plain bayes_opt": run_bayes_opt,
            "Optuna TPE": lambda *a: run_optuna(*a, gp=False),
            "Optuna GP": lambda *a: run_optuna(*a, gp=True)}[method]
@@ -143,7 +144,7 @@ def measure(method: str, name: str, repeat: int) -> float:
 
 
 def time_of_an_ask(trials: int = 100) -> list[float]:
-    """Seconds of one core, with that many recorded trials in six dimensions; five times."""
+    """CPU seconds of an ask with that many completed trials in six dimensions; five times."""
     from lab.tuning import surrogate
     from lab.tuning.trials import Trial
 
@@ -154,9 +155,9 @@ def time_of_an_ask(trials: int = 100) -> list[float]:
         recorded.append(Trial(number, settings, "completed",
                               {1: sample("Hartmann-6", settings, rng)}))
     for seed in range(5):
-        begun = time.process_time()
+        start_time = time.process_time()
         surrogate.ask(searched, recorded, seed)
-        seconds.append(time.process_time() - begun)
+        seconds.append(time.process_time() - start_time)
     return seconds
 
 
@@ -183,7 +184,7 @@ def compare(options: argparse.Namespace) -> None:
 
     regret: dict[str, list[float]] = {}
     if options.out.exists() and options.objectives != list(OBJECTIVES):
-        regret = json.loads(options.out.read_text())["regret"]  # of those not measured now
+        regret = json.loads(options.out.read_text())["regret"]  # keep the others
     for name in options.objectives:
         for method in METHODS:
             python = options.peers if method.startswith("Optuna") else sys.executable
@@ -219,7 +220,7 @@ STUDY = ("agents/sac.py --env Pendulum-v1 --steps 4_000 --trials 20 --seeds 2 --
 
 
 def study(seed: int, flag: str, extra: list[str]) -> dict:
-    """One study -> the environment steps of its trials, and the confirmed returns of its best."""
+    """Run a study -> environment steps of its trials, and confirmed returns of the best setting."""
     name = f"bench{flag}-{seed}"
     subprocess.run([sys.executable, "hypertune.py", *STUDY.split(), "--study-seed", str(seed), flag,
                     "--name", name, *extra], cwd=ROOT, check=True)
@@ -253,10 +254,11 @@ def pruning(options: argparse.Namespace, extra: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", help="Python of the environment with Optuna")
-    parser.add_argument("--repeats", type=int, help="10; with --pruning 3")
+    parser.add_argument("--peers", help="Python of the virtual environment with Optuna")
+    parser.add_argument("--repeats", type=int, help="default: 10, with --pruning 3")
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument("--pruning", action="store_true", help="further flags go to hypertune.py")
+    parser.add_argument("--pruning", action="store_true",
+                        help="studies with and without pruning; other flags go to hypertune.py")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options, extra = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""How an agent's update step runs: eager, compiled or as a CUDA graph, in fp32 or bf16."""
+"""Run an agent's update eagerly, compiled or as a CUDA graph, in fp32 or bf16."""
 
 import contextlib
 import ctypes
@@ -20,13 +20,13 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def prepare_process(threads: int = 1) -> None:
-    """Threads of torch: one, or parallel processes compete for the cores. And keep freed memory in
-    the process instead of giving it back to the system and faulting it in again at every update (8
-    seeds of SAC on one core: 3 to 7% in fp32, 2 to 17% in bf16)."""
+    """Set the number of torch threads: one by default, since parallel processes would compete for
+    cores. Make malloc keep freed memory: returning it to the system causes page faults at every
+    update (8 seeds of SAC on one core: 3 to 7% in fp32, 2 to 17% in bf16)."""
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-        with contextlib.suppress(AttributeError):  # another C library
+        with contextlib.suppress(AttributeError):  # not glibc
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(M_MMAP_THRESHOLD, 2**30)
             mallopt(M_TRIM_THRESHOLD, 2**30)
@@ -34,7 +34,7 @@ def prepare_process(threads: int = 1) -> None:
 
 
 def physical_cores() -> int:
-    """That this process may use: hyper-threads of one core count once."""
+    """Physical cores that this process may use; hyper-threads of one core count once."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = set()
@@ -47,24 +47,24 @@ def physical_cores() -> int:
 def check_device(device: str) -> None:
     """UserError if this machine has no such device."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--cuda: torch sees no CUDA device here; leave --cuda out to run on the "
-                        f"CPU (torch {torch.__version__})")
+        raise UserError("--cuda: torch sees no CUDA device here; remove --cuda to run on the CPU "
+                        f"(torch {torch.__version__})")
 
 
 def can_compile() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    """Whether the C++ compiler that torch.compile needs on a CPU is installed."""
     usual = "clang++" if sys.platform == "darwin" else "g++"
     return shutil.which(os.environ.get("CXX", usual)) is not None
 
 
 class CudaGraph:
-    """A function of tensors, recorded once for each of their shapes, then replayed by one launch.
+    """A function of tensors as a CUDA graph: recorded once per input shapes, then replayed.
 
-    It may change tensors that it holds, as an optimiser does. Results are copies: the next replay
-    writes over what the graph holds.
+    The function may update tensors in place, as an optimiser does. Results are copies, because the
+    next replay overwrites the outputs of the graph.
     """
 
-    WARM_UP = 3  # calls before recording: compilation, the optimiser's state, libraries
+    WARM_UP = 3  # calls before recording: compile, allocate optimiser state, load libraries
 
     def __init__(self, fn: Callable[..., Any]):
         self.fn = fn
@@ -75,8 +75,8 @@ class CudaGraph:
     def __call__(self, *tensors: torch.Tensor) -> Any:
         shapes = tuple(x.shape for x in tensors)
         if shapes not in self.inputs:
-            # Warm-up reads the tensors that the recording reads: compilation guards on strides,
-            # storage offsets and aliasing, and cannot compile anew while a graph is recorded.
+            # Warm up on the tensors that the recording will read: torch.compile guards on strides,
+            # storage offsets and aliasing, and must not recompile during the recording.
             self.inputs[shapes] = [x.clone(memory_format=torch.contiguous_format) for x in tensors]
         inputs = self.inputs[shapes]
         torch._foreach_copy_(inputs, list(tensors))
@@ -90,7 +90,7 @@ class CudaGraph:
         else:
             if shapes not in self.recordings:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # this records and does not run
+                with torch.cuda.graph(graph):  # records without running
                     results = self.fn(*inputs)
                 self.recordings[shapes] = graph, results
             graph, results = self.recordings[shapes]
@@ -100,11 +100,11 @@ class CudaGraph:
 
 class Accelerator:
     """accelerate(fn) for an agent. `calls` counts the calls of each wrapped function by its name:
-    accelerator.calls["_update_critic"]; a name that is taken gets a number, "_step 2"."""
+    accelerator.calls["_update_critic"]; a repeated name gets a number, "_step 2"."""
 
     def __init__(self, compiled: bool = False, precision: str = "fp32", device: str = "cpu"):
         if compiled and not device.startswith("cuda") and not can_compile():
-            print("--compile: no C++ compiler (g++) found, running eager", file=sys.stderr)
+            print("--compile: found no C++ compiler (g++); running eagerly", file=sys.stderr)
             compiled = False
         self.compiled, self.precision = compiled, precision
         self.device_type = torch.device(device).type
@@ -131,7 +131,7 @@ class Accelerator:
     def _compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         options: dict[str, Any] = {}
         if self.device_type == "cpu":
-            from lab.inductor import SignForMask  # a second, which an eager process saves
+            from lab.inductor import SignForMask  # takes a second to import
 
             options["joint_custom_post_pass"] = SignForMask()
         compiled = torch.compile(fn, options=options)

@@ -195,8 +195,13 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
             reason = str(error).split("\n\t")[-1]  # below torch's headline
             raise ValueError(f"{name} does not fit the checkpoint: {reason}") from error
     elif isinstance(part, list | tuple):
-        for x, y in zip(part, saved, strict=True):
-            _restore(name, x, y)
+        if len(part) != len(saved):
+            raise ValueError(f"{name} has {len(part)} parts, the checkpoint's has {len(saved)}: "
+                             "same seeds?")
+        parts = [_restore(name, x, y) for x, y in zip(part, saved, strict=True)]
+        if isinstance(part, tuple):
+            return tuple(parts)
+        part[:] = parts
     elif hasattr(part, "STATE"):
         restore_state(part, saved)
     else:

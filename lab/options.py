@@ -1,4 +1,4 @@
-"""The flags of the scripts: what each takes, and how they are read."""
+"""The command lines of the scripts: their options, and how they are parsed."""
 
 import contextlib
 import dataclasses
@@ -25,99 +25,105 @@ from lab.errors import UserError
 @dataclass(frozen=True)
 class Options:
     # What to train
-    agent: tyro.conf.Positional[str] = "agents/sac.py"  # the agent's file
-    env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids
+    agent: tyro.conf.Positional[str] = "agents/sac.py"  # agent file
+    env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids, each trained separately
     seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 1  # number of seeds: 0, 1, 2, ...
-    steps: int = 6_000  # environment steps of one seed
-    clip_reward: tuple[float, float] | None = None  # LOW HIGH, in training only; tables declare it
-    # What to keep
-    log: bool = False  # leave a run folder: metrics, TensorBoard, checkpoints, picture
-    name: str | None = None  # of the run's folder; none: the agent's
-    runs: Path = Path("runs")  # where run folders go
-    eval_every: int | None = None  # steps between evaluations; none: ten a run
-    eval_episodes: int = 5  # deterministic episodes of one seed at each evaluation
-    log_every: int | None = None  # steps between logged rows; none: a hundred a run
+    steps: int = 6_000  # environment steps per seed
+    # clip training rewards to [LOW, HIGH]; tables and plots declare it
+    clip_reward: tuple[float, float] | None = None
+    # What to log
+    log: bool = False  # write a run folder: metrics, TensorBoard, checkpoints, plot
+    name: str | None = None  # name of the run folder; none: the agent's name
+    runs: Path = Path("runs")  # parent folder of the run folders
+    eval_every: int | None = None  # steps between evaluations; none: ten per run
+    eval_episodes: int = 5  # deterministic episodes per seed and evaluation
+    log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # How to run
     compile: bool = False  # torch.compile the update
-    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the update
+    precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
     cuda: bool = False  # train on the GPU
-    config: Path | None = None  # take the settings of a run's config.json; flags win over it
-    resume: Path | None = None  # continue this run folder from its last checkpoints
+    config: Path | None = None  # take the settings of a run's config.json; flags override it
+    resume: Path | None = None  # continue the run in this folder from its last checkpoints
 
 
 @dataclass(frozen=True)
 class Simple(Options):
-    """Of learn_simple.py."""
+    """Options of learn_simple.py."""
 
-    processes: int | None = None  # parallel processes; none: one for each physical core
-    plan: bool = False  # measure first how it runs fastest here; the same maths, remembered
+    processes: int | None = None  # parallel processes; none: one per physical core
+    plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
 @dataclass(frozen=True)
 class Vectorised(Options):
-    """Of learn_vectorised.py."""
+    """Options of learn_vectorised.py."""
 
-    agent: tyro.conf.Positional[str] = "agents/ppo.py"  # the agent's file
+    agent: tyro.conf.Positional[str] = "agents/ppo.py"  # agent file
     env: tuple[str, ...] = ("torch/ContinuousCartPole-v1",)  # gymnasium ids, or torch/ ones
-    steps: int = 100_000  # environment steps of one seed, over all its environments
+    steps: int = 100_000  # environment steps per seed, over all its environments
     # The environments of one seed
-    num_envs: int | None = None  # of one seed; none: 32
-    backend: Literal["sync", "workers", "envpool", "torch"] | None = None  # none: torch or sync
-    workers: int | None = None  # that step, this process among them, or threads; none: cores
-    groups: int | None = None  # of environments: one steps while the next is acted on; none: 1
-    threads: int | None = None  # of torch on the CPU; none: the cores that the workers leave
-    plan: bool = False  # measure first how it runs fastest here; the same maths, remembered
+    num_envs: int | None = None  # environments per seed; none: 32
+    # how the environments step; none: torch for torch/ ids, otherwise sync
+    backend: Literal["sync", "workers", "envpool", "torch"] | None = None
+    # processes, including the main one, or envpool's threads; none: one per physical core
+    workers: int | None = None
+    # groups of environments: one steps while the agent acts on the next; none: 1
+    groups: int | None = None
+    threads: int | None = None  # torch threads on the CPU; none: the cores that the workers leave
+    plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
 @dataclass(frozen=True)
 class Tune(Options):
-    """Of hypertune.py. Flags of the agent's settings hold for every trial."""
+    """Options of hypertune.py. Agent settings given as flags apply to every trial."""
 
-    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # of each trial, its own
-    steps: int = 2_000  # environment steps of one seed
+    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # new seeds per trial
+    steps: int = 2_000  # environment steps per seed
     log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
-    # What to try
+    # The search
     space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
         "qf_lr=log:3e-4:1e-2", "batch_size=logint:32:128")
-    trials: int = 8  # to try
-    workers: int | None = None  # processes, one trial each; none: one for each physical core
-    study_seed: int = 0  # another one: another study of the same space
-    # Trials that fall behind the median of the completed are pruned
-    prune: bool = True
-    n_startup_trials: int = 5  # that complete before any is pruned
-    n_warmup_steps: int | None = None  # of each trial, which are spared; none: a third of them
-    # At the end the best three settings and the defaults are trained afresh
-    confirm_seeds: int = 8  # none of them is a trial's
+    trials: int = 8  # number of trials
+    workers: int | None = None  # parallel processes, one trial each; none: one per physical core
+    study_seed: int = 0  # random seed of the search
+    # Median pruning
+    prune: bool = True  # prune trials that fall below the median of the completed ones
+    n_startup_trials: int = 5  # completed trials before the first one is pruned
+    n_warmup_steps: int | None = None  # no trial is pruned before this step; none: a third of steps
+    # Confirmation: at the end, the best three settings and the defaults train again
+    confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
 
-NUM_ENVS = 32  # of a seed, unless said
+NUM_ENVS = 32  # default environments per seed
 SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
-OWN = ("name", "log", "seeds", "workers")  # of a study, whatever run it takes its settings from
+# options that a study does not take from the --config of a run
+NOT_INHERITED = ("name", "log", "seeds", "workers")
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
-    words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
-    resume, settings = _value_after(words, "--resume"), _value_after(words, "--config")
+    args = [part for arg in argv for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    resume, settings = _value_after(args, "--resume"), _value_after(args, "--config")
     source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
     index = find_agent(argv)
-    if resume and len(words) > 2 + (index is not None):
-        raise UserError("--resume takes every setting from the run; give no other flag")
+    if resume and len(args) > 2 + (index is not None):
+        raise UserError("--resume takes all settings from the run; give no other flag")
     dropped = ["config", "resume", "autotune", *(() if resume else ("processes", "threads")),
-               *(OWN if kind is Tune and not resume else ())]
+               *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     if source:
-        _refuse_its_code(source, kept if index is None else {**kept, "agent": ""})
+        _refuse_code_beside(source, kept if index is None else {**kept, "agent": ""})
     path = kept.get("agent", kind.agent) if index is None else argv[index]
-    begun_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
+    started_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
     if resume:
-        if kind is not begun_by:
-            raise UserError(f"{resume} is a run of {SCRIPTS[begun_by]}: resume it with that script")
-        check_source(Path(resume), Path(path), kind)  # first: its settings may have changed, too
-        kept.setdefault("threads", 1)  # as before there was a choice
+        if kind is not started_by:
+            raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
+                            "script")
+        check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
+        kept.setdefault("threads", 1)  # older runs had one
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
@@ -135,23 +141,25 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
 
 
 def find_agent(argv: Sequence[str]) -> int | None:
-    """The index of the agent's file among the arguments."""
+    """The index of the agent file in argv."""
     return next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
                  and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
 
 
 def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any,
                description: str | None) -> tuple[Any, dict[str, Any]]:
-    """-> options and the agent's settings, from two dataclasses with their defaults. UserError on
-    unknown flags and on a field that both have."""
+    """-> options and the agent's settings; `options` and `config` give the fields and defaults.
+    UserError on unknown flags and on a field that is in both."""
     taken = {field.name for field in dataclasses.fields(options)}
     for field in dataclasses.fields(config):
         if field.name in taken:
             raise UserError(f"{options.agent}: Config's {field.name!r} is already a flag of the "
-                            "script's; give it another name")
-    both = dataclasses.make_dataclass("Both", [("options", type(options), options),
-                                               ("config", type(config), config)], frozen=True)
-    if index is not None:  # the file first: after `--env A B` it would be a third environment
+                            "script; rename it")
+    panels = {"options": "run", "config": f"agent ({Path(options.agent).stem})"}  # + " options"
+    both = dataclasses.make_dataclass("Both", [
+        (name, Annotated[type(default), tyro.conf.arg(name=panels[name])], default)
+        for name, default in (("options", options), ("config", config))], frozen=True)
+    if index is not None:  # move the file to the front: `--env A B agent.py` would be three ids
         argv = [argv[index], *argv[:index], *argv[index + 1:]]
     flags = parse_flags(both, argv, description)
     return flags.options, dataclasses.asdict(flags.config)
@@ -165,23 +173,24 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
-    """tyro's parser; the box in which it puts an error becomes one line."""
-    box = io.StringIO()
+    """tyro.cli, but an error is a UserError of one line instead of a box."""
+    stderr, script = io.StringIO(), Path(sys.argv[0])
+    prog = f"python -m lab.{script.parent.name}" if script.match("lab/*/__main__.py") else None
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,),
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,),
                             description=description)
     except SystemExit as end:
         if not end.code:
             raise
-        plain = re.sub(r"\x1b\[[\d;]*m", "", box.getvalue())
+        plain = re.sub(r"\x1b\[[\d;]*m", "", stderr.getvalue())
         lines = [line.strip("│| ") for line in plain.splitlines()]
-        words = " ".join(line for line in lines[1:] if line.strip("─╰╯-+"))  # lines[0] is the title
-        raise UserError(re.split(" Argument helptext:| For full helptext", words)[0]) from end
+        text = " ".join(line for line in lines[1:] if line.strip("─╰╯-+"))  # lines[0] is the title
+        raise UserError(re.split(" Argument helptext:| For full helptext", text)[0]) from end
 
 
-def _value_after(words: Sequence[str], flag: str) -> str | None:
-    return next((value for word, value in itertools.pairwise(words) if word == flag), None)
+def _value_after(args: Sequence[str], flag: str) -> str | None:
+    return next((value for arg, value in itertools.pairwise(args) if arg == flag), None)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -194,27 +203,27 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
-        raise UserError(f"{path} is no run's config.json: {reason}") from error
+        raise UserError(f"{path} is not the config.json of a run: {reason}") from error
 
 
-def _refuse_its_code(source: Path, options: dict[str, Any]) -> None:
-    """A run's folder may be a stranger's: code that lies in it runs only if the user names it."""
+def _refuse_code_beside(source: Path, options: dict[str, Any]) -> None:
+    """UserError if the settings name code in the run folder. The folder may come from somebody
+    else, so its code runs only if the user names it."""
     names = [env_id.rpartition(":")[0] for env_id in options.get("env", ())]
     modules = [Path(entry or ".", *name.split(".")) for name in names if name for entry in sys.path]
     folder = source.parent.resolve()
     agent = options.get("agent", "")
     for path in [*([Path(agent)] if agent else []), *modules]:
         if path.resolve().is_relative_to(folder):
-            raise UserError(f"{source} names code that lies beside it, {path}: to run what came "
-                            "with it, copy it elsewhere and name it yourself")
+            raise UserError(f"{source} names code in its own folder, {path}, which may be unsafe: "
+                            "to run it, copy it elsewhere and name the copy")
 
 
 def check_source(folder: Path, agent: Path, kind: type[Options]) -> None:
-    """UserError unless the agent's file is the one that the run or study in the folder began with:
-    its copy, or equal to it."""
+    """UserError if the agent file has changed since the run or study in the folder started."""
     copy = folder / agent.name
     if not copy.is_file():
-        raise UserError(f"{folder} holds no {agent.name}, the agent that it began with")
+        raise UserError(f"{folder} has no copy of its agent, {agent.name}: cannot resume")
     old, new = (path.read_bytes() if path.is_file() else None for path in (copy, agent))
     if old == new:
         return
@@ -223,14 +232,14 @@ def check_source(folder: Path, agent: Path, kind: type[Options]) -> None:
         lines = (path.read_text(errors="replace").splitlines() for path in (copy, agent))
         pairs = enumerate(itertools.zip_longest(*lines), start=1)
         line = next((number for number, (a, b) in pairs if a != b), "its last")
-        changed = f"is not what {folder} began with, from line {line} on"
+        changed = f"differs from {copy} from line {line} on"
     resume = shlex.join(["python", SCRIPTS[kind], str(copy), "--resume", str(folder)])
-    raise UserError(f"{agent} {changed}; resume with the code that it began with ({resume}), or "
-                    "begin a new run")
+    raise UserError(f"{agent} {changed}; resume with the code that the run started with "
+                    f"({resume}), or start a new run")
 
 
 def check_options(options: Options) -> None:
-    """UserError on nonsense that needs no environment to see."""
+    """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
                  "confirm_seeds"):
@@ -241,15 +250,15 @@ def check_options(options: Options) -> None:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
         low, high = options.clip_reward
-        raise UserError(f"--clip-reward needs LOW below HIGH, not {low} {high}")
+        raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")
 
 
 def resolve_defaults(options: Options) -> Options:
-    """With a value for what was left open, so that a config.json says what was done: the number of
-    processes, or of environments and threads, and the ids of --backend torch."""
+    """Replace None by the value used, so that config.json records it: number of processes, or of
+    environments and threads, and the ids of --backend torch."""
     check_options(options)
     if isinstance(options, Simple):
         return dataclasses.replace(options, processes=options.processes or physical_cores())
@@ -262,8 +271,8 @@ def resolve_defaults(options: Options) -> Options:
 
 
 def free_cores(options: Vectorised) -> int:
-    """For torch's threads: those that no environment worker (this process is one) or thread of
-    envpool takes, 1 or more. One where the GPU computes."""
+    """Cores for torch's threads: those that environment workers (the main process is one) and
+    envpool's threads leave, at least 1. On a GPU 1."""
     if options.cuda:
         return 1
     cores = physical_cores()
@@ -275,6 +284,6 @@ def free_cores(options: Vectorised) -> int:
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:
-    """The names of the options whose flags stand there, --no-compile as compile."""
-    words = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
-    return {word.replace("-", "_").removeprefix("no_") for word in words}
+    """Names of the options given as flags; --no-compile counts as compile."""
+    flags = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
+    return {flag.replace("-", "_").removeprefix("no_") for flag in flags}

@@ -1,4 +1,4 @@
-"""What the scripts do: a run from its options to the table at the end."""
+"""The main function of the scripts: from the command line to the table of results."""
 
 import dataclasses
 import sys
@@ -20,18 +20,19 @@ from lab.training.progress import SweepProgress
 
 def run(argv: Sequence[str], kind: type[Options] = Simple,
         do: Callable[[Any, dict[str, Any]], int] | None = None) -> int:
-    """Parse and do, which is to train and report -> exit code: 0, 1 if a job failed, 2 for bad
-    input, 128 + signal."""
-    def whole() -> int:
+    """Parse argv and call `do`, by default `train` -> exit code: 0, 1 if a job failed, 2 for
+    invalid input, 128 + signal."""
+    def main() -> int:
         options, config = parse_args(argv, kind)
         if getattr(options, "plan", False):
             options = candidates.apply_plan(options, config, argv)
         return (do or train)(options, config)
 
-    return guarded(whole)
+    return guarded(main)
 
 
 def train(options: Options, config: dict[str, Any]) -> int:
+    """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
     processes = getattr(options, "processes", 1)
     jobs = make_jobs(options, config, processes, options.resume)
@@ -44,7 +45,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
                                             describe(options, config, jobs[0].name))
         jobs = [dataclasses.replace(job, run=str(folder)) for job in jobs]
     if folder:
-        print(f"run folder: {folder}\nwatch it:   tensorboard --logdir {folder}", flush=True)
+        print(f"run folder: {folder}\ncurves:     tensorboard --logdir {folder}", flush=True)
 
     summary = RunSummary(jobs, options)
     with SweepProgress(jobs) as progress:
@@ -54,67 +55,67 @@ def train(options: Options, config: dict[str, Any]) -> int:
 
         failures = run_jobs(jobs, processes, report_message)
     for index, reason in sorted(failures.items()):
-        summary.lose(jobs[index], jobs[index].seeds, reason)
+        summary.add_failure(jobs[index], jobs[index].seeds, reason)
     summary.show(folder)
-    return 1 if summary.lost else 0
+    return 1 if summary.failures else 0
 
 
 class RunSummary:
-    """What becomes of the seeds: the board of all of them, final returns, losses."""
+    """Collects final returns and failures of the seeds, and updates the means over all seeds."""
 
     def __init__(self, jobs: Sequence[Job], options: Options):
         self.options, self.seeds = options, range(options.seeds)
-        self.title, self.declared = jobs[0].name, ""
+        self.title, self.clip_note = jobs[0].name, ""
         if options.clip_reward:
-            self.declared = ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
+            self.clip_note = ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
         self.groups = {job.env_id: job.group for job in jobs if job.group}
-        self.boards = {env_id: recorder.AllSeeds(group, self.seeds)
-                       for env_id, group in self.groups.items()}
+        self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
+                          for env_id, group in self.groups.items()}
         self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
-        self.lost: list[str] = []
+        self.failures: list[str] = []
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         if "failed_seed" in message:
-            self.lose(job, [message["failed_seed"]], message["reason"])
+            self.add_failure(job, [message["failed_seed"]], message["reason"])
         returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
                    if "return/eval" in row}
         if returns and message["step"] >= job.steps:
             self.final[job.env_id].update(returns)
-        if returns and self.boards:
-            self.boards[job.env_id].refresh()
+        if returns and self.all_seeds:
+            self.all_seeds[job.env_id].refresh()
 
-    def lose(self, job: Job, seeds: Sequence[int], reason: str) -> None:
-        """These seeds will not get to the end."""
+    def add_failure(self, job: Job, seeds: Sequence[int], reason: str) -> None:
+        """Seeds that stopped before the last step."""
         names = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        self.lost.append(f"{job.env_id} {names}: {reason}")
-        if self.boards:
-            self.boards[job.env_id].alive -= set(seeds)
+        self.failures.append(f"{job.env_id} {names}: {reason}")
+        if self.all_seeds:
+            self.all_seeds[job.env_id].alive -= set(seeds)
 
     def show(self, folder: Path | None) -> None:
-        """The table, the picture, and where to look."""
+        """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
-            self.boards[env_id].refresh()
+            self.all_seeds[env_id].refresh()
             self.final[env_id] = final_returns(group, self.seeds, self.options.steps)
         agent_name = Path(self.options.agent).stem
         title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
-        title += self.declared
+        title += self.clip_note
         Console().print(table(self.final, title))
         if folder:
-            picture = folder / "learning_curves.png"
+            plot = folder / "learning_curves.png"
             curves = {env_id: read_curves(group, self.seeds, "return/eval")
                       for env_id, group in self.groups.items()}
             try:
-                draw_learning_curves(picture, curves, self.title + self.declared)
+                draw_learning_curves(plot, curves, self.title + self.clip_note)
             except OSError as error:
-                print(f"no picture: {error}", file=sys.stderr)
-            print(f"run folder: {folder}\npicture:    {picture}\n"
-                  f"look at it: tensorboard --logdir {folder}")
-        for reason in self.lost:
+                print(f"cannot write the plot: {error}", file=sys.stderr)
+            print(f"run folder: {folder}\nplot:       {plot}\n"
+                  f"curves:     tensorboard --logdir {folder}")
+        for reason in self.failures:
             print(f"FAILED {reason}", file=sys.stderr)
 
 
 def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a config.json holds."""
+    """The contents of config.json."""
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in dataclasses.asdict(options).items()}
     return {"name": name, "options": settings, "config": config}

@@ -66,6 +66,20 @@ def test_an_old_study_goes_on_with_its_own_copy_of_the_agent(run, capsys):
     assert json.loads((study / "config.json").read_text())["options"]["agent"] == begun_with
 
 
+def test_an_old_run_continues_with_an_agent_of_today_in_its_place(run, capsys):
+    """One with STATE, where the old one saved itself."""
+    text = Path("tiny.py").read_text()
+    assert "    def state_dict" in text
+    Path("tiny.py").write_text(text.partition("    def state_dict")[0].replace(
+        "class Agent:\n", 'class Agent:\n    STATE = ("updates",)\n\n'))
+    assert train.run(["--resume", str(run)]) == 0, capsys.readouterr().err
+    for stack in sorted(run.glob("*/tiny/stack_0_1")):
+        latest = checkpoint.load_latest(stack)
+        assert latest["step"] == 60 and latest["agent"]["updates"].tolist() == [60, 60]
+        rows = read_metrics(stack.parent / "seed_1/metrics.jsonl")
+        assert [row["debug/updates"] for row in rows] == [10, 20, 30, 40, 50, 60]
+
+
 def test_an_old_run_can_be_watched(run, monkeypatch, capsys):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     folder = run / "torch_ContinuousCartPole-v1"

@@ -245,7 +245,7 @@ def test_acting_in_groups_starts_each_environment_from_its_own_plan(bounds, othe
     agents, guesses = [ready(num_envs=5, noise=0.0) for _ in range(2)], ([], [])
     for agent, seen in zip(agents, guesses, strict=True):
         agent.search = lambda obs, guess, draws, seen=seen: (
-            seen.append(guess), 0.8 * guess + 0.2 * obs[..., :2])[1]
+            seen.append(guess.clone()), 0.8 * guess + 0.2 * obs[..., :2])[1]
     together, apart = agents
     for obs, *rest in make_steps((0, 1), 5, 12):
         expected = together.act(obs)

@@ -49,7 +49,7 @@ def test_each_result_is_written_as_it_comes_and_an_error_leaves_the_rest(gpu, tm
 def test_what_is_late_is_not_begun_and_a_section_is_cut(gpu, tmp_path):
     results = gpu.Results(tmp_path, "cpu", 1.0, [])
     gpu.in_turn(results, {"late": lambda: 1 / 0}, "steps/s", "cpu", 1.0, time.monotonic() - 1)
-    assert results.entries["late"]["error"] == "not begun: no time left"
+    assert results.entries["late"]["error"] == "not started: no time left"
     with pytest.raises(gpu.OutOfTime), gpu.hard_limit(0.2):
         time.sleep(20)
 

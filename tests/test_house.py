@@ -55,6 +55,7 @@ def test_every_package_is_empty():
     assert not any(path.read_text() for path in packages)
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first():
     """In one process, which forgets what it imported of lab before the next."""
     modules = sorted(house.lab())

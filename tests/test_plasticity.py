@@ -1,15 +1,26 @@
 """Plasticity metrics: checked by hand, on every agent, and when the harness logs them."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from agents import ppo
+from agents import ppo, sac
 from lab.training import plasticity as metrics_of
+from lab.training.job import Job
+from lab.training.loop import train
 from lab.training.plasticity import measure, plasticity
-from tests.conftest import drive, flat_state, make_agent, make_steps, save_state
+from tests.conftest import (
+    drive,
+    flat_state,
+    make_agent,
+    make_steps,
+    restore_state,
+    save_state,
+    small_config,
+)
 
 WIDTH = 16  # of the tests' networks
 
@@ -217,7 +228,10 @@ def test_measuring_draws_no_number_builds_no_graph_and_changes_no_state(module):
 
 
 def test_before_the_first_update_there_is_nothing_to_measure(module):
-    agent = make_agent(module)
+    """Nor after a restored checkpoint: the last batch is no part of it."""
+    agent = make_agent(module, seeds=(0, 1, 2), num_envs=3, total_steps=1000)
+    assert agent.hidden_activations() == measure(agent) == {}
+    restore_state(agent, save_state(learnt(module)))
     assert agent.hidden_activations() == measure(agent) == {}
 
 
@@ -234,3 +248,20 @@ def test_the_weights_are_those_of_each_seeds_whole_network(module):
             mean = sum(map(abs, weights.tolist())) / len(weights)
             assert metrics[f"plasticity/{name}_weight_magnitude"][seed].item() == pytest.approx(
                 mean, rel=1e-4)
+
+
+def test_the_harness_measures_when_it_writes_a_row_that_an_update_came_before(monkeypatch):
+    """A step in three has an update, a step in two a row."""
+    calls, messages = [], []
+    monkeypatch.setattr(metrics_of, "measure", lambda agent: (
+        calls.append(agent.transitions), measure(agent))[1])
+    config = dataclasses.asdict(small_config(sac, replay_ratio=1 / 3))
+    train(Job("agents/sac.py", config, "torch/Pendulum-v1", seeds=(0, 1), steps=60, eval_every=60,
+              log_every=2, checkpoint_every=0, eval_episodes=1, num_envs=1), messages.append)
+    rows = [(m["step"], row) for m in messages for row in m.get("rows", {}).values()]
+    found = {step: {name for name in row if name.startswith("plasticity/")} for step, row in rows}
+    wanted = {f"plasticity/{network}_{kind}" for network in ("actor", "qf")
+              for kind in ("weight_magnitude", "dead_units", "dormant_ratio")}
+    assert all(found[step] == (wanted if "loss/qf" in row else set()) for step, row in rows)
+    measured_at = [step for step, names in found.items() if names]
+    assert calls == measured_at and 10 < len(measured_at) < 20

@@ -1,14 +1,19 @@
 """PPO against slow references written from the definitions, in float64."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Normal
 
 from agents import ppo
+from lab.training.job import Job
+from lab.training.loop import train
 from tests.conftest import (
     drive,
     make_agent,
@@ -16,6 +21,7 @@ from tests.conftest import (
     make_steps,
     restore_state,
     save_state,
+    small_config,
 )
 
 
@@ -410,6 +416,42 @@ def test_constant_returns_leave_the_explained_variance_alone_undefined(reward):
     for a, b in zip(alone, stacked, strict=True):
         for name in a:
             torch.testing.assert_close(a[name][0], b[name][1])
+
+
+class Constant(gymnasium.Env):
+    """Each step ends an episode, with the same reward."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, reward):
+        self.reward = reward
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), self.reward, True, False, {}
+
+
+@pytest.mark.parametrize("reward, failed", [(1.0, []), (math.nan, [0, 1])])
+def test_the_harness_fails_a_seed_for_a_nan_in_its_loss_alone(reward, failed):
+    """Constant rewards leave the explained variance undefined: it is left out of the rows."""
+    gymnasium.register("lab-tests/Constant-v0", Constant, kwargs={"reward": reward})
+    messages = []
+    try:
+        train(Job("agents/ppo.py", dataclasses.asdict(small_config(ppo)), "lab-tests/Constant-v0",
+                  seeds=(0, 1), steps=32, eval_every=32, log_every=9, checkpoint_every=0,
+                  eval_episodes=1), messages.append)
+    finally:
+        del gymnasium.registry["lab-tests/Constant-v0"]
+    failures = [m for m in messages if "failed_seed" in m]
+    assert [m["failed_seed"] for m in failures] == failed
+    rows = [row for m in messages for row in m.get("rows", {}).values() if "loss/value" in row]
+    assert bool(rows) != bool(failed)
+    assert all(m["reason"].startswith("loss/") for m in failures)
+    assert not any("value/explained_variance" in row for row in rows)
 
 
 def test_explained_variance_is_the_share_of_the_returns_that_the_values_explain(float64):

@@ -356,6 +356,18 @@ def sigterm_is_an_interrupt():
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_run_whose_checkpoints_are_all_corrupt_is_refused_and_keeps_its_metrics(tmp_path):
+    """From step 0 it would begin its metrics anew."""
+    job = make_job(run=str(tmp_path))
+    run(job)
+    before = files_of(job)
+    for path in job.checkpoints.glob("step_*.pt"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        run(job)
+    assert files_of(job) == before and before[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, number):
     job = make_job(run=str(tmp_path))

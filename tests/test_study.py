@@ -419,7 +419,7 @@ def test_a_study_does_not_go_on_with_another_agent(tmp_path, capsys):
     assert tune(tmp_path, str(path), "--trials", "1") == 0
     path.write_text(source + "\n# another\n")
     assert tune(tmp_path, str(path), "--trials", "2") == 2
-    assert "is not what" in capsys.readouterr().err
+    assert "differs from" in capsys.readouterr().err
     assert script.run(["--resume", str(tmp_path / "studies/mine")]) == 2
     assert "is a run of hypertune.py" in capsys.readouterr().err
 

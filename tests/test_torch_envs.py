@@ -654,8 +654,8 @@ def test_the_host_waits_for_nothing_between_two_finished_on_cuda(name):
 
 @needs_compiler
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("name", ["ContinuousCartPole-v1", pytest.param(
-    "Quadrotor-v0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ContinuousCartPole-v1", "Quadrotor-v0"])
 def test_compiled_and_eager_steps_agree(name, device):
     """From equal seeds, over the ends of episodes, to 1e-4. All steps are one compiled graph."""
     counters.clear()

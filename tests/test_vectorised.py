@@ -50,7 +50,7 @@ def test_no_argument_is_ppo_on_an_environment_in_torch():
                                     f"--env {TARGET} --backend workers --workers 2 --groups 2"])
 def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
     assert run(path, *layout.split(), "--num-envs", 4, "--seeds", 2, "--steps", 60, "--log",
-               "--eval-episodes", 1, "--runs", tmp_path, *small(path)) == 0
+               "--eval-every", 60, "--eval-episodes", 1, "--runs", tmp_path, *small(path)) == 0
     folder, = tmp_path.glob(f"{path.stem}-*")
     env_id = json.loads((folder / "config.json").read_text())["options"]["env"][0]
     assert env_id == ("torch/Pendulum-v1" if "torch" in layout else TARGET)

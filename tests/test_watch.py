@@ -429,7 +429,7 @@ def test_code_beside_a_config_does_not_run_unless_it_is_named(run, capsys):
     settings = json.loads((run / "config.json").read_text())
     settings["options"]["agent"] = str(copy)
     (run / "config.json").write_text(json.dumps(settings))
-    assert "names code that lies beside it" in refused(capsys, run)
+    assert "names code in its own folder" in refused(capsys, run)
     assert not (run / "ran").exists()
 
 

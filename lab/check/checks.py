@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -222,14 +223,16 @@ def _resume(subject: AgentUnderTest) -> None:
 
 def not_in_state(agent: Any, fresh: Any) -> list[str]:
     """Attributes that training changed and that STATE lacks."""
-    def leaves(name: str, owner: Any) -> dict[str, Any]:
-        x: Any = getattr(owner, name, None)
-        return flat_state(x.state_dict() if hasattr(x, "state_dict") else x)
+    def leaves(owner: Any, name: str) -> dict[str, Any]:
+        try:
+            return flat_state(save_state(SimpleNamespace(STATE=("x",), x=getattr(owner, name))))
+        except TypeError:  # nothing that a STATE can hold
+            return {}
 
     return [name for name, x in vars(agent).items()
             if name not in getattr(agent, "STATE", vars(agent))
             and (isinstance(x, torch.nn.Module) or not callable(x))
-            and any(differing(leaves(name, agent), leaves(name, fresh)))]
+            and any(True for _ in differing(leaves(agent, name), leaves(fresh, name)))]
 
 
 def require_best(subject: AgentUnderTest, state: int, mistake: str) -> None:

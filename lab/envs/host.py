@@ -145,8 +145,8 @@ class HostEnvs(VectorEnvs):
         return self.transition().obs, int(lost.sum())
 
     def can_restore_exactly(self) -> bool | None:
-        """Tried on one environment that has left its first episode, which is seeded; False without
-        a try if an episode is longer than the history."""
+        """Tried on one environment that has left its first, seeded episode; False without a try if
+        an episode is longer than the history."""
         if self.ages.max() > len(self.history):
             return False
         later = np.flatnonzero(self.origins[:, 0] != SEEDED)

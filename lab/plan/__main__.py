@@ -21,15 +21,15 @@ from lab.plan import candidates
 
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, measure and print -> exit code."""
-    words = [word for arg in argv for word in (
-        arg.split("=", 1) if arg.startswith("--agent=") else [arg]) if word != "--agent"]
+    args = [part for arg in argv for part in (  # the agent is positional
+        arg.split("=", 1) if arg.startswith("--agent=") else [arg]) if part != "--agent"]
     vectorised_only = {field.name for field in dataclasses.fields(Vectorised)} - {
         field.name for field in dataclasses.fields(Simple)}
     options, config = parse_args(
-        words, Vectorised if vectorised_only & given_flags(words) else Simple)
+        args, Vectorised if vectorised_only & given_flags(args) else Simple)
     if options.resume:
         raise UserError("--resume: a resumed run keeps its settings, so there is nothing to plan")
-    candidates.measure(options, config, words)
+    candidates.measure(options, config, args)
     return 0
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(jobs: Sequence[Job], deadline: float) -> tuple[float, list[Cost]]:
     all of them run. UserError if one fails, TimeoutError at the deadline."""
     imports, costs, measured = 0.0, dict[int, Cost](), [Counter[str]() for _ in jobs]
     with Processes(measure) as pool:
-        begun = time.monotonic()
+        start_time = time.monotonic()
         for key, job in enumerate(jobs):
             pool.start(key)
             pool.give(key, job)
@@ -86,7 +86,7 @@ def run(jobs: Sequence[Job], deadline: float) -> tuple[float, list[Cost]]:
                 if "cost" in message:
                     costs[key] = message["cost"]
                 elif not message:
-                    imports = time.monotonic() - begun
+                    imports = time.monotonic() - start_time
                 elif len(costs) == len(jobs):
                     measured[key].update(message)
     return imports, [costs[key].with_speed(each) for key, each in enumerate(measured)]
@@ -111,11 +111,11 @@ def measure(job: Job, emit: Emit) -> None:
     """Emits {} after the imports, then {"cost": Cost}, then until the process is stopped the work
     since the last message: {"steps", "updates"} as counts, {"stepping", "updating"} in seconds."""
     emit({})
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     training, evaluation = make_training(job), make_evaluation(job)
     with contextlib.closing(training), contextlib.closing(evaluation):
         loop = Loop(job, training)
-        build = time.perf_counter() - begun
+        build = time.perf_counter() - start_time
         compiling, evaluating = sample_evaluation(loop.agent, evaluation)
         emit({"cost": loop.warm_up(build, compiling, evaluating)})
         while True:
@@ -139,7 +139,7 @@ class Loop:
 
     def step(self, live: bool = True) -> tuple[float, float]:
         """A step, or if not live the last transition again -> seconds: total, update (or 0)."""
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         if live:
             actions = self.training.send_groups(self.agent.act, self.obs)
         else:
@@ -152,7 +152,7 @@ class Loop:
         t = self.t = self.training.receive() if live else self.t
         self.agent.observe(self.obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
         self.obs = t.obs
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         self.done.update({"steps": 1, "updates": int(learns)})
         self.done["stepping"] += seconds - updating
         self.done["updating"] += updating

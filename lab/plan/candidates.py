@@ -100,14 +100,14 @@ def _free(options: Options, argv: Sequence[str]) -> list[str]:
 def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Options:
     """Measure within a minute, print the table -> the best options. UserError if none works."""
     prepare_process()
-    deadline, begun = time.monotonic() + BUDGET, time.perf_counter()
+    deadline, start_time = time.monotonic() + BUDGET, time.perf_counter()
     resolved, free = resolve_defaults(options), _free(options, argv)
     # each backend leaves a different number of cores
     if isinstance(options, Vectorised) and isinstance(resolved, Vectorised):
         resolved = dataclasses.replace(resolved, threads=options.threads)
     for job in make_jobs(resolved, config, 1, None):
         dry_run(job)
-    dry_run_seconds = time.perf_counter() - begun
+    dry_run_seconds = time.perf_counter() - start_time
     rows, skipped = list[Row](), list[str]()
     needs = {False: MIN_SECONDS, True: MIN_SECONDS}  # expected seconds: eager, compiled
     for candidate in candidates(resolved, free, rows):
@@ -256,10 +256,10 @@ def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Option
 def describe(options: Options) -> str:
     """The layout of a candidate, as text."""
     o: Any = options
-    words = [f"{o.processes} processes" if isinstance(o, Simple) else o.backend or "torch"]
-    words += [f"{o.workers} workers"] if getattr(o, "workers", None) else []
-    words += [f"{o.groups} groups"] if getattr(o, "groups", None) else []
-    return ", ".join([*words, "compiled" if o.compile else "eager", o.precision,
+    parts = [f"{o.processes} processes" if isinstance(o, Simple) else o.backend or "torch"]
+    parts += [f"{o.workers} workers"] if getattr(o, "workers", None) else []
+    parts += [f"{o.groups} groups"] if getattr(o, "groups", None) else []
+    return ", ".join([*parts, "compiled" if o.compile else "eager", o.precision,
                       "cuda" if o.cuda else "cpu"])
 
 
@@ -272,10 +272,10 @@ def duration(seconds: float) -> str:
 def command(planned: Options, options: Options, argv: Sequence[str]) -> str:
     """The command line of a plan."""
     index = find_agent(argv)
-    words = [] if index is None else [argv[index]]
-    words += [word for i, word in enumerate(argv) if i != index and word != "--plan"]
+    parts = [] if index is None else [argv[index]]
+    parts += [arg for i, arg in enumerate(argv) if i != index and arg != "--plan"]
     for name in _free(options, argv):
         value = getattr(planned, name)
         if value not in (None, False, "fp32"):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(["python", SCRIPTS[type(options)], *words])
+            parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(["python", SCRIPTS[type(options)], *parts])

@@ -199,9 +199,10 @@ def beside_published(results: Sequence[Result]) -> list[Block]:
     if not rows:
         return []
     return [Heading("Published results"), Table(
-        ("environment", "method", "published at", "mean", "by", "here at", "mean", T_INTERVAL, "n"),
+        ("environment", "method", "published steps", "published mean", "source", "run steps",
+         "run mean", T_INTERVAL, "n"),
         rows, "Published means of the same algorithm on the same version of the environment, and "
-        "these runs at the same number of steps. Networks and other settings may differ. "
+        "these runs at about the same step. Networks and other settings may differ. "
         f"{notes}", 2)]
 
 

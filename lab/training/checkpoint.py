@@ -98,10 +98,17 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
             return pytree.tree_map(
                 lambda x: _get(folder / "blocks", x, device) if _in_blocks(x) else x, state,
                 is_leaf=_in_blocks)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the checkpoint may be intact
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
     return None
+
+
+def exist(folder: Path) -> bool:
+    """Whether the folder holds checkpoints, intact or not."""
+    return bool(_newest_first(folder))
 
 
 def _put(blocks: Path, tensor: torch.Tensor) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class TrainLogger:
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(TRAINING, 0)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
+        if state is None and checkpoint.exist(self.job.checkpoints):
+            raise UserError(f"no checkpoint in {self.job.checkpoints} can be read, so this run "
+                            "cannot continue; its metrics are kept: start a new run")
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
         if step < self.job.steps:  # else the run is complete

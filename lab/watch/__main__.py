@@ -225,11 +225,11 @@ class PolicyStack:
         zeros, and their actions are discarded."""
         actions = []
         sizes = [len(part.wanted) for part in self.parts]
-        for part, own in zip(self.parts, obs.split(sizes), strict=True):
+        for part, part_obs in zip(self.parts, obs.split(sizes), strict=True):
             indices = [part.members.index(seed) for seed in part.wanted]
-            whole = obs.new_zeros(len(part.members), *obs.shape[1:])
-            whole[indices] = own
-            actions.append(part.agent.act(whole, explore=explore)[indices])
+            padded = obs.new_zeros(len(part.members), *obs.shape[1:])
+            padded[indices] = part_obs
+            actions.append(part.agent.act(padded, explore=explore)[indices])
         return torch.cat(actions)
 
     def describe(self, steps: int) -> str:

@@ -16,7 +16,10 @@ from tests.conftest import flat_state, same
 
 SMALL = "--batch-size 32 --learning-starts 100 --qf-width 32 --actor-width 32"
 COMMANDS = {
-    "sac on Pendulum": f"learn_simple.py agents/sac.py --env Pendulum-v1 --steps 1_000 {SMALL}",
+    "sac on Pendulum": "learn_simple.py agents/sac.py --env Pendulum-v1 --steps 1_000 "
+                       f"--processes 1 {SMALL}",
+    "sac on Pendulum, two processes": "learn_simple.py agents/sac.py --env Pendulum-v1 "
+                                      f"--steps 1_000 --processes 2 {SMALL}",
     "crossq on HalfCheetah": "learn_simple.py agents/crossq.py --env HalfCheetah-v5 --steps 3_000 "
                              f"{SMALL}",
     "sac on BipedalWalker": f"learn_simple.py --env BipedalWalker-v3 --steps 4_000 {SMALL}",
@@ -74,9 +77,8 @@ def table_of(out):
     return [line for line in out.splitlines() if line.startswith("│")]
 
 
-@pytest.mark.parametrize("name", [
-    name if name == "sac on Pendulum" else pytest.param(name, marks=pytest.mark.slow)
-    for name in COMMANDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_killed_three_times_ends_as_one_that_was_not(name, tmp_path):
     script, *argv = COMMANDS[name].split()
     steps = int(argv[argv.index("--steps") + 1])
