@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -86,7 +87,8 @@ class HostEnvs(VectorEnvs):
 
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
-        if not np.isfinite(self.rows).all():
+        # twice as fast as isfinite; a sum that overflows costs a look at the values
+        if not math.isfinite(np.add.reduce(self.rows.ravel())):
             self._note_broken()
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
