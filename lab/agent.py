@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 import sys
 import traceback
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
 from lab.errors import CodeError, UserError
+from lab.settings import build
 
 VERBS = ("act", "observe", "update")
 
@@ -25,7 +27,7 @@ VERBS = ("act", "observe", "update")
 def load_agent(path: str | Path) -> ModuleType:
     """The module at `path`, with an Agent and a Config. UserError if it is missing or broken."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, if the name is too long
         beside = sorted(str(p) for p in Path("agents").glob("*.py"))
         raise UserError(f"no agent file {str(path)!r}; agents here: {', '.join(beside) or 'none'}")
     name = re.sub(r"\W", "_", f"agent_file_{path.resolve()}")
@@ -63,7 +65,7 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
     if unknown:
         raise UserError(f"{path} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
     try:
-        settings = module.Config(**config)
+        settings = build(module.Config, config)
         check_ranges(module, settings)
         agent = module.Agent(spec, settings, seeds, num_envs=num_envs, total_steps=total_steps,
                              device=device, accelerate=accelerate)

@@ -1,5 +1,6 @@
 """What the user is told, and the exit code of a program."""
 
+import os
 import signal
 import sys
 import traceback
@@ -24,6 +25,8 @@ def one_line(error: BaseException) -> str:
 def guarded(do: Callable[[], int]) -> int:
     """-> the exit code of `do`, or 2 for a UserError, which is printed, or 128 + signal."""
     before = signal.signal(signal.SIGTERM, _terminated)
+    streams = sys.stdout, sys.stderr
+    guard_output()
     try:
         return do()
     except UserError as error:
@@ -37,6 +40,48 @@ def guarded(do: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def guard_output() -> None:
+    """Let no print fail: neither when the reader is gone, as with `| head -1`, nor on a character
+    that the locale's encoding lacks, which is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        if stream is not None:
+            setattr(sys, name, _Output(stream))
+
+
+class _Output:
+    """A text stream that goes to the null device once its reader is gone."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Terminated(KeyboardInterrupt):

@@ -11,14 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import typeguard
 import tyro
 
+from lab import settings
 from lab.accelerate import physical_cores
 from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
+from lab.envs.spec import read_kwargs
 from lab.errors import UserError
 
 
@@ -27,7 +30,9 @@ class Options:
     # What to train
     agent: tyro.conf.Positional[str] = "agents/sac.py"  # agent file
     env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids, each trained separately
-    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 1  # number of seeds: 0, 1, 2, ...
+    env_kwargs: tuple[str, ...] = ()  # NAME=VALUE arguments of gymnasium.make; tables declare them
+    seeds: int = 1  # number of seeds
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
     # clip training rewards to [LOW, HIGH]; tables and plots declare it
     clip_reward: tuple[float, float] | None = None
@@ -78,7 +83,8 @@ class Vectorised(Options):
 class Tune(Options):
     """Options of hypertune.py. Agent settings given as flags apply to every trial."""
 
-    seeds: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 2  # new seeds per trial
+    seeds: int = 2  # new seeds per trial
+    first_seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # each trial has its own seeds
     steps: int = 2_000  # environment steps per seed
     log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
     # The search
@@ -96,20 +102,21 @@ class Tune(Options):
 
 
 NUM_ENVS = 32  # default environments per seed
+LAST_SEED = 2**32  # seeds are below it
 SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 # options that a study does not take from the --config of a run
-NOT_INHERITED = ("name", "log", "seeds", "workers")
+NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
-    args = [part for arg in argv for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
-    resume, settings = _value_after(args, "--resume"), _value_after(args, "--config")
-    source = Path(resume) / "config.json" if resume else Path(settings) if settings else None
+    index, values = read_line(argv, kind)
+    resume, given = values.get("resume"), values.get("config")
+    source = Path(resume) / "config.json" if resume else Path(given) if given else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    index = find_agent(argv)
-    if resume and len(args) > 2 + (index is not None):
+    if resume and any(word.split("=")[0] != "--resume" for i, word in enumerate(argv)
+                      if i != index and not (i and argv[i - 1] == "--resume")):
         raise UserError("--resume takes all settings from the run; give no other flag")
     dropped = ["config", "resume", "autotune", *(() if resume else ("processes", "threads")),
                *(NOT_INHERITED if kind is Tune and not resume else ())]
@@ -131,7 +138,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     try:
         kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", kind.runs))
-        defaults = kind(**kept), module.Config(**before["config"])
+        defaults = kind(**kept), settings.build(module.Config, before["config"])
         for default in defaults:
             for name, hint in get_type_hints(type(default)).items():
                 _check_type(name, getattr(default, name), hint)
@@ -140,10 +147,60 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     return read_flags(argv, index, *defaults, module.__doc__)
 
 
-def find_agent(argv: Sequence[str]) -> int | None:
-    """The index of the agent file in argv."""
-    return next((i for i, arg in enumerate(argv) if arg.endswith(".py") and "=" not in arg
-                 and not (i and argv[i - 1] in ("--name", "--runs", "--config"))), None)
+class Line(NamedTuple):
+    """What a command line says before the agent's flags are known."""
+
+    agent: int | None  # index of the agent's file
+    values: dict[str, str]  # of the script's flags that take one value
+
+
+def read_line(argv: Sequence[str], kind: Any) -> Line:
+    """The agent's file is the first argument, or else the only one that ends in .py and is not the
+    value of a flag of `kind`. UserError if there are several."""
+    counts = {name: _values_of(hint) for name, hint in get_type_hints(kind).items()}
+    sure, unsure = list[int](), list[int]()  # unsure: after a flag that may be the agent's
+    values: dict[str, str] = {}
+    flag, left = "", 0
+    for index, word in enumerate(argv):
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            flag = flag.replace("-", "_")
+            yes_or_no = counts.get(flag.removeprefix("no_")) == 0
+            left = 0 if equals or yes_or_no else counts.get(flag, 1)
+            if equals and counts.get(flag) == 1:
+                values[flag] = value
+        elif left and flag in counts and not (left > 2 and _is_file(word, flag)):
+            left -= 1
+            if counts[flag] == 1:
+                values[flag] = word
+        elif word.endswith(".py"):
+            (unsure if left and flag not in counts else sure).append(index)
+            left = 0
+        else:
+            left = 0
+    found = sure[:1] if sure[:1] == [0] else sure or unsure
+    if len(found) > 1:
+        names = " or ".join(argv[index] for index in found)
+        raise UserError(f"which file is the agent, {names}? Give it as the first argument")
+    return Line(found[0] if found else None, values)
+
+
+MANY = 1_000_000  # values of a flag that takes any number
+
+
+def _values_of(hint: Any) -> int:
+    """How many values the flag of an option takes."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(arg for arg in get_args(hint) if arg is not NoneType)
+    if get_origin(hint) is tuple:
+        return MANY if get_args(hint)[-1] is Ellipsis else len(get_args(hint))
+    return 0 if hint is bool else 1
+
+
+def _is_file(word: str, flag: str) -> bool:
+    """Whether the word is the agent's file, not another value of a flag that takes any number."""
+    named = flag in ("space", "env_kwargs") and re.match(r"[\w-]+=", word)
+    return word.endswith(".py") and not named
 
 
 def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any,
@@ -151,10 +208,12 @@ def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any
     """-> options and the agent's settings; `options` and `config` give the fields and defaults.
     UserError on unknown flags and on a field that is in both."""
     taken = {field.name for field in dataclasses.fields(options)}
-    for field in dataclasses.fields(config):
-        if field.name in taken:
-            raise UserError(f"{options.agent}: Config's {field.name!r} is already a flag of the "
+    for name in settings.names(config):
+        if name in taken:
+            raise UserError(f"{options.agent}: Config's {name!r} is already a flag of the "
                             "script; rename it")
+        taken.add(name)
+    path = options.agent if index is None else argv[index]
     panels = {"options": "run", "config": f"agent ({Path(options.agent).stem})"}  # + " options"
     both = dataclasses.make_dataclass("Both", [
         (name, Annotated[type(default), tyro.conf.arg(name=panels[name])], default)
@@ -162,7 +221,12 @@ def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any
     if index is not None:  # move the file to the front: `--env A B agent.py` would be three ids
         argv = [argv[index], *argv[:index], *argv[index + 1:]]
     flags = parse_flags(both, argv, description)
-    return flags.options, dataclasses.asdict(flags.config)
+    if flags.options.agent != path:  # the settings would be another agent's
+        raise UserError(f"unknown argument {flags.options.agent!r}: the agent is {path}")
+    try:
+        return flags.options, settings.plain_config(flags.config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
@@ -177,7 +241,7 @@ def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     stderr, script = io.StringIO(), Path(sys.argv[0])
     prog = f"python -m lab.{script.parent.name}" if script.match("lab/*/__main__.py") else None
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), INTEGERS:
             return tyro.cli(kind, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,),
                             description=description)
     except SystemExit as end:
@@ -189,16 +253,37 @@ def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
         raise UserError(re.split(" Argument helptext:| For full helptext", text)[0]) from end
 
 
-def _value_after(args: Sequence[str], flag: str) -> str | None:
-    return next((value for arg, value in itertools.pairwise(args) if arg == flag), None)
+INTEGERS = tyro.constructors.ConstructorRegistry()
+
+
+@INTEGERS.primitive_rule
+def _integer(info: tyro.constructors.PrimitiveTypeInfo
+             ) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """Flags of type int take 100_000 and 1e5, but not 1.5."""
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=lambda words: whole(words[0]),
+        is_instance=lambda x: isinstance(x, int) and not isinstance(x, bool),
+        str_from_instance=lambda x: [str(x)])
+
+
+def whole(text: str) -> int:
+    """ValueError unless the text is a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise ValueError(f"{text} is not a whole number") from None
+        return int(float(text))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
-        return {part: {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
-                       for key, value in dict(settings[part]).items()}
-                for part in ("options", "config")}
+        content = json.loads(path.read_text())
+        options = {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
+                   for key, value in dict(content["options"]).items()}
+        return {"options": options, "config": dict(content["config"])}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -254,6 +339,16 @@ def check_options(options: Options) -> None:
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")
+    if not 0 <= options.first_seed <= LAST_SEED - options.seeds:
+        raise UserError(f"--first-seed must lie in [0, {LAST_SEED - options.seeds}], not "
+                        f"{options.first_seed}")
+    if options.env_kwargs:
+        read_kwargs(options.env_kwargs)
+        for env_id in options.env:
+            backend = getattr(options, "backend", None)
+            if is_torch(env_id) or backend in ("torch", "envpool"):
+                raise UserError(f"--env-kwargs is for gymnasium.make, which does not make {env_id}"
+                                + f" with --backend {backend}" * bool(backend))
 
 
 def resolve_defaults(options: Options) -> Options:

@@ -64,10 +64,9 @@ class RunSummary:
     """Collects final returns and failures of the seeds, and updates the means over all seeds."""
 
     def __init__(self, jobs: Sequence[Job], options: Options):
-        self.options, self.seeds = options, range(options.seeds)
-        self.title, self.clip_note = jobs[0].name, ""
-        if options.clip_reward:
-            self.clip_note = ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
+        self.options = options
+        self.seeds = range(options.first_seed, options.first_seed + options.seeds)
+        self.title, self.declared = jobs[0].name, declared(options)
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
                           for env_id, group in self.groups.items()}
@@ -98,20 +97,30 @@ class RunSummary:
             self.final[env_id] = final_returns(group, self.seeds, self.options.steps)
         agent_name = Path(self.options.agent).stem
         title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
-        title += self.clip_note
+        title += self.declared
         Console().print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
             curves = {env_id: read_curves(group, self.seeds, "return/eval")
                       for env_id, group in self.groups.items()}
             try:
-                draw_learning_curves(plot, curves, self.title + self.clip_note)
+                draw_learning_curves(plot, curves, self.title + self.declared)
             except OSError as error:
                 print(f"cannot write the plot: {error}", file=sys.stderr)
             print(f"run folder: {folder}\nplot:       {plot}\n"
                   f"curves:     tensorboard --logdir {folder}")
         for reason in self.failures:
             print(f"FAILED {reason}", file=sys.stderr)
+
+
+def declared(options: Options) -> str:
+    """What changes the task or the training reward, for the titles of tables and pictures."""
+    text = ""
+    if options.env_kwargs:
+        text += f", environment made with {' '.join(options.env_kwargs)}"
+    if options.clip_reward:
+        text += ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
+    return text
 
 
 def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -406,6 +406,7 @@ def test_every_range_is_of_a_setting_and_holds_its_default(module):
     ("return {'qf': self.gone}", r"hidden_activations failed .*no attribute 'gone'"),
     ("return [self.gain]", r"hidden_activations should give a dict of lists of tensors")])
 def test_hidden_activations_are_tried_before_the_run(tmp_path, line, words):
-    path = write(tmp_path, f"{KEEPS_THE_CONTRACT}\n    def hidden_activations(self):\n        {line}\n")
+    method = f"\n    def hidden_activations(self):\n        {line}\n"
+    path = write(tmp_path, KEEPS_THE_CONTRACT + method)
     with pytest.raises(UserError, match=words):
         check_contract(path, {}, make_spec(), 3, "cpu")

@@ -67,11 +67,12 @@ def test_an_old_study_goes_on_with_its_own_copy_of_the_agent(run, capsys):
 
 
 def test_an_old_run_continues_with_an_agent_of_today_in_its_place(run, capsys):
-    """One with STATE, where the old one saved itself."""
+    """One with STATE, where the old one saved itself; also in place of the run's copy of it."""
     text = Path("tiny.py").read_text()
     assert "    def state_dict" in text
     Path("tiny.py").write_text(text.partition("    def state_dict")[0].replace(
         "class Agent:\n", 'class Agent:\n    STATE = ("updates",)\n\n'))
+    shutil.copy("tiny.py", run / "tiny.py")
     assert train.run(["--resume", str(run)]) == 0, capsys.readouterr().err
     for stack in sorted(run.glob("*/tiny/stack_0_1")):
         latest = checkpoint.load_latest(stack)

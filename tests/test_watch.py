@@ -46,7 +46,7 @@ def environment(monkeypatch):
 @pytest.fixture
 def no_dry_run(monkeypatch):
     """Drawing in a process of its own takes seconds."""
-    monkeypatch.setattr(camera, "check", lambda env_id: None)
+    monkeypatch.setattr(camera, "check", lambda *_: None)
 
 
 def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,

@@ -23,7 +23,8 @@ from lab.agent import load_agent
 from lab.check.checks import CHECKS, Check, Failed
 from lab.check.driver import AgentUnderTest, small
 from lab.errors import UserError, guarded
-from lab.options import find_agent, read_flags
+from lab.options import read_flags, read_line
+from lab.settings import plain
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Options:
 
 def parse(argv: Sequence[str]) -> AgentUnderTest:
     """The agent with fast settings, or its defaults if it rejects those. UserError on bad flags."""
-    index = find_agent(argv)
+    index = read_line(argv, Options).agent
     path = Options.agent if index is None else argv[index]
     module = load_agent(path)
     try:
         defaults = module.Config()
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: every field of Config needs a default: {error}") from error
-    reduced = small(dataclasses.asdict(defaults))
+    reduced = small(plain(defaults))
     try:
         return _subject(argv, index, dataclasses.replace(defaults, **reduced))
     except ValueError:
@@ -61,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     """Run and print all checks -> exit code."""
     prepare_process()
     subject, started, passed = parse(argv), time.monotonic(), 0
-    defaults = dataclasses.asdict(load_agent(subject.path).Config())
+    defaults = plain(load_agent(subject.path).Config())
     changed = [f"{name} {x}" for name, x in subject.config.items() if x != defaults[name]]
     print(f"{subject.path} with {', '.join(changed) or 'default settings'}", flush=True)
     live = sys.stdout.isatty()

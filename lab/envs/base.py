@@ -47,6 +47,7 @@ class VecEnvConfig(NamedTuple):
     workers: int | None = None  # processes or threads; none: one per physical core
     groups: int = 1  # groups of environments that step in turn
     compile: bool = False
+    env_kwargs: Sequence[str] = ()  # NAME=VALUE, for gymnasium.make
 
 
 class VectorEnvs:

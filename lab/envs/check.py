@@ -3,6 +3,7 @@ returns something else. No torch."""
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -15,15 +16,15 @@ from lab.errors import UserError
 DRY_STEPS = 10
 
 
-def dry_run(env_id: str) -> tuple[EnvSpec, list[str]]:
+def dry_run(env_id: str, env_kwargs: Sequence[str] = ()) -> tuple[EnvSpec, list[str]]:
     """Run an environment twice, with the same seed and random actions -> its spec, warnings.
     UserError says what it returned and what it should return; CodeError where it raised."""
     with contextlib.chdir(os.curdir), kept_generators():
-        env = make_one(env_id)
+        env = make_one(env_id, env_kwargs)
         try:
             spec = spec_of(env, env_id)
             warnings = check_twice(env, spec)
-            check_second_instance(env_id)
+            check_second_instance(env_id, env_kwargs)
         except BaseException:
             with contextlib.suppress(Exception):
                 env.close()
@@ -89,10 +90,10 @@ def rollout(env: gymnasium.Env, spec: EnvSpec) -> np.ndarray:
     return np.array(rows)
 
 
-def check_second_instance(env_id: str) -> None:
+def check_second_instance(env_id: str, env_kwargs: Sequence[str]) -> None:
     """UserError if there cannot be two at a time."""
     try:
-        env = make_one(env_id)
+        env = make_one(env_id, env_kwargs)
     except UserError as error:
         reason = error.__cause__ or error
         raise UserError(f"{env_id} cannot be made twice at a time, as training and evaluation "

@@ -38,7 +38,7 @@ class WorkerError(UserError):
 
 class WorkerEnvs(HostEnvs):
     def __init__(self, config: VecEnvConfig):
-        super().__init__(config, probe(config.env_id))
+        super().__init__(config, probe(config.env_id, config.env_kwargs))
         S, N = self.shape
         processes = min(config.workers or physical_cores(), S * N)
         groups = min(config.groups, N, REPLAY_ACTIONS)
@@ -63,14 +63,16 @@ class WorkerEnvs(HostEnvs):
         for process in range(1, processes):
             ours, theirs = socket.socketpair()
             worker = context.Process(target=serve, args=(
-                theirs, os.getpid(), config.env_id, self._parts(rows, process, processes), shared))
+                theirs, os.getpid(), config.env_id, self._parts(rows, process, processes), shared,
+                config.env_kwargs))
             with theirs:
                 worker.start()
             ours.setblocking(False)
             self.links.append(ours)
             self.processes.append(worker)
         arrays = self.actions, self.rows, self.returns, self.origins
-        self.own = make_shards(config.env_id, self._parts(rows, 0, processes), arrays)
+        self.own = make_shards(config.env_id, self._parts(rows, 0, processes), arrays,
+                               config.env_kwargs)
         self._await_all("start", 1)
 
     def _parts(self, rows: list[tuple[int, int]], process: int, processes: int

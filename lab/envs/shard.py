@@ -1,6 +1,7 @@
 """Gymnasium environments stepped through arrays, in the main process or in a worker. No torch:
 workers that do not import it start fast and stay small."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,14 +47,18 @@ class EnvShard:
     def step(self, indices: Sequence[int] | None = None) -> None:
         """Step these environments; None: all. UserError if one returns something unexpected."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
-        results: list[Any] = []
+        shape = (O,)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
-        which: Any = slice(None) if indices is None else indices
+        which: Any = range(len(self.envs)) if indices is None else indices
+        result: Any = None
         try:
-            for i in range(len(self.envs)) if indices is None else indices:
-                results.append(self.envs[i].step(actions[i]))
-                _, reward, terminated, truncated, _ = results[-1]
+            for i in which:
+                result = self.envs[i].step(actions[i])
+                obs, reward, terminated, truncated, _ = result
+                if getattr(obs, "shape", None) != shape:
+                    self._check(result)
+                self.rows[i, :O] = obs
                 outcomes.append((reward, terminated, truncated and not terminated))
                 running = self.running[i]
                 running[0] += float(reward)
@@ -61,25 +66,24 @@ class EnvShard:
                 if terminated or truncated:
                     self.returns[i] = running
                     fresh.append(i)
-            if not results:
-                return
-            next_obs = np.array([result[0] for result in results], np.float32)
-            ends = np.array(outcomes)
-            fits = (next_obs.shape == (len(results), O) and ends.shape == (len(results), 3)
-                    and ends.dtype != object)  # a None becomes NaN
+            ends = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
+            if ends.dtype == object or len(ends) != len(outcomes):  # a None would become NaN
+                raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
-            self._check(results)
+            if result is not None:
+                self._check(result)
+            for i, outcome in zip(which, outcomes, strict=False):
+                self._check((self.rows[i, :O], *outcome, {}))
             raise
-        if not fits:
-            self._check(results)
-        self.rows[which, :O] = self.rows[which, O : 2 * O] = next_obs
+        if indices is None:
+            which = slice(None)
+        self.rows[which, O : 2 * O] = self.rows[which, :O]
         self.rows[which, 2 * O :] = ends
         for i in fresh:
             self._begin(i)
 
-    def _check(self, results: Sequence[Any]) -> None:
-        for result in results:
-            check_step(self.env_id, self.obs_dim, result, finite=False)
+    def _check(self, result: Any) -> None:
+        check_step(self.env_id, self.obs_dim, result, finite=False)
 
     def restore_start(self) -> None:
         """Restart the selected environments (action not NaN) from their origins."""
@@ -111,9 +115,11 @@ class EnvShard:
 
 
 def make_shards(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
-                arrays: Sequence[np.ndarray]) -> list[EnvShard]:
+                arrays: Sequence[np.ndarray], env_kwargs: Sequence[str]) -> list[EnvShard]:
     """One shard per group, from its (seed, n) keys and the first of their rows in the arrays."""
-    return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays))
+    make = functools.partial(make_one, env_kwargs=env_kwargs)
+    return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays),
+                     make=make)
             for env_keys, start in groups]
 
 

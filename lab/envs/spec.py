@@ -1,5 +1,6 @@
 """EnvSpec, what an agent knows of its environment, and gymnasium.make with our errors. No torch."""
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -9,7 +10,7 @@ import os
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ class EnvSpec:
                                 "must be below the high one")
 
 
-def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
-    """One gymnasium environment. UserError if its id is unknown, which suggests similar ids;
-    CodeError if its code raises."""
+def make_one(env_id: str, env_kwargs: Sequence[str] = (), **settings: Any) -> gymnasium.Env:
+    """One gymnasium environment. `env_kwargs`: words NAME=VALUE of --env-kwargs. UserError if its
+    id is unknown, which suggests similar ids; CodeError if its code raises."""
+    settings = read_kwargs(env_kwargs) | settings
     name = import_prefix(env_id)
     refuse_without_version(name, env_id)
     redirect_mujoco_warnings()
@@ -62,7 +64,8 @@ def make_one(env_id: str, **settings: Any) -> gymnasium.Env:
         raise UserError(_unknown(env_id, error)) from error
     except (Exception, SystemExit) as error:
         message = f"cannot make environment {env_id!r}"
-        if isinstance(error, gymnasium.error.Error | ImportError) and not places(error)[1]:
+        known = (gymnasium.error.Error, ImportError, *([TypeError] if env_kwargs else []))
+        if isinstance(error, known) and not places(error)[1]:
             raise UserError(f"{message}: {' '.join(str(error).split())}") from error
         raise code_error(message, error) from error
 
@@ -83,6 +86,21 @@ def _unknown(env_id: str, error: Exception) -> str:
         return f"cannot make environment {env_id!r}: {' '.join(str(error).split())}"
     names = ", ".join(by_lower[name] for name in near)
     return f"unknown environment {env_id!r}; did you mean {names}?"
+
+
+def read_kwargs(words: Sequence[str]) -> dict[str, Any]:
+    """The words NAME=VALUE of --env-kwargs -> keyword arguments of gymnasium.make. A value is a
+    Python literal, or else a string. UserError if a word has another form or a name comes twice."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise UserError(f"--env-kwargs needs NAME=VALUE, each name once, not {' '.join(words)}")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found[name] = text
+    return found
 
 
 def import_prefix(env_id: str) -> str:
@@ -198,7 +216,7 @@ def refuse_statistics(wrapper: gymnasium.Wrapper, env_id: str) -> None:
                         f"and let the agent normalise (agents/ppo.py {flag})")
 
 
-def probe(env_id: str) -> EnvSpec:
+def probe(env_id: str, env_kwargs: Sequence[str] = ()) -> EnvSpec:
     """The EnvSpec of a gymnasium environment. UserError if it is not supported."""
-    with contextlib.chdir(os.curdir), contextlib.closing(make_one(env_id)) as env:
+    with contextlib.chdir(os.curdir), contextlib.closing(make_one(env_id, env_kwargs)) as env:
         return spec_of(env, env_id)

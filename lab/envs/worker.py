@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from lab.envs.shard import REPLAY_ACTIONS, EnvShard, handle_command, make_shards
-from lab.errors import one_line
+from lab.errors import guard_output, one_line
 
 SPIN_SECONDS = 5e-4  # waking up costs little against a longer wait
 
 
 def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[Any, ...]],
-          shared: Sequence[Any]) -> None:
+          shared: Sequence[Any], env_kwargs: Sequence[str]) -> None:
     """Worker main loop: run commands for its shard of each group until the link closes.
 
     groups: see `make_shards`; shared: (buffer, dtype, shape) of each array of EnvShard. The answer
@@ -29,11 +29,12 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles them
         signal.signal(number, signal.SIG_IGN)
     die_with(parent, signal.SIGKILL)
+    guard_output()
     link.setblocking(False)
     shards: list[EnvShard] = []
     try:
         arrays = [np.frombuffer(buffer, dtype).reshape(shape) for buffer, dtype, shape in shared]
-        shards = make_shards(env_id, groups, arrays)
+        shards = make_shards(env_id, groups, arrays, env_kwargs)
         link.sendall(b".")
         while command := recv(link, 4096):
             if command[0] >= REPLAY_ACTIONS:

@@ -28,8 +28,8 @@ from lab.options import (
     Options,
     Simple,
     Vectorised,
-    find_agent,
     given_flags,
+    read_line,
     resolve_defaults,
 )
 from lab.plan import benchmark
@@ -271,7 +271,7 @@ def duration(seconds: float) -> str:
 
 def command(planned: Options, options: Options, argv: Sequence[str]) -> str:
     """The command line of a plan."""
-    index = find_agent(argv)
+    index = read_line(argv, type(options)).agent
     parts = [] if index is None else [argv[index]]
     parts += [arg for i, arg in enumerate(argv) if i != index and arg != "--plan"]
     for name in _free(options, argv):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lab.errors import UserError
+from lab.errors import UserError, guarded
 from lab.report import contents, page, runs
 
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         blocks = contents.blocks(methods, baseline, options.out)
         markdown, html = options.out / "report.md", options.out / "report.html"
-        markdown.write_text(page.markdown(title, blocks))
-        html.write_text(page.page(title, blocks))
+        markdown.write_text(page.markdown(title, blocks), encoding="utf-8", errors="replace")
+        html.write_text(page.page(title, blocks), encoding="utf-8", errors="replace")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,4 +56,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,5 +1,6 @@
 """The contents of a report: tables, figures and their captions."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,9 +61,12 @@ def each_seed(results: Sequence[Result]) -> Table:
 
 def learning_curves(by_environment: dict[str, list[Result]], out: Path, colors: dict[str, str]
                     ) -> list[Block]:
-    drawn: list[Block] = []
+    drawn, paths = list[Block](), list[Path]()
     for environment, results in by_environment.items():
-        path = out / f"curves_{recorder.safe_name(environment)}.png"
+        name = f"curves_{recorder.safe_name(environment)[:150]}"
+        path = next(path for number in itertools.count(1) if (
+            path := out / (name + f"-{number}" * (number > 1) + ".png")) not in paths)
+        paths.append(path)
         figures.learning_curves(path, results, colors)
         counts = "; ".join(f"{r.method}: n = {len(r.seeds)}" for r in results)
         drawn.append(Figure(path, (

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from lab import stats
+from lab.report.fitted import Fitted
 from lab.training import recorder
 
 Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
@@ -25,7 +26,7 @@ def read_curves(group: Path, seeds: Sequence[int], tag: str) -> Curves:
                    if tag in row] for seed in seeds}
 
 
-def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
+def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Fitted:
     """{environment: {seed: final return}} -> a table with intervals."""
     result = Table(title=title, title_justify="left")
     for heading in ("environment", "n", "mean", "95% t interval", "IQM", "each seed"):
@@ -38,7 +39,7 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Table:
         each = " ".join(f"{seed}:{value:.1f}" for seed, value in sorted(by_seed.items()))
         result.add_row(env_id, str(len(values)), f"{mean:.1f}", interval,
                        f"{stats.iqm(values):.1f}", each)
-    return result
+    return Fitted(result)
 
 
 def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -> None:
@@ -55,7 +56,7 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
                  ylabel="evaluation return")
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{title} (thin: seeds; thick: mean; band: 95% t interval)")
+    figure.suptitle(f"{recorder.printable(title)} (thin: seeds; thick: mean; band: 95% t interval)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from rich import box, table
 from rich.console import Console
+
+from lab.report.fitted import Fitted
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ Block = Heading | Text | Warnings | Table | Figure
 
 def show(title: str, blocks: Sequence[Block]) -> None:
     console = Console(highlight=False, markup=False,
-                      width=None if sys.stdout.isatty() else WIDTH)
+                      width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
     console.print(title, style="bold")
     for block in blocks:
         console.print()
@@ -65,14 +68,14 @@ def show(title: str, blocks: Sequence[Block]) -> None:
                 console.print(f"plot: {file}")
 
 
-def _rich(block: Table) -> table.Table:
+def _rich(block: Table) -> Fitted:
     result = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(block.head):
         result.add_column(name, justify="left" if index < block.words else "right",
                           no_wrap=index < min(block.words, 2), overflow="fold")
     for row in block.rows:
         result.add_row(*row)
-    return result
+    return Fitted(result)
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

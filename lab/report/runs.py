@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -95,20 +96,37 @@ def load(arguments: Sequence[str]) -> list[Method]:
 
 def named(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     """-> (name, folder) pairs. Without NAME=, the name is the folder's without the timestamp, or
-    with it if that is ambiguous. UserError if it is still ambiguous."""
+    with it if that is ambiguous. Runs of one name that differ only in their seeds are pooled.
+    UserError if a name is still ambiguous."""
     pairs = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
-        given = bool(equals) and not Path(argument).exists()
+        given = bool(equals) and not os.path.exists(argument)
         pairs.append((name, Path(path)) if given else ("", Path(argument)))
     for dropped in (STAMP, ""):
         names = [name or re.sub(dropped, "", folder.resolve().name) for name, folder in pairs]
         twice = [own for own, (name, _) in zip(names, pairs, strict=True)
-                 if not name and names.count(own) > 1]
+                 if not name and names.count(own) > 1 and not more_seeds(
+                     [folder for other, (_, folder) in zip(names, pairs, strict=True)
+                      if other == own])]
         if not twice:
             return [(name, folder) for name, (_, folder) in zip(names, pairs, strict=True)]
     raise UserError(f"two runs are called {twice[0]!r}: give them as NAME=FOLDER; the same NAME "
                     "for both pools them")
+
+
+def more_seeds(folders: Sequence[Path]) -> bool:
+    """Whether the runs differ only in their seeds, as --first-seed gives a method more of them."""
+    methods = [Method("") for _ in folders]
+    for method, folder in zip(methods, folders, strict=True):
+        add_run(method, folder)
+    runs = [run for method in methods for run in method.runs]
+    same = all(run.options and run.settings == runs[0].settings
+               and run.options.get("steps") == runs[0].options.get("steps") for run in runs)
+    seeds = [(environment, seed) for method in methods
+             for environment, result in method.results.items() for seed in result.seeds]
+    return (same and len(set(seeds)) == len(seeds)
+            and all(method.results.keys() == methods[0].results.keys() for method in methods))
 
 
 def find(methods: Sequence[Method], name: str) -> Method:
@@ -131,7 +149,7 @@ def add_run(method: Method, folder: Path) -> None:
     agents = set()
     for path, number in paths.items():
         environment, agent, *_ = path.relative_to(folder).parts
-        environment = ids.get(environment, environment)
+        environment = label(ids.get(environment, environment), options)
         agents.add(agent)
         result = method.results.setdefault(environment, Result(method.name, environment, agent))
         if number in result.seeds:
@@ -148,9 +166,15 @@ def add_run(method: Method, folder: Path) -> None:
     method.runs.append(Run(folder, options, config, settings))
 
 
+def label(environment: str, options: dict[str, Any]) -> str:
+    """The id with the --env-kwargs: with other ones it is another environment."""
+    words = options.get("env_kwargs")
+    return f"{environment} ({' '.join(words)})" if words else environment
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> options, agent config. Both are empty without a config.json, as in trials of a study."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, if the name is too long
         raise UserError(f"no such run folder: {folder}")
     path = folder / "config.json"
     if not path.exists():

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.report.runs import Method, Result, Run
+from lab.report.runs import Method, Result, Run, label
 from lab.training import recorder
 
 FEW = 5  # warn below this number of seeds
@@ -87,7 +87,7 @@ def read_study(folder: Path) -> Study | None:
         best = json.loads((folder / "best.json").read_text())
         header, *events = recorder.read_metrics(folder / "trials.jsonl")
         trials = 1 + max(event["trial"] for event in events)
-        return Study(folder, Path(header["agent"]).stem, header["env"][0],
+        return Study(folder, Path(header["agent"]).stem, label(header["env"][0], header),
                      range(trials * header["seeds"]),
                      None if best["study"]["is"] == "defaults" else best["config"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from lab.envs import check
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
+from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
-from lab.training.recorder import group_folder
+from lab.training.recorder import group_folder, printable, safe_name
 
+MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -43,6 +46,7 @@ class Job:
     compile: bool = False
     precision: str = "fp32"
     clip_reward: tuple[float, float] | None = None  # in training only, not in evaluation
+    env_kwargs: tuple[str, ...] = ()  # NAME=VALUE, for gymnasium.make
     run: str | None = None  # the run folder; None: write no files
     name: str = ""  # of the run, as given by --name
 
@@ -65,17 +69,20 @@ class Job:
 def make_training(job: Job) -> VectorEnvs:
     return make_envs(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
-        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward)
+        groups=job.groups, compile=job.compile, clip_reward=job.clip_reward,
+        env_kwargs=job.env_kwargs)
 
 
 def make_evaluation(job: Job) -> VectorEnvs:
-    return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device)
+    return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device,
+                     env_kwargs=job.env_kwargs)
 
 
 def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
               ) -> list[Job]:
     """One job per environment and share of the seeds. UserError on bad options; writes no files."""
     check_options(options)
+    check_names(options)
     device = "cuda" if options.cuda else "cpu"
     check_device(device)
     vectorised: dict[str, Any] = {}
@@ -89,15 +96,33 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     def every(steps: int | None, parts: int) -> int:
         return max(1, options.steps // parts) if steps is None else steps
 
-    shares = split_seeds(range(options.seeds), len(options.env), processes)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    shares = split_seeds(seeds, len(options.env), processes)
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
-        clip_reward=options.clip_reward, **vectorised,
+        clip_reward=options.clip_reward, env_kwargs=options.env_kwargs, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
+
+
+def check_names(options: Options) -> None:
+    """UserError if the run's name is too long for a folder, if two environments would share one,
+    or if the locale cannot spell a path."""
+    name = options.name or Path(options.agent).stem
+    if (size := len(os.fsencode(safe_name(name)))) > MAX_NAME:
+        raise UserError(f"--name is too long for a folder: {size} bytes, at most {MAX_NAME}")
+    for path in (options.agent, str((options.resume or options.runs).absolute())):
+        if options.log and printable(path) != path:  # TensorBoard cannot write there
+            raise UserError(f"{path}: the locale has no such letters; set PYTHONUTF8=1")
+    folders: dict[Path, str] = {}
+    for env_id in options.env:
+        other = folders.setdefault(group_folder(Path(), env_id, ""), env_id)
+        if other != env_id:
+            raise UserError(f"{other} and {env_id} would write to the same folder: train them in "
+                            "two runs")
 
 
 def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list[tuple[int, ...]]:
@@ -119,7 +144,7 @@ def dry_run(job: Job) -> EnvSpec:
     first update -> the environment's spec. Prints warnings. UserError if the environment or the
     agent fails; writes no files."""
     if choose_backend(job.env_id, job.eval_backend) == "sync":
-        spec, warnings = check.dry_run(job.env_id)
+        spec, warnings = check.dry_run(job.env_id, job.env_kwargs)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:

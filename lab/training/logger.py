@@ -91,7 +91,7 @@ class TrainLogger:
                                 f"{now.get(name)}: restore the setting, or start a new run")
 
     def _settings(self) -> dict[str, str]:
-        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward")
+        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward", "env_kwargs")
         return {name: repr(value) for name, value in (
             self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
@@ -199,6 +199,8 @@ class TrainLogger:
                     "env": self.job.env_id, **self.job.config}
         if self.job.clip_reward:
             settings["clip_reward"] = "{} to {}".format(*self.job.clip_reward)
+        if self.job.env_kwargs:
+            settings["env_kwargs"] = " ".join(self.job.env_kwargs)
         for index, recorder in enumerate(self.recorders):
             final = self.last_eval[index] if self.last_eval else None
             recorder.close(settings | {"seed": self.job.seeds[index]},

@@ -15,7 +15,7 @@ import torch
 from lab.accelerate import prepare_process
 from lab.agent import place_of
 from lab.envs.worker import die_with
-from lab.errors import CodeError, UserError
+from lab.errors import CodeError, UserError, guard_output
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 
@@ -121,6 +121,7 @@ class Processes:
 
 def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit], None]) -> None:
     die_with(parent)
+    guard_output()
     try:
         failure = _attempt(work, pipe.recv(), pipe.send)
     except (KeyboardInterrupt, BrokenPipeError, EOFError):

@@ -36,6 +36,11 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
 
 
+def printable(text: str) -> str:
+    """The text without the half characters that Python makes of bytes in another encoding."""
+    return text.encode(errors="replace").decode()
+
+
 def create_run_folder(root: Path, name: str, agent_path: Path, config: dict[str, Any]) -> Path:
     """A new folder under root with the run's settings and source. UserError if unwritable."""
     folder = new_folder(root, name)
@@ -136,7 +141,7 @@ def _silence_writer_threads() -> None:
 
 def add_hparams(board: Any, settings: dict[str, Any], final: float) -> None:
     """Add an HParams row: settings and the final evaluation return."""
-    flat = {name: value if isinstance(value, bool | int | float | str) else str(value)
+    flat = {name: value if isinstance(value, bool | int | float) else printable(str(value))
             for name, value in settings.items()}
     board.add_hparams(flat, {"hparam/return_eval": final}, run_name=".")
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lab import stats
 from lab.report import curves
+from lab.train import declared
 from lab.training import recorder
 from lab.training.job import Job, split_seeds
 from lab.training.processes import run_jobs
@@ -60,17 +61,18 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
         (name, study.defaults.config | settings, mean, returns)
         for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
-    Console().print(summary.table(study.space, rows, len(seeds)))
+    Console().print(summary.table(study.space, rows, len(seeds), declared(options)))
     winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
-    kept = ("agent", "env", "steps", "clip_reward", "eval_every", "eval_episodes", "compile",
-            "precision", "cuda")
+    kept = ("agent", "env", "env_kwargs", "steps", "clip_reward", "eval_every", "eval_episodes",
+            "compile", "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
         "options": {key: getattr(options, key) for key in kept}, "config": winner[1],
         "study": {"is": winner[0], "confirmed": winner[3], "seeds": list(seeds)}})
     plot = study.folder / "study.png"
-    summary.draw(plot, study.space, study.trials, f"{study.defaults.name}: "
-                 f"{Path(options.agent).stem} on {options.env[0]}, {options.steps} steps")
+    title = (f"{study.defaults.name}: {Path(options.agent).stem} on {options.env[0]}, "
+             f"{options.steps} steps{declared(options)}")
+    summary.draw(plot, study.space, study.trials, title)
     verdict = "nothing beat the defaults" if winner[0] == "defaults" else f"best: {winner[0]}"
     print(f"{verdict} on the held-out seeds\nplot:     {plot}\ntrain it: python learn_simple.py "
           f"--config {study.folder / 'best.json'} --seeds 4 --log")

@@ -90,6 +90,8 @@ def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(folder / "trials.jsonl")
     try:
+        if journal.header and options.name:
+            _check_name(folder, options.name)
         if journal.header and agent.resolve() == (folder / agent.name).resolve():  # its own copy
             described["options"]["agent"] = journal.header["agent"]
         fixed = {key: value for key, value in described["options"].items()
@@ -108,9 +110,20 @@ def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
     return folder, journal
 
 
+def _check_name(folder: Path, name: str) -> None:
+    """UserError if the folder belongs to a study with another name, as with "a b" and "a_b"."""
+    try:
+        other = json.loads((folder / "config.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != name:
+        raise UserError(f"{folder} is the study {other!r}, not {name!r}; choose another --name")
+
+
 def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
-        before = old.get(key)
+        default = json.loads(json.dumps(getattr(Tune, key, None)))  # older studies lack the flag
+        before = old.get(key, default)
         if before == value:
             continue
         if isinstance(value, dict) and isinstance(before, dict):

@@ -18,6 +18,7 @@ import numpy as np
 import typeguard
 
 from lab.errors import UserError
+from lab.options import whole as integer
 
 KINDS = {"": (False, False), "log": (True, False), "int": (False, True), "logint": (True, True)}
 WORDS = {"true": True, "false": False, "none": None}
@@ -160,7 +161,7 @@ def _read_one(text: str, config: type[Any], agent: str) -> Parameter:
             raise refuse(f"expected {FORMS}")
         log, whole = KINDS[kind]
         try:
-            low, high = (int(word) if whole else float(word) for word in words)
+            low, high = (integer(word) if whole else float(word) for word in words)
         except ValueError as error:
             wanted = "whole numbers" if whole else "numbers"
             raise refuse(f"the bounds must be {wanted}, not {':'.join(words)}") from error

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from lab import stats
+from lab.report.fitted import Fitted
 from lab.tuning.space import Parameter, Space
 from lab.tuning.surrogate import Surrogate
 from lab.tuning.trials import Trial
@@ -19,11 +20,11 @@ MARKS = {"completed": ("o", "tab:blue"), "pruned": ("v", "tab:orange"),
 
 
 def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
-          seeds: int) -> Table:
+          seeds: int, declared: str = "") -> Fitted:
     """columns: (name, config, posterior mean or None, confirmed returns) of each setting, the
     defaults first."""
-    result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds",
-                   title_justify="left")
+    result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds"
+                   + declared, title_justify="left")
     result.add_column("")
     for name, *_ in columns:
         result.add_column(name, justify="right")
@@ -42,7 +43,7 @@ def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | Non
     result.add_row("P(better than defaults)", "", *(
         f"{stats.probability_of_improvement(returns, confirmed[0]):.2f}"
         if returns and confirmed[0] else "" for returns in confirmed[1:]))
-    return result
+    return Fitted(result)
 
 
 def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:

@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
 
 def find_run(path: Path) -> Path:
     """The run folder that contains `path`."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, too, if the name is too long
         raise UserError(f"no folder {path}")
     for folder in [path, *path.parents][:4]:
         if (folder / "config.json").is_file():
@@ -135,7 +135,8 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
     seconds = options.max_seconds or (None if options.window else 5.0)
     output = film.open_output(out)
     with (contextlib.chdir(os.curdir),  # back to it: an environment may change it
-          contextlib.closing(make_view(group.env_id, seeds, trained.cuda)) as view):
+          contextlib.closing(make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs)
+                             ) as view):
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
                  trained, config)
@@ -240,7 +241,8 @@ class PolicyStack:
         return text + "".join(f"; seed {seed} failed in training" for seed in failed)
 
 
-def make_view(env_id: str, seeds: Sequence[int], cuda: bool) -> "Filmed | FilmedTorch":
+def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequence[str] = ()
+              ) -> "Filmed | FilmedTorch":
     """One environment per seed, with a camera. UserError if it cannot be rendered."""
     device = "cuda" if cuda else "cpu"  # the state of a generator fits only its kind of device
     try:
@@ -248,10 +250,10 @@ def make_view(env_id: str, seeds: Sequence[int], cuda: bool) -> "Filmed | Filmed
     except UserError as error:
         raise UserError("the run was trained on a GPU, but torch sees no CUDA device here"
                         ) from error
-    config = VecEnvConfig(env_id, seeds, device=device)
+    config = VecEnvConfig(env_id, seeds, device=device, env_kwargs=env_kwargs)
     if is_torch(env_id):
         return FilmedTorch(config)
-    camera.check(env_id)
+    camera.check(env_id, env_kwargs)
     with contextlib.chdir(os.curdir):
         return Filmed(config)
 

@@ -4,6 +4,7 @@ subprocess, which should start fast."""
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import gymnasium
@@ -62,10 +63,10 @@ def as_picture(frame: Any) -> np.ndarray | None:
     return np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3))
 
 
-def make(env_id: str) -> Camera:
+def make(env_id: str, env_kwargs: Sequence[str] = ()) -> Camera:
     """UserError if the environment has no render mode "rgb_array"."""
     try:
-        env = make_one(env_id, render_mode="rgb_array")
+        env = make_one(env_id, env_kwargs, render_mode="rgb_array")
     except CodeError as error:
         if isinstance(error.__cause__, TypeError):  # its constructor takes no render_mode
             raise UserError(f"{env_id} cannot be rendered: {error.__cause__}") from error
@@ -94,7 +95,7 @@ def set_scene(renderer: Any) -> None:
     model.vis.quality.shadowsize, model.vis.quality.offsamples = 1024, 0
 
 
-def check(env_id: str) -> None:
+def check(env_id: str, env_kwargs: Sequence[str] = ()) -> None:
     """Set MUJOCO_GL to a backend that works here. UserError if the environment cannot be rendered.
 
     Renders in subprocesses, because a broken GL library may kill its process, and because MuJoCo
@@ -102,11 +103,11 @@ def check(env_id: str) -> None:
     """
     # the reason goes to the stdout of the subprocess, what the environment prints to stderr
     code = ("import os, sys; out = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1); "
-            "from lab.watch import camera; camera.dry_run(sys.argv[1], out)")
+            "from lab.watch import camera; camera.dry_run(sys.argv[1], sys.argv[2:], out)")
     reasons = {}
     for gl in [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else GL:
-        done = subprocess.run([sys.executable, "-c", code, env_id], text=True, capture_output=True,
-                              env=os.environ | {"MUJOCO_GL": gl})
+        done = subprocess.run([sys.executable, "-c", code, env_id, *env_kwargs], text=True,
+                              capture_output=True, env=os.environ | {"MUJOCO_GL": gl})
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = gl
             return
@@ -118,11 +119,11 @@ def check(env_id: str) -> None:
                     "(apt install libegl1) or OSMesa (apt install libosmesa6)")
 
 
-def dry_run(env_id: str, out: TextIO) -> None:
+def dry_run(env_id: str, env_kwargs: Sequence[str], out: TextIO) -> None:
     """Render one frame. On failure writes the reason in one line to `out`; exit code 2 for a
     UserError, else 1."""
     try:
-        env = make(env_id)
+        env = make(env_id, env_kwargs)
         env.reset()
         env.frame()
         env.close()
