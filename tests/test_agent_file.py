@@ -320,7 +320,7 @@ def test_every_type_of_state_is_saved_by_reference_and_restored_in_place():
     (lambda x: setattr(x, "tensor", torch.zeros(5)), r"tensor is \(2,\), .*checkpoint's is \(5,\)"),
     (lambda x: setattr(x.inner, "rows", torch.zeros(2, 9)), r"rows is \(2, 3\), .* \(2, 9\)"),
     (lambda x: setattr(x, "network", nn.Linear(2, 4)),
-     r"(?s)network does not fit the checkpoint: .*\[4, 2\].*\[2, 2\]"),
+     r"(?s)network does not fit the checkpoint: .*\[4(, 2)?\].*\[2(, 2)?\]"),
     (lambda x: setattr(x, "pair", (torch.zeros(4), 1)), r"pair is \(2,\), .* \(4,\)"),
     (lambda x: x.generators.pop(), r"generators has 2 parts, the checkpoint's has 1"),
     (lambda x: setattr(x, "STATE", x.STATE[1:]), r"the checkpoint has no network, which STATE")])

@@ -394,8 +394,7 @@ def test_a_changed_setting_of_the_agent_names_the_way_to_resume_as_well(tmp_path
 @pytest.mark.parametrize("steps, note", [
     (300, "learning_starts 5000 becomes 30 in a run of 300 steps"), (None, "")])
 def test_a_setting_that_a_short_run_changes_is_said_once(tmp_path, capsys, steps, note):
-    flags = ["--seeds", "2", "--processes", "2", "--env", "Pendulum-v1",
-             "MountainCarContinuous-v0"] if steps else ["--learning-starts", "30"]
+    flags = ["--seeds", "2", "--processes", "2"] if steps else ["--learning-starts", "30"]
     assert train.run(tiny(tmp_path, *flags)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "learning_starts" in line]
     assert lines == [note] * bool(note)
@@ -424,6 +423,7 @@ def test_code_that_came_with_a_run_does_not_run(tmp_path, monkeypatch, capsys, f
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
     fails = """if self.spec.id == "Pendulum-v1" and self.transitions > 100 and self.replay.size > 1:
         raise RuntimeError("the update broke")

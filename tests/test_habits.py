@@ -190,6 +190,7 @@ def with_fields(folder, *fields):
     return write(folder, text[:start] + HEAD + text[start:at] + lines + text[at:])
 
 
+@pytest.mark.slow
 def test_a_run_with_such_settings_is_resumed_and_read(tmp_path, capsys):
     """In processes of its own as well, which do not know its file's classes."""
     path = with_fields(tmp_path, "hidden: list[int] = field(default_factory=lambda: [64, 64])",
@@ -438,6 +439,7 @@ def script(folder, *flags, **environment):
                             errors="replace", env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_does_not_end_a_run(tmp_path):
     with script(tmp_path, "--log", "--seeds", "2", "--processes", "2") as process:
         assert process.stdout.readline().startswith("run folder")
@@ -447,6 +449,7 @@ def test_a_pipe_that_closes_does_not_end_a_run(tmp_path):
     assert len(list(tmp_path.glob("runs/*/*/sac/stack_*/step_*40-*.pt"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [
     {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}])

@@ -381,6 +381,7 @@ Agent.observe = patch
 # The whole
 
 
+@pytest.mark.slow
 def test_a_real_calibration_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "WINDOW", 0.1)
     monkeypatch.setattr(candidates, "BUDGET", 1000.0)
@@ -394,6 +395,7 @@ def test_a_real_calibration_leaves_nothing_behind(monkeypatch, capsys, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_real_calibration_of_rollouts_and_workers(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "WINDOW", 0.1)
     monkeypatch.setattr(candidates, "BUDGET", 1000.0)

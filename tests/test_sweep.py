@@ -17,7 +17,7 @@ from lab.training.processes import run_jobs
 SAC = Path("agents/sac.py").read_text()
 FAILURES = {
     "user": ("raise UserError('no luck; try another')", r"no luck; try another"),
-    "exception": ("raise ZeroDivisionError('first\\nsecond')", r"ZeroDivisionError: first"),
+    "exception": ("raise ZeroDivisionError('first\\nsecond')", r".*mine\.py:\d+: ZeroDivisionError: first"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", r"its process ended with code -9"),
 }
 
@@ -129,6 +129,7 @@ def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
     assert capfd.readouterr().err.count("Traceback") == 1, "of the unexpected exception alone"
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path, monkeypatch):
     """One is killed once, the other whenever it gets to 20 steps."""
     monkeypatch.setattr(processes, "RETRIES", 1)
@@ -146,6 +147,7 @@ def test_a_killed_process_is_tried_again_from_its_checkpoint(tmp_path, monkeypat
     assert told == {0: [10, 20, again, 30, 40], 1: [10, 20, again]}
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
     endless = {"steps": 1_000_000, "run": str(tmp_path), "log_every": 10}
     jobs = [make_job(tmp_path, "mine", seeds=seeds, **endless) for seeds in ((0,), (1, 2))]

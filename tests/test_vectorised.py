@@ -97,6 +97,7 @@ def test_a_gpus_run_keeps_one_thread(monkeypatch):
     assert resolve_defaults(parse("--cuda")[0]).threads == 1
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_number_of_threads_are_equal_and_a_resumed_one_keeps_it(
         tmp_path, monkeypatch):
     """Batches large enough to be shared by two threads."""
@@ -150,6 +151,7 @@ def test_each_script_resumes_its_own_runs(tmp_path, capsys):
     assert parse("--config", str(many / "config.json"))[0].num_envs == 4
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "learn_vectorised.py", "agents/ppo.py", "--env", TARGET, "--num-envs", "4",

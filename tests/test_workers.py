@@ -378,6 +378,7 @@ def test_training_that_cannot_begin_leaves_no_worker(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_whole_group_leaves_a_checkpoint_and_no_orphan(tmp_path):
     job = make_job(tmp_path, steps=10_000_000, eval_every=10_000_000)
     script = f"""

@@ -89,6 +89,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path, number, code):
     assert len(children) >= 2 and not any(map(runs, children))
 
 
+@pytest.mark.slow
 @linux
 def test_no_child_outlives_a_killed_parent(tmp_path):
     """Fault 6."""
