@@ -17,7 +17,8 @@ from lab.training.processes import run_jobs
 SAC = Path("agents/sac.py").read_text()
 FAILURES = {
     "user": ("raise UserError('no luck; try another')", r"no luck; try another"),
-    "exception": ("raise ZeroDivisionError('first\\nsecond')", r".*mine\.py:\d+: ZeroDivisionError: first"),
+    "exception": ("raise ZeroDivisionError('first\\nsecond')",
+                  r".*mine\.py:\d+: ZeroDivisionError: first"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", r"its process ended with code -9"),
 }
 
