@@ -18,7 +18,7 @@ SAC = Path("agents/sac.py").read_text()
 FAILURES = {
     "user": ("raise UserError('no luck; try another')", r"no luck; try another"),
     "exception": ("raise ZeroDivisionError('first\\nsecond')",
-                  r".*mine\.py:\d+: ZeroDivisionError: first"),
+                  r".*\w\.py:\d+: ZeroDivisionError: first"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", r"its process ended with code -9"),
 }
 
