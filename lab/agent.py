@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
-from lab.errors import CodeError, UserError
+from lab.errors import CodeError, UserError, first_line
 from lab.settings import build
 
 VERBS = ("act", "observe", "update")
@@ -41,7 +41,7 @@ def load_agent(path: str | Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise UserError(f"agent file {path}{line} does not load: "
-                        f"{type(error).__name__}: {_first_line(error)}") from error
+                        f"{type(error).__name__}: {first_line(error)}") from error
     agent, config = getattr(module, "Agent", None), getattr(module, "Config", None)
     if agent is None or not dataclasses.is_dataclass(config):
         raise UserError(f"agent file {path} needs a class Agent and a dataclass Config")
@@ -71,10 +71,10 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
                              device=device, accelerate=accelerate)
     except Exception as error:
         if isinstance(error, ValueError) and _raised_in(path, error):  # by the agent itself
-            raise UserError(f"{Path(path).name} on {spec.id}: {_first_line(error)}") from error
+            raise UserError(f"{Path(path).name} on {spec.id}: {first_line(error)}") from error
         place = place_of(path, error) or path
         raise CodeError(f"{place}: Agent() failed: {type(error).__name__}: "
-                        f"{_first_line(error)}") from error
+                        f"{first_line(error)}") from error
     if not _saves_itself(agent):
         for name in agent.STATE:
             if not hasattr(agent, name):
@@ -110,7 +110,7 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         except Exception as error:
             place = place_of(path, error) or path
             raise CodeError(f"{place}: {verb} failed on tensors of shape (S, N, ...) = ({S}, {N}, "
-                            f"...): {type(error).__name__}: {_first_line(error)}") from error
+                            f"...): {type(error).__name__}: {first_line(error)}") from error
 
     obs = torch.zeros(S, N, spec.obs_dim, device=device)
     for explore in (False, True):
@@ -263,7 +263,3 @@ def _first_calls(fn: Callable[..., Any], calls: int = 2) -> Callable[..., Any]:
         return seen[-1]
 
     return step
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -16,6 +16,11 @@ class CodeError(UserError):
     """The user's code raised an exception, which is __cause__: its traceback is printed too."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of its message; "" if it has none."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def one_line(error: BaseException) -> str:
     """Its message, after its type unless it is a UserError."""
     reason = " ".join(str(error).split())

@@ -22,7 +22,7 @@ from lab.accelerate import check_device, prepare_process
 from lab.agent import load_agent
 from lab.check.checks import CHECKS, Check, Failed
 from lab.check.driver import AgentUnderTest, small
-from lab.errors import UserError, guarded
+from lab.errors import UserError, first_line, guarded
 from lab.options import read_flags, read_line
 from lab.settings import plain
 
@@ -84,8 +84,7 @@ def failure(fn: Check, subject: AgentUnderTest) -> str | None:
     except (Failed, UserError) as error:
         return str(error).removeprefix(f"{Path(subject.path).name} breaks the contract: ")
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {line}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 if __name__ == "__main__":
     sys.exit(guarded(lambda: run(sys.argv[1:])))

@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.envs.generators import generator_states, kept_generators, seed_generators
 from lab.envs.spec import EnvSpec, code_error, make_one, spec_of
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 
 DRY_STEPS = 10
 
@@ -160,7 +160,3 @@ def describe(value: Any) -> str:
     text = " ".join(repr(value).split())
     kind = type(value).__name__
     return text if value is None else f"a {kind}" if len(text) > 40 else f"{text} (a {kind})"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs import registration
 
-from lab.errors import CodeError, UserError
+from lab.errors import CodeError, UserError, first_line
 
 OURS = tuple(str(Path(file).parent) + os.sep for file in (
     gymnasium.__file__, Path(__file__).parent, importlib.__file__))
@@ -124,8 +124,8 @@ def code_error(message: str, error: BaseException) -> CodeError:
     """The message with the place in the user's code and what it raised there; raise it from the
     error."""
     error, place = places(error)
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return CodeError(f"{message}: {place + ': ' if place else ''}{type(error).__name__}: {reason}")
+    kind = type(error).__name__
+    return CodeError(f"{message}: {place + ': ' if place else ''}{kind}: {first_line(error)}")
 
 
 def places(error: BaseException) -> tuple[BaseException, str]:

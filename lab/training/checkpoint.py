@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 import torch.utils._pytree as pytree
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 
 KEPT = 2
 LOCK_SECONDS = 30.0
@@ -101,8 +101,7 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
         except (MemoryError, torch.OutOfMemoryError):
             raise  # the checkpoint may be intact
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            print(f"skipping checkpoint {path}: {reason}", file=sys.stderr)
+            print(f"skipping checkpoint {path}: {first_line(error)}", file=sys.stderr)
     return None
 
 

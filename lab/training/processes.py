@@ -15,7 +15,7 @@ import torch
 from lab.accelerate import prepare_process
 from lab.agent import place_of
 from lab.envs.worker import die_with
-from lab.errors import CodeError, UserError, guard_output
+from lab.errors import CodeError, UserError, first_line, guard_output
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 
@@ -146,10 +146,9 @@ def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure
         raise
     except Exception as error:
         traceback.print_exc()
-        first = str(error).strip().splitlines()[0] if str(error) else ""
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
             "can't allocate memory" in str(error))  # torch, on a CPU
         place = place_of(job.agent_path, error)
-        reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first}"
+        reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first_line(error)}"
         return Failure(reason, "settings" if memory else "error")
     return None

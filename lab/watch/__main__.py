@@ -28,7 +28,7 @@ from lab.agent import build_agent, restore_state
 from lab.envs.base import Transition, VecEnvConfig, is_torch
 from lab.envs.host import SyncEnvs
 from lab.envs.torch_vec import TorchEnvs
-from lab.errors import UserError, guarded
+from lab.errors import UserError, first_line, guarded
 from lab.options import Vectorised, parse_args, parse_flags
 from lab.training import checkpoint, recorder
 from lab.training.evaluation import OnStep, evaluate
@@ -208,7 +208,7 @@ def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTor
     try:
         restore_state(agent, state["agent"])
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{stack} does not fit {trained.agent}: {type(error).__name__}: {reason}"
                         ) from error
     return Part(agent, members, wanted, state["step"], [members[i] for i in state["failed"]])
