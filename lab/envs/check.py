@@ -40,7 +40,7 @@ def check_twice(env: gymnasium.Env, spec: EnvSpec) -> list[str]:
     warnings = []
     if generator_states() != before:
         warnings.append(f"{spec.id} draws from the global random generators of Python or numpy: "
-                        "each process seeds them once, so the results of a seed depend on the "
+                        "a process has one of each, so the results of a seed depend on the "
                         "seeds that share its process")
     seed_generators([0])
     second = rollout(env, spec)
