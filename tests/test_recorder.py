@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,6 +136,17 @@ def test_a_checkpoint_at_the_step_of_a_row_keeps_it(tmp_path):
     write_rows(tmp_path, [{"step": step, "loss/qf": float(step)} for step in (10, 20, 30)])
     write_rows(tmp_path, [{"step": 30, "loss/qf": 0.0}], start=20)
     assert scalars(tmp_path) == {"loss/qf": [(10, 10.0), (20, 20.0), (30, 0.0)]}
+
+
+def test_a_board_is_written_where_it_was_begun_whatever_the_working_directory(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    board = recorder.tensorboard(Path("board"))
+    monkeypatch.chdir("/")
+    board.add_scalar("return", 1.0, 0)
+    board.close()
+    (file,) = (tmp_path / "board").iterdir()
+    assert b"return" in file.read_bytes()
 
 
 def test_tensorboard_shows_what_the_rows_say(tmp_path):

@@ -119,11 +119,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def tensorboard(folder: Path, **settings: Any) -> Any:
-    """A SummaryWriter."""
+    """A SummaryWriter, whose thread finds its files by an absolute path: an environment in this
+    process may change the working directory at any time."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     _silence_writer_threads()
-    return SummaryWriter(str(folder), **settings)
+    return SummaryWriter(str(folder.absolute()), **settings)
 
 
 @functools.cache
