@@ -11,7 +11,7 @@ Departures from CleanRL, each with its reason
 2. Observation statistics change only between updates, so that the policy learns from the inputs
    that it acted on. The first rollout is not normalised.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
-   The seeds share Adam's step count, which goes on, so that no seed affects another.
+   Adam's step count is shared and keeps counting, so no seed affects another.
 
     python learn_simple.py agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 --log
 """

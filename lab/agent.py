@@ -171,7 +171,7 @@ def _save(name: str, part: Any) -> Any:
 
 
 def restore_state(agent: Any, state: dict[str, Any]) -> None:
-    """Put back what save_state() gave, in place. ValueError if a shape or an entry is another."""
+    """Restore what save_state() returned, in place. ValueError if an entry or a shape differs."""
     if _saves_itself(agent):
         agent.load_state_dict(state)
         return

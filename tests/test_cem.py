@@ -285,7 +285,7 @@ def test_a_run_resumed_within_an_episode_continues_identically():
                for *rest, _, _ in make_steps((0, 1), 2, 30)]
     agent, resumed = (make_agent(cem, seeds, 2, spec=SPEC) for seeds in ((0, 1), (5, 6)))
     drive(agent, endless[:15])
-    drive(resumed, endless[:9])  # with plans of its own, which must go
+    drive(resumed, endless[:9])  # its plans must be dropped
     file = io.BytesIO()
     torch.save(save_state(agent), file)
     file.seek(0)

@@ -279,7 +279,7 @@ def test_what_the_minute_has_no_time_for_is_named(tried, monkeypatch, capsys):
 
 
 def plan_until(count, measure):
-    """The deadline comes after so many candidates."""
+    """The deadline comes after this number of candidates."""
     def run_fake(jobs, deadline):
         nonlocal count
         count -= 1

@@ -167,7 +167,7 @@ def add_run(method: Method, folder: Path) -> None:
 
 
 def label(environment: str, options: dict[str, Any]) -> str:
-    """The id with the --env-kwargs: with other ones it is another environment."""
+    """The id with its --env-kwargs: other kwargs make another environment."""
     words = options.get("env_kwargs")
     return f"{environment} ({' '.join(words)})" if words else environment
 
