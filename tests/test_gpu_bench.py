@@ -63,7 +63,7 @@ def test_a_program_is_stopped_at_its_time(gpu, tmp_path):
 
 @pytest.mark.slow
 def test_all_sections_write_results_on_a_cpu(tmp_path):
-    sections = ["sac", "envs", "learning", "quadrotor"]
+    sections = ["sac", "envs", "learning", "quadrotor", "leanrl"]
     subprocess.run([sys.executable, "bench/gpu.py", "--device", "cpu", "--minutes", "2.5", "--out",
                     str(tmp_path), "--only", *sections], cwd=ROOT, check=True, timeout=400)
     entries = json.loads((tmp_path / "gpu.json").read_text())["results"]

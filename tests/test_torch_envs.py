@@ -658,6 +658,7 @@ def test_the_host_waits_for_nothing_between_two_finished_on_cuda(name):
 @pytest.mark.parametrize("name", ["ContinuousCartPole-v1", "Quadrotor-v0"])
 def test_compiled_and_eager_steps_agree(name, device):
     """From equal seeds, over the ends of episodes, to 1e-4. All steps are one compiled graph."""
+    torch._dynamo.reset()  # of another task's shapes, which would count as a second graph
     counters.clear()
     eager, compiled = (make_envs(f"torch/{name}", [0, 1], 4, device=device, compile=compile)
                        for compile in (False, True))
