@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,8 +34,13 @@ class Options:
     seeds: int = 1  # number of seeds
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
-    # clip training rewards to [LOW, HIGH]; tables and plots declare it
+    # What to change about the task; tables and plots declare it
+    action_repeat: int = 1  # environment steps that each action is held for; rewards are summed
+    # clip the training reward of each environment step to [LOW, HIGH]
     clip_reward: tuple[float, float] | None = None
+    # in training, a termination counts only if its last reward is below this; any other end of an
+    # episode bootstraps, as a truncation does
+    failure_below: float | None = None
     # What to log
     log: bool = False  # write a run folder: metrics, TensorBoard, checkpoints, plot
     name: str | None = None  # name of the run folder; none: the agent's name
@@ -327,7 +332,7 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds"):
+                 "confirm_seeds", "action_repeat"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -344,11 +349,25 @@ def check_options(options: Options) -> None:
                         f"{options.first_seed}")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
-        for env_id in options.env:
+    for name in ("env_kwargs", "action_repeat", "failure_below"):
+        for env_id in options.env if getattr(options, name) != getattr(Options, name) else ():
             backend = getattr(options, "backend", None)
             if is_torch(env_id) or backend in ("torch", "envpool"):
-                raise UserError(f"--env-kwargs is for gymnasium.make, which does not make {env_id}"
+                raise UserError(f"--{name.replace('_', '-')} is for environments of "
+                                f"gymnasium.make, which does not make {env_id}"
                                 + f" with --backend {backend}" * bool(backend))
+
+
+def changes(options: Mapping[str, Any]) -> list[str]:
+    """What the options change of the task, in words. Older runs lack some of them."""
+    found = []
+    if (repeat := options.get("action_repeat", 1)) > 1:
+        found.append(f"trained and evaluated with each action held for {repeat} steps")
+    if clip := options.get("clip_reward"):
+        found.append("trained on rewards clipped to [{}, {}]".format(*clip))
+    if (bound := options.get("failure_below")) is not None:
+        found.append(f"trained with terminations only where the last reward is below {bound}")
+    return found
 
 
 def resolve_defaults(options: Options) -> Options:
