@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -356,18 +356,6 @@ def check_options(options: Options) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is for environments of "
                                 f"gymnasium.make, which does not make {env_id}"
                                 + f" with --backend {backend}" * bool(backend))
-
-
-def changes(options: Mapping[str, Any]) -> list[str]:
-    """What the options change of the task, in words. Older runs lack some of them."""
-    found = []
-    if (repeat := options.get("action_repeat", 1)) > 1:
-        found.append(f"trained and evaluated with each action held for {repeat} steps")
-    if clip := options.get("clip_reward"):
-        found.append("trained on rewards clipped to [{}, {}]".format(*clip))
-    if (bound := options.get("failure_below")) is not None:
-        found.append(f"trained with terminations only where the last reward is below {bound}")
-    return found
 
 
 def resolve_defaults(options: Options) -> Options:

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from lab.errors import guarded
-from lab.options import Options, Simple, changes, parse_args, resolve_defaults
+from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
+from lab.report.runs import changes
 from lab.training import recorder
 from lab.training.job import Job, dry_run, make_jobs
 from lab.training.processes import run_jobs

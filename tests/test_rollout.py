@@ -18,10 +18,9 @@ from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
 from lab.envs.spec import probe
 from lab.errors import UserError
-from lab.training import checkpoint
+from lab.training import checkpoint, loop
 from lab.training import evaluation as evaluation_module
 from lab.training import job as job_module
-from lab.training import loop
 from lab.training.evaluation import evaluate
 from lab.training.job import Job
 from lab.training.logger import due

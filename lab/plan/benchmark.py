@@ -55,12 +55,12 @@ class Cost:
 
     def speed(self, job: Job) -> float:
         """Steps/s after the first update, summed over seeds."""
-        return len(job.seeds) * job.stride / (self.step + self.update / self.period)
+        return len(job.seeds) * job.steps_per_act / (self.step + self.update / self.period)
 
     def total(self, job: Job) -> float:
         """Time of the whole job without imports and without checkpoints, which take less than 1% of
         a run (bench/results/checkpoints.json)."""
-        steps = math.ceil(job.steps / job.stride)
+        steps = math.ceil(job.steps / job.steps_per_act)
         early = min(self.early_steps, steps)
         evaluations = math.ceil(job.steps / job.eval_every)
         return (self.build + self.compile + early * self.early_step
@@ -183,7 +183,7 @@ class Loop:
         if self.accelerate.compiled:
             calls = 3 if self.job.device == "cpu" else CudaGraph.WARM_UP + 2
         compiled = all(count >= calls for count in self.accelerate.calls.values())
-        over = self.done["steps"] * self.job.stride >= self.job.steps
+        over = self.done["steps"] * self.job.steps_per_act >= self.job.steps
         return over or updates >= MAX_WARM_UP or (updates > 1 and compiled)
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +171,18 @@ def label(environment: str, options: dict[str, Any]) -> str:
     """The id with the --env-kwargs: with other ones it is another environment."""
     words = options.get("env_kwargs")
     return f"{environment} ({' '.join(words)})" if words else environment
+
+
+def changes(options: Mapping[str, Any]) -> list[str]:
+    """What the options change of the task, in words. Older runs lack some of them."""
+    found = []
+    if (repeat := options.get("action_repeat", 1)) > 1:
+        found.append(f"trained and evaluated with each action held for {repeat} steps")
+    if clip := options.get("clip_reward"):
+        found.append("trained on rewards clipped to [{}, {}]".format(*clip))
+    if (bound := options.get("failure_below")) is not None:
+        found.append(f"trained with terminations only where the last reward is below {bound}")
+    return found
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.options import changes
-from lab.report.runs import Method, Result, Run, label
+from lab.report.runs import Method, Result, Run, changes, label
 from lab.training import recorder
 
 FEW = 5  # warn below this number of seeds

@@ -54,8 +54,8 @@ class Job:
     name: str = ""  # of the run, as given by --name
 
     @property
-    def stride(self) -> int:
-        """Environment steps of one seed from an act to the next."""
+    def steps_per_act(self) -> int:
+        """Environment steps of one seed per call of act."""
         return self.num_envs * self.action_repeat
 
     @property

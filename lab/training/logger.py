@@ -102,8 +102,8 @@ class TrainLogger:
         self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
-        evaluating = end or due(step, job.eval_every, job.stride)
-        if evaluating or due(step, job.log_every, job.stride):
+        evaluating = end or due(step, job.eval_every, job.steps_per_act)
+        if evaluating or due(step, job.log_every, job.steps_per_act):
             self.write_rows(step, agent, evaluating)
         elif time.perf_counter() - self.last_emit > 1:
             self.last_emit = time.perf_counter()
@@ -111,7 +111,7 @@ class TrainLogger:
             self.notes = {}
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
-        if end or late or due(step, job.steps // 10 if every is None else every, job.stride):
+        if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:

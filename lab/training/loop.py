@@ -34,7 +34,7 @@ def train(job: Job, emit: Emit) -> None:
             t = training.receive()
             agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
             obs = t.obs
-            step += job.stride
+            step += job.steps_per_act
             log.step(step, metrics, agent)
             if interrupts.received:
                 log.save(step, agent)
