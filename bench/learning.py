@@ -1,13 +1,15 @@
 """Learning results: run the experiments below and store their results in bench/results/.
 
-    python bench/learning.py                       all experiments without a result
-    python bench/learning.py sac-pendulum          one experiment, even if it has a result
+    python bench/learning.py                       all that are missing, fewest steps first
+    python bench/learning.py --list                print these instead
+    python bench/learning.py sac-pendulum          some experiments, even if they have a result
     python bench/learning.py sac-pendulum --run runs/sac-pendulum-20260101-000000   store that run
 
-An interrupted run is resumed. `--run` stores a run as far as it got, without training. Stored are
-config, versions, learning curves, and every evaluation of every seed in scores.csv. From
-scores.csv, learning.md, summary.md, bf16.md and curves.png are made. `python bench/readme.py` puts
-the tables into the docs.
+Missing are experiments without a result, or with a run in runs/ that has not ended. An interrupted
+run is resumed; one that fails does not stop the others. `--run` stores a run as far as it got,
+without training. Stored are config, versions, learning curves, and every evaluation of every seed
+in scores.csv. From scores.csv, learning.md, summary.md, bf16.md and curves.png are made.
+`python bench/readme.py` puts the tables into the docs.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,36 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import stats  # noqa: E402
-from lab.options import SCRIPTS, Options, Simple, Vectorised, parse_args  # noqa: E402
+from lab.errors import Terminated, guarded  # noqa: E402
+from lab.options import (  # noqa: E402
+    SCRIPTS,
+    Options,
+    Simple,
+    Vectorised,
+    parse_args,
+    read_line,
+)
 from lab.report import curves, published  # noqa: E402
+from lab.report.runs import changes  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 SCORES = RESULTS / "scores.csv"
 Scores = dict[str, dict[tuple[int, int], float]]  # experiment -> (seed, step) -> evaluation return
-CHEETAH, HOPPER, WALKER, BIPED = (f"--env {env} --seeds 5 --steps 100_000" for env in (
-    "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "BipedalWalker-v3"))
+CHEETAH, HOPPER, WALKER, ANT, HUMANOID, BIPED = (
+    f"--env {env} --seeds 5 --steps 100_000" for env in (
+        "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4", "BipedalWalker-v3"))
 LANDER = "--env LunarLanderContinuous-v3 --seeds 5 --steps 50_000"
 MILLION = "agents/ppo.py --env {} --seeds 5 --steps 1_000_000"
 HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_000 --qf-width {} "
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
+XQC = "agents/xqc.py {} --compile --precision bf16"
+RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
+             "--precision bf16")
+# two steps an action; a fall costs 1 instead of 100; only a fall terminates
+WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
+BIPED_TARGET = "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
 # returns at the same number of steps
 EXPERIMENTS = {
@@ -51,6 +70,13 @@ EXPERIMENTS = {
     "crossq-hopper-bf16": (NARROW.format(HOPPER) + " --precision bf16", "2764 (wider)"),
     "sac-walker2d": (f"agents/sac.py {WALKER} --precision bf16", "690"),
     "crossq-walker2d": (NARROW.format(WALKER) + " --precision bf16", "3914 (wider)"),
+    "crossq-ant": (NARROW.format(ANT) + " --precision bf16", "2299 (wider)"),
+    "crossq-humanoid": (NARROW.format(HUMANOID) + " --precision bf16", "2603 (wider)"),
+    "xqc-halfcheetah": (XQC.format(CHEETAH), "8597; 9815 (FlashSAC); both wider"),
+    "xqc-hopper": (XQC.format(HOPPER), "2828; 2121 (FlashSAC); both wider"),
+    "xqc-walker2d": (XQC.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
+    "xqc-ant": (XQC.format(ANT), "3018; 3196 (FlashSAC); both wider"),
+    "xqc-humanoid": (XQC.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
     "ppo-halfcheetah": (MILLION.format("HalfCheetah-v4"), "3517; 1443 (CleanRL)"),
     "ppo-hopper": (MILLION.format("Hopper-v4"), "3392; 2383 (CleanRL)"),
     "ppo-walker2d": (MILLION.format("Walker2d-v4"), "1621; 2288 (CleanRL)"),
@@ -66,6 +92,8 @@ EXPERIMENTS = {
     "crossq-lunarlander": (
         NARROW.format(LANDER) + " --precision bf16",
         "200 counts as solved; 269 (CrossQ at 300 000)"),
+    "xqc-lunarlander": (
+        XQC.format(LANDER), "200 counts as solved; 269 (CrossQ at 300 000)"),
     "sac-biped": (
         f"agents/sac.py {BIPED} --precision bf16", "300 counts as solved; -92 (SAC)"),
     "crossq-biped": (
@@ -75,6 +103,16 @@ EXPERIMENTS = {
         "agents/bro.py --env BipedalWalker-v3 --seeds 3 --steps 200_000 --qf-width 128 --compile "
         "--precision bf16 --clip-reward -5 10",
         "300 counts as solved; -12 (SAC), 105 (TD3-FORK), both without the clip"),
+    "sac-biped-raw": (f"agents/sac.py {RAW_BIPED}", BIPED_TARGET),
+    "crossq-biped-raw": (f"agents/crossq.py {RAW_BIPED} --qf-width 256", BIPED_TARGET),
+    "bro-biped-raw": (f"agents/bro.py {RAW_BIPED} --qf-width 128", BIPED_TARGET),
+    "xqc-biped-raw": (f"agents/xqc.py {RAW_BIPED}", BIPED_TARGET),
+    "xqc-biped": (
+        XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
+        BIPED_TARGET + ", both on the raw task"),
+    "xqc-hardcore": (
+        XQC.format(f"--env BipedalWalkerHardcore-v3 --seeds 5 --steps 1_000_000 {WALKING}")
+        + " --eval-every 50_000 --eval-episodes 25", "235 (TQC at 2 000 000)"),
     "crossq-hardcore": (HARDCORE.format("crossq", 256), "235 (TQC at 2 000 000)"),
     "bro-hardcore": (HARDCORE.format("bro", 128), "235 (TQC at 2 000 000)"),
     "cem-lunarlander": (
@@ -104,17 +142,46 @@ SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-w
            "ppo-walker2d", "droq-hopper", "ppo-biped", "cem-lunarlander")
 
 
-def train(name: str) -> Path:
-    """Start a run, or resume the last one if it is unfinished -> its folder."""
-    def runs() -> list[Path]:
-        return sorted(path.parent for path in ROOT.glob(f"runs/{name}-*/config.json")
-                      if json.loads(path.read_text())["name"] == name)
+def missing() -> list[str]:
+    """The experiments to train, fewest steps over all seeds first."""
+    def steps(name: str) -> int:
+        values = read_line(EXPERIMENTS[name][0].split(), kind(name)).values
+        return int(values["seeds"]) * int(values["steps"])
 
+    done = read()
+    return sorted((name for name in EXPERIMENTS if name not in done or unfinished(name)), key=steps)
+
+
+def last_run(name: str) -> Path | None:
+    return max((path.parent for path in ROOT.glob(f"runs/{name}-*/config.json")
+                if json.loads(path.read_text())["name"] == name), default=None)
+
+
+def unfinished(name: str) -> bool:
+    run = last_run(name)
+    return run is not None and not (run / PICTURE).exists()
+
+
+def train(name: str) -> Path | None:
+    """Start a run, or resume the last one if it is unfinished -> its folder, or None if it did not
+    end. It also ends if some of its seeds failed. KeyboardInterrupt if it was stopped."""
     flags = EXPERIMENTS[name][0].split() + ["--log", "--name", name]
-    if runs() and not (runs()[-1] / PICTURE).exists():
-        flags = ["--resume", str(runs()[-1])]
-    subprocess.run([sys.executable, SCRIPTS[kind(name)], *flags], cwd=ROOT, check=True)
-    return runs()[-1]
+    before = last_run(name)
+    resumed = unfinished(name)
+    if resumed:
+        flags = ["--resume", str(before)]
+    process = subprocess.Popen([sys.executable, SCRIPTS[kind(name)], *flags], cwd=ROOT)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Terminated):  # Ctrl-C reaches the run by itself
+            process.terminate()
+        process.wait()  # for its checkpoint
+        raise
+    if code < 0 or code > 128:
+        raise KeyboardInterrupt
+    run = last_run(name)
+    return None if unfinished(name) or (run == before and not resumed) else run
 
 
 def kind(name: str) -> type[Options]:
@@ -132,9 +199,10 @@ def keep(name: str, run: Path) -> None:
     ran, (wanted, config) = json.loads((run / "config.json").read_text()), settings(name)
     options = ran["options"]
     same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
-            "num_envs")
+            "num_envs", "action_repeat", "failure_below")
+    older = {"action_repeat": 1}  # of runs from before the flag
     wanted = json.loads(json.dumps({name: getattr(wanted, name, None) for name in same} | config))
-    if ran["config"] | {name: options.get(name) for name in same} != wanted:
+    if ran["config"] | {name: options.get(name, older.get(name)) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     (env_id,) = options["env"]
@@ -222,7 +290,8 @@ def summary(scores: Scores) -> str:
         end, final = last(scores[name])
         mean, low, high = stats.t_interval(final)
         steps = f"{end:,}".replace(",", " ")
-        lines.append(f"| {Path(options.agent).stem} | {options.env[0]} | {steps} | {len(final)} "
+        task = ", ".join([options.env[0], *changes(vars(options))])
+        lines.append(f"| {Path(options.agent).stem} | {task} | {steps} | {len(final)} "
                      f"| {mean:.0f} | {low:.0f} to {high:.0f} | {EXPERIMENTS[name][1]} |")
     return "\n".join(lines) + "\n"
 
@@ -240,6 +309,7 @@ def draw(scores: Scores, path: Path) -> None:
         if name + "-bf16" not in scores:
             options, _ = settings(name)
             label = name.removesuffix("-bf16") + ", clipped reward" * bool(options.clip_reward)
+            label += f", {options.action_repeat} steps an action" * (options.action_repeat > 1)
             panels.setdefault((options.env[0], options.steps > 300_000), []).append(
                 (name, label, Path(options.agent).stem))
     figure, axes = pyplot.subplots(-(-len(panels) // 3), 3, squeeze=False, layout="constrained",
@@ -279,17 +349,33 @@ def write_tables() -> None:
     draw(scores, RESULTS / "curves.png")
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """-> exit code: 0, or 1 if an experiment did not end."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="default: all experiments without a result; "
-                        f"choices: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("names", nargs="*", help="default: all that are missing, fewest steps "
+                        f"first; choices: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--list", action="store_true", help="print the missing ones; no training")
     parser.add_argument("--run", type=Path, help="store this run as far as it got; no training")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for unknown in set(options.names) - set(EXPERIMENTS):
         parser.error(f"unknown experiment {unknown!r}; choose from {', '.join(EXPERIMENTS)}")
     if options.run and len(options.names) != 1:
         parser.error("--run needs the name of exactly one experiment")
-    done = read()
-    for name in options.names or [name for name in EXPERIMENTS if name not in done]:
-        keep(name, options.run or train(name))
-        write_tables()
+    names, failed = options.names or missing(), []
+    if options.list:
+        print(*names, sep="\n")
+        return 0
+    for name in names:
+        run = options.run or train(name)
+        if run:
+            keep(name, run)
+            write_tables()
+        else:
+            failed.append(name)
+    if failed:
+        print(f"did not end: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -34,8 +34,13 @@ class Options:
     seeds: int = 1  # number of seeds
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
-    # clip training rewards to [LOW, HIGH]; tables and plots declare it
+    # What to change about the task; tables and plots declare it
+    action_repeat: int = 1  # environment steps that each action is held for; rewards are summed
+    # clip the training reward of each environment step to [LOW, HIGH]
     clip_reward: tuple[float, float] | None = None
+    # in training, a termination counts only if its last reward is below this; any other end of an
+    # episode bootstraps, as a truncation does
+    failure_below: float | None = None
     # What to log
     log: bool = False  # write a run folder: metrics, TensorBoard, checkpoints, plot
     name: str | None = None  # name of the run folder; none: the agent's name
@@ -327,7 +332,7 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds"):
+                 "confirm_seeds", "action_repeat"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -344,10 +349,12 @@ def check_options(options: Options) -> None:
                         f"{options.first_seed}")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
-        for env_id in options.env:
+    for name in ("env_kwargs", "action_repeat", "failure_below"):
+        for env_id in options.env if getattr(options, name) != getattr(Options, name) else ():
             backend = getattr(options, "backend", None)
             if is_torch(env_id) or backend in ("torch", "envpool"):
-                raise UserError(f"--env-kwargs is for gymnasium.make, which does not make {env_id}"
+                raise UserError(f"--{name.replace('_', '-')} is for environments of "
+                                f"gymnasium.make, which does not make {env_id}"
                                 + f" with --backend {backend}" * bool(backend))
 
 

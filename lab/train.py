@@ -12,6 +12,7 @@ from lab.errors import guarded
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
+from lab.report.runs import changes
 from lab.training import recorder
 from lab.training.job import Job, dry_run, make_jobs
 from lab.training.processes import run_jobs
@@ -114,13 +115,11 @@ class RunSummary:
 
 
 def declared(options: Options) -> str:
-    """What changes the task or the training reward, for the titles of tables and pictures."""
+    """What changes the task, for the titles of tables and pictures."""
     text = ""
     if options.env_kwargs:
         text += f", environment made with {' '.join(options.env_kwargs)}"
-    if options.clip_reward:
-        text += ", trained on rewards clipped to [{}, {}]".format(*options.clip_reward)
-    return text
+    return text + "".join(f", {change}" for change in changes(vars(options)))
 
 
 def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -473,6 +473,23 @@ def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, c
     assert again.clip_reward == (0.0, 1.0)
 
 
+def test_a_held_action_and_the_failures_are_declared_and_kept(tmp_path, capsys):
+    argv = tiny(tmp_path, "agents/sac.py", "--log", "--action-repeat", "2", "--failure-below", "-9")
+    assert train.run(argv) == 0
+    assert ("trained and evaluated with each action held for 2 steps, trained with terminations "
+            "only where the last reward is below -9.0") in " ".join(capsys.readouterr().out.split())
+    (run,) = (tmp_path / "runs").iterdir()
+    again, _ = parse_args(["--config", str(run / "config.json")])
+    assert (again.action_repeat, again.failure_below) == (2, -9.0)
+    assert metrics(run)[-1]["step"] == again.steps
+    assert {row["length/train"] for row in metrics(run) if "length/train" in row} == {200.0}
+
+
+def test_an_action_is_held_for_a_step_at_least(capsys, tmp_path):
+    line = refused(capsys, tmp_path, tiny(tmp_path, "--action-repeat", "0"))
+    assert "--action-repeat must be at least 1, not 0" in line
+
+
 def test_bounds_of_the_reward_in_the_wrong_order_are_refused(capsys, tmp_path):
     line = refused(capsys, tmp_path, tiny(tmp_path, "--clip-reward", "1", "-5"))
     assert "--clip-reward needs LOW < HIGH, not 1.0 -5.0" in line

@@ -312,6 +312,103 @@ def test_clipped_rewards_lie_within_bounds_and_returns_stay_raw(make):
     assert finished == raw.finished() and all(each.episodes > 1 for each in finished)
 
 
+# A step of several frames, and what ends an episode
+
+steppers = on("sync", "workers", "groups")
+
+
+@steppers
+def test_an_action_is_held_for_its_frames_or_to_the_end_of_the_episode(make):
+    """Each frame of a Diary rewards the action; returns and lengths are those of the frames."""
+    stack = make(make.diary, action_repeat=3)
+    obs, actions, transitions = play(stack, 30)
+    seen, returns = set(), torch.zeros(stack.shape)
+    lengths, sums = [[], []], [0.0, 0.0]
+    for a, t in zip(actions, transitions, strict=True):
+        frames = (obs[..., LENGTH] - obs[..., STEP]).clamp(max=3)
+        seen |= set(frames.flatten().tolist())
+        torch.testing.assert_close(t.rewards, frames * a[..., 0])
+        assert torch.equal(t.next_obs[..., STEP], obs[..., STEP] + frames)
+        ends = t.next_obs[..., STEP] == t.next_obs[..., LENGTH]
+        assert torch.equal(ends, ends_of(t)) and (t.obs[ends][:, STEP] == 0).all()
+        assert torch.equal(t.obs[~ends], t.next_obs[~ends])
+        returns += t.rewards
+        for s, n in ends.nonzero().tolist():
+            lengths[s].append(float(t.next_obs[s, n, LENGTH]))
+            sums[s] += float(returns[s, n])
+        returns *= ~ends
+        obs = t.obs
+    assert seen == {1, 2, 3}
+    assert stack.finished() == [
+        Finished(len(each), pytest.approx(total / len(each), abs=1e-5),
+                 pytest.approx(sum(each) / len(each)))
+        for each, total in zip(lengths, sums, strict=True)]
+
+
+@on("sync", "workers")
+def test_frames_of_a_pendulum_are_a_plain_loops_and_the_time_limit_counts_them(make):
+    held, plain = make(make.pendulum, action_repeat=3), make.shared(make.pendulum)
+    assert held.spec.max_episode_steps == 67, "66 of three frames, one of two"
+    assert torch.equal(held.reset(), plain.reset())
+    for k in range(70):
+        rewards = []
+        for _ in range(2 if k == 66 else 3):
+            t = plain.step(actions_at(held, k))
+            rewards.append(t.rewards.double())
+        ours = held.step(actions_at(held, k))
+        assert torch.equal(ours.next_obs, t.next_obs) and torch.equal(ours.obs, t.obs)
+        torch.testing.assert_close(ours.rewards.double(), sum(rewards))
+        assert torch.equal(ours.truncations, t.truncations) and not ours.terminations.any()
+        assert (ours.truncations == (k == 66)).all()
+    assert held.finished() == plain.finished()
+
+
+@steppers
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_last_raw_reward_decides_whether_a_termination_counts_and_each_frames_is_clipped(
+        make, repeat):
+    """The bound lies above the clip, so a clipped reward would always be below it."""
+    raw = make(make.diary, action_repeat=repeat)
+    ours = make(make.diary, action_repeat=repeat, clip_reward=(-0.5, 0.25), failure_below=0.4)
+    obs, actions, transitions = play(raw, 40)
+    assert torch.equal(ours.reset(), obs)
+    kinds = set()
+    for a, t in zip(actions, transitions, strict=True):
+        own, action = ours.step(a), a[..., 0]
+        assert torch.equal(own.next_obs, t.next_obs) and torch.equal(own.obs, t.obs)
+        frames = t.next_obs[..., STEP] - obs[..., STEP]
+        torch.testing.assert_close(own.rewards, frames * action.clamp(-0.5, 0.25))
+        assert torch.equal(own.terminations == 1, (t.terminations == 1) & (action < 0.4))
+        assert torch.equal(ends_of(own), ends_of(t)), "and any other end is a truncation"
+        assert not (own.terminations * own.truncations).any()
+        kinds |= set(zip(t.terminations.flatten().tolist(), own.terminations.flatten().tolist(),
+                         (action < 0.4).flatten().tolist(), strict=True))
+        obs = t.obs
+    assert kinds >= {(1, 1, True), (1, 0, False), (0, 0, True), (0, 0, False)}
+    assert ours.finished() == raw.finished()
+
+
+@on("sync")
+def test_a_walker_that_falls_fails_and_one_that_arrives_does_not(make):
+    """BipedalWalker sets the reward of a fall to -100; a finish terminates with the usual one."""
+    def end(arrives, failure_below=-99):
+        stack = make("BipedalWalker-v3", [0], 1, action_repeat=2, clip_reward=(-1, 10),
+                     failure_below=failure_below)
+        stack.reset()
+        walker = stack.shard.envs[0].unwrapped
+        for k in range(1000):
+            if arrives and k == 3:
+                for body in (walker.hull, *walker.legs):
+                    body.position = (body.position[0] + 85, body.position[1])
+            t = stack.step(torch.tensor([[[1.0, -1.0, 1.0, 1.0]]]))
+            if ends_of(t):
+                return t.rewards.item(), t.terminations.item(), t.truncations.item()
+
+    reward, *flags = end(arrives=False)
+    assert flags == [1, 0] and -3 < reward < -0.9
+    assert end(arrives=True)[1:] == (0, 1) and end(True, failure_below=None)[1:] == (1, 0)
+
+
 # Finished episodes
 
 
@@ -569,11 +666,33 @@ ON_EACH = [("sync", "Pendulum-v1"), ("workers", "HalfCheetah-v5"), ("sync", "Bip
            ("groups", "Pendulum-v1")]
 
 
+RULES = {"action_repeat": 3, "clip_reward": (-1.0, 1.0), "failure_below": -99.0}
+
+
 @on_each(*ON_EACH)
 @pytest.mark.parametrize("before", [0, 130, 400])
 def test_a_stack_goes_on_where_another_was(make, env_id, before):
     """400 is the end of an episode in Pendulum-v1; walkers and landers have fallen before."""
-    whole, other = (make(env_id, [3, 4], 2) for _ in range(2))
+    goes_on(make, env_id, before)
+
+
+@on_each(("sync", "BipedalWalker-v3"), ("groups", "Pendulum-v1"))
+def test_a_stack_of_repeated_actions_goes_on_as_well(make, env_id):
+    """In the middle of an episode of Pendulum-v1, whose episodes take 67 actions."""
+    goes_on(make, env_id, 150, **RULES)
+
+
+@on("sync")
+def test_a_stack_whose_rewards_are_clipped_goes_on_from_an_older_state_with_raw_ones(make):
+    raw, clipped = (make("Pendulum-v1", clip_reward=bounds) for bounds in (None, (-0.5, 0.0)))
+    for stack in (raw, clipped):
+        t = play(stack, 30)[2][-1]
+    assert clipped.load_state_dict(raw.state_dict(), 9)[1] == 0
+    assert torch.equal(clipped.transition().obs, t.obs)
+
+
+def goes_on(make, env_id, before, **rules):
+    whole, other = (make(env_id, [3, 4], 2, **rules) for _ in range(2))
     latest, _ = whole.reset(), other.reset(7)  # what the other did before does not matter
     low, high = torch.tensor([whole.spec.action_low, whole.spec.action_high])
     generator = torch.Generator().manual_seed(0)
@@ -588,7 +707,7 @@ def test_a_stack_goes_on_where_another_was(make, env_id, before):
     for ours, theirs in zip(going_on[0], again[0], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
     assert going_on[1] == again[1]
-    if env_id != "HalfCheetah-v5" and make.name != "torch" and before == 400:
+    if env_id != "HalfCheetah-v5" and make.name != "torch" and before in (150, 400):
         assert whole.can_restore_exactly() is True
 
 

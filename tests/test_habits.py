@@ -294,11 +294,15 @@ def test_arguments_that_do_not_fit_are_one_line(tmp_path, capsys, flags, words):
     assert words in line
 
 
+@pytest.mark.parametrize("flags", [
+    "--env-kwargs g=1", "--action-repeat 2", "--failure-below 0"])
 @pytest.mark.parametrize("backend", ["envpool", "torch"])
-def test_a_backend_that_gymnasium_does_not_make_takes_none(tmp_path, capsys, backend):
-    argv = ["--env", "Pendulum-v1", "--env-kwargs", "g=1", "--backend", backend]
+def test_a_backend_that_gymnasium_does_not_make_takes_none(tmp_path, capsys, backend, flags):
+    argv = ["--env", "Pendulum-v1", *flags.split(), "--backend", backend]
     assert train.run(argv, Vectorised) == 2
-    assert f"with --backend {backend}" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"error: {flags.split()[0]} is for environments of gymnasium.make, which does not make "
+        f"Pendulum-v1 with --backend {backend}\n")
 
 
 @pytest.fixture(scope="module")

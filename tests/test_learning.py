@@ -75,6 +75,93 @@ def test_a_run_of_something_else_is_not_kept(run):
         learning.keep(NAME, run)
 
 
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """An empty list of runs, and a script in place of learn_simple.py: as --seeds says, it ends
+    (1), ends without a seed (2), is refused (3), is stopped (4), or is killed half-way once (5)."""
+    script = tmp_path / "learn.py"
+    script.write_text("""
+import json, os, pathlib, signal, sys
+words = sys.argv[1:]
+resumed = words[0] == "--resume"
+name = words[1].split("/")[-1].removesuffix("-1") if resumed else words[words.index("--name") + 1]
+kind = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}[name]
+print(name, *words[:1] * resumed, file=open("trained", "a"))
+if kind == 3:
+    sys.exit(2)
+run = pathlib.Path("runs", name + "-1")
+run.mkdir(parents=True, exist_ok=resumed)
+(run / "config.json").write_text(json.dumps({"name": name}))
+if kind == 4:
+    sys.exit(143)
+if kind == 5 and not resumed:
+    os.kill(os.getpid(), signal.SIGKILL)
+(run / "learning_curves.png").touch()
+sys.exit(kind == 2)
+""")
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    monkeypatch.setattr(learning, "SCORES", tmp_path / "scores.csv")
+    learning.SCORES.write_text("experiment,seed,step,return_eval\n")
+    monkeypatch.setattr(learning, "SCRIPTS", {Simple: str(script)})
+    kept = []
+    monkeypatch.setattr(learning, "keep", lambda name, run: kept.append((name, run.name)))
+    monkeypatch.setattr(learning, "write_tables", lambda: None)
+
+    def start(**steps):
+        monkeypatch.setattr(learning, "EXPERIMENTS", {
+            name: (f"agents/sac.py --seeds 2 --steps {n}", "") for name, n in steps.items()})
+        return kept, tmp_path / "trained"
+
+    return start
+
+
+def test_the_queue_trains_what_is_missing_with_the_fewest_steps_first(queue, capsys):
+    """One that is refused does not stop it, and one without a seed has ended."""
+    kept, trained = queue(b="2_000", c=300, a=1000)
+    assert learning.main(["--list"]) == 0 and capsys.readouterr().out == "c\na\nb\n"
+    assert learning.main([]) == 1 and capsys.readouterr().err == "did not end: c\n"
+    assert trained.read_text() == "c\na\nb\n" and kept == [("a", "a-1"), ("b", "b-1")]
+    learning.SCORES.write_text("experiment,seed,step,return_eval\na,0,10,1.0\nb,0,10,1.0\n")
+    assert learning.missing() == ["c"]
+
+
+def test_a_run_that_was_killed_goes_on_even_if_its_part_is_a_result(queue):
+    kept, trained = queue(e=300, a=1000)
+    with pytest.raises(KeyboardInterrupt):
+        learning.main([])
+    learning.SCORES.write_text("experiment,seed,step,return_eval\ne,0,10,1.0\n")
+    assert learning.main([]) == 0
+    assert trained.read_text() == "e\ne --resume\na\n" and kept == [("e", "e-1"), ("a", "a-1")]
+
+
+def test_a_run_that_is_stopped_stops_the_queue(queue):
+    kept, trained = queue(d=300, a=1000)
+    with pytest.raises(KeyboardInterrupt):
+        learning.main([])
+    assert trained.read_text() == "d\n" and kept == []
+
+
+def test_what_a_run_changed_about_the_task_must_be_the_experiments(run, monkeypatch):
+    flags, published = learning.EXPERIMENTS[NAME]
+    monkeypatch.setitem(learning.EXPERIMENTS, NAME, (f"{flags} --action-repeat 2", published))
+    with pytest.raises(SystemExit, match="is not a run of crossq-hardcore"):
+        learning.keep(NAME, run)
+
+
+def test_the_summary_says_what_was_changed_about_the_task(monkeypatch):
+    monkeypatch.setitem(learning.EXPERIMENTS, "sac-pendulum", (
+        "agents/sac.py --env Pendulum-v1 --action-repeat 2 --clip-reward -1 10", "-157"))
+    monkeypatch.setattr(learning, "SUMMARY", ("sac-pendulum",))
+    assert ("| Pendulum-v1, trained and evaluated with each action held for 2 steps, trained on "
+            "rewards clipped to [-1.0, 10.0] |") in learning.summary(learning.read())
+
+
+def test_every_experiment_can_be_parsed():
+    for name in learning.EXPERIMENTS:
+        if (learning.ROOT / learning.EXPERIMENTS[name][0].split()[0]).exists():
+            assert learning.settings(name)[0].steps
+
+
 def test_the_picture_can_be_drawn_from_what_is_committed(tmp_path):
     learning.draw(learning.read(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0

@@ -39,8 +39,9 @@ def make_job(**settings):
 def test_a_job_costs_its_start_its_early_steps_its_updates_and_its_evaluations():
     # 1 + 2, 100 steps at 0.01, 1000 at 0.01 + 0.08 / 4, 10 evaluations of 3
     assert COST.total(make_job()) == pytest.approx(3 + 1 + 30 + 30)
-    # 275 steps of 4 environments
-    assert COST.total(make_job(num_envs=4)) == pytest.approx(3 + 1 + 175 * 0.03 + 30)
+    # 275 steps of 4 environments, or of one with each action held for 4 steps
+    for settings in ({"num_envs": 4}, {"action_repeat": 4}, {"num_envs": 2, "action_repeat": 2}):
+        assert COST.total(make_job(**settings)) == pytest.approx(3 + 1 + 175 * 0.03 + 30)
     # 7 times within the run and at its end
     assert COST.total(make_job(eval_every=150)) == pytest.approx(3 + 1 + 30 + 8 * 3)
     assert COST.total(make_job(steps=60, eval_every=60)) == pytest.approx(3 + 0.6 + 3)
@@ -50,6 +51,7 @@ def test_a_job_costs_its_start_its_early_steps_its_updates_and_its_evaluations()
 
 def test_steps_per_second_are_summed_over_seeds_and_environments():
     assert COST.speed(make_job(num_envs=3)) == pytest.approx(6 / 0.03)
+    assert COST.speed(make_job(num_envs=3, action_repeat=2)) == pytest.approx(12 / 0.03)
 
 
 def test_the_speed_comes_from_the_steps_and_updates_that_were_counted():

@@ -204,7 +204,18 @@ def test_different_settings_under_one_name_are_told(tmp_path):
 def test_clipped_rewards_are_declared(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(*range(5))}, clip_reward=[-5.0, 10.0])
     (line,) = warnings(run)
-    assert line.startswith("a was trained on rewards clipped to [-5.0, 10.0]")
+    assert line == f"a was trained on rewards clipped to [-5.0, 10.0] ({run}); returns are raw"
+
+
+def test_what_was_changed_about_the_task_is_declared_and_an_older_run_changed_nothing(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(*range(5))}, action_repeat=2, failure_below=-99.0)
+    assert warnings(run) == [
+        f"a was trained and evaluated with each action held for 2 steps ({run}); returns are raw",
+        f"a was trained with terminations only where the last reward is below -99.0 ({run}); "
+        "returns are raw"]
+    old = write_run(tmp_path / "old", {V4: seeds(*range(5))})
+    new = write_run(tmp_path / "new", {V5: seeds(*range(5))}, action_repeat=1, failure_below=None)
+    assert warnings(f"x={old}", f"x={new}") == []
 
 
 def write_study(folder, environment=V4, agent="sac", trials=3, best=None, is_="trial 2"):

@@ -4,6 +4,7 @@ The scripted agent always acts 3, so the return of a Diary episode is three time
 is in the first observation."""
 
 import dataclasses
+import math
 import signal
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
 from lab.envs.spec import probe
 from lab.errors import UserError
-from lab.training import checkpoint
+from lab.training import checkpoint, loop
 from lab.training import evaluation as evaluation_module
 from lab.training import job as job_module
 from lab.training.evaluation import evaluate
@@ -191,6 +192,29 @@ def test_a_run_ends_with_a_row_an_evaluation_and_a_checkpoint(tmp_path):
     assert checkpoint.load_latest(job.checkpoints)["step"] == 7
 
 
+@pytest.mark.parametrize("steps, actions", [(60, 10), (61, 11)])
+def test_steps_are_the_environments_and_an_agent_counts_its_actions(
+        scripted, monkeypatch, steps, actions):
+    """Two environments, each action held for three steps: the rows come six steps apart, at the
+    first one past the mark."""
+    built, build = [], loop.build_agent
+    monkeypatch.setattr(loop, "build_agent", lambda *args: built.append(args) or build(*args))
+    job = make_job(scripted, {}, env_id=DIARY, num_envs=2, steps=steps, log_every=10,
+                   eval_every=20, action_repeat=3, failure_below=1.0)
+    rows = rows_of(run(job))[1]
+    end = 6 * actions
+    assert list(rows) == [12, 24, 30, 42, 54, 60, 66][:6 + (end > 60)]
+    assert [s for s, row in rows.items() if "return/eval" in row] == [24, 42, 60, 66][
+        :3 + (end > 60)]
+    assert built[0][5] == math.ceil(steps / 3), "total_steps"
+    # an update comes before the last transitions are observed
+    assert rows[end]["loss/scripted"] == 2 * (actions - 1) + 1
+    plain = rows_of(run(dataclasses.replace(job, action_repeat=1, num_envs=6)))[1]
+    assert rows[24]["return/eval"] == plain[24]["return/eval"], "evaluation is raw"
+    assert all(row["return/train"] == pytest.approx(3 * row["length/train"])
+               for row in rows.values())
+
+
 @pytest.mark.parametrize("num_envs, replay_ratio", [(1, 1.0), (2, 0.5), (2, 2.0)])
 def test_updates_are_counted_against_transitions(num_envs, replay_ratio):
     messages = run(make_job(config=SMALL_SAC | {"replay_ratio": replay_ratio}, num_envs=num_envs,
@@ -252,18 +276,20 @@ def test_evaluation_has_the_backend_of_training_but_no_worker_processes(
 
     monkeypatch.setattr(job_module, "make_envs", spy)
     run(make_job(scripted, {}, env_id="Pendulum-v1", num_envs=3, steps=9, backend=backend,
-                 workers=1, eval_episodes=2, clip_reward=(-1.0, 1.0)))
+                 workers=1, eval_episodes=2, clip_reward=(-1.0, 1.0), failure_below=-5.0,
+                 action_repeat=2))
     training, evaluation = made
     trains = "WorkerEnvs" if backend == "workers" else evaluates
     assert [type(each).__name__ for each in made] == [trains, evaluates]
     assert training.shape == (2, 3) and evaluation.shape == (2, 2)
-    assert training.config.clip_reward == (-1, 1) and evaluation.config.clip_reward is None
+    assert training.config.rules == (2, (-1, 1), -5) and evaluation.config.rules == (2, None, None)
 
 
-def test_training_with_workers_gives_the_rows_of_the_plain_loop():
+@pytest.mark.parametrize("rules", [{}, {"action_repeat": 2, "failure_below": 0.5}])
+def test_training_with_workers_gives_the_rows_of_the_plain_loop(rules):
     """Every loss and return, to the bit."""
     plain, workers = (rows_of(run(make_job(env_id=ANYWHERE, num_envs=2, backend=backend, workers=2,
-                                           clip_reward=(-1.0, 2.0))))
+                                           clip_reward=(-1.0, 2.0), **rules)))
                       for backend in ("sync", "workers"))
     assert plain == workers and len(plain[0]) == 20
     assert {"loss/qf", "return/train", "return/eval"} <= plain[1][100].keys()
@@ -390,8 +416,11 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(tmp_path, nu
     assert checkpoint.load_latest(job.checkpoints)["agent"]["transitions"] == 100
 
 
-def test_an_interrupted_job_ends_as_one_that_was_not(tmp_path):
-    whole, halves = (make_job(run=str(tmp_path / name)) for name in ("whole", "halves"))
+@pytest.mark.parametrize("rules", [
+    {}, {"action_repeat": 3, "failure_below": 0.0, "clip_reward": (-2.0, 0.0)}])
+def test_an_interrupted_job_ends_as_one_that_was_not(tmp_path, rules):
+    """With each action held for three steps, step 45 lies in the middle of an episode of four."""
+    whole, halves = (make_job(run=str(tmp_path / name), **rules) for name in ("whole", "halves"))
     run(whole)
     with pytest.raises(KeyboardInterrupt):
         train(halves, interrupt_at(45, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -542,7 +571,8 @@ def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
 
 @pytest.mark.parametrize("name, settings", [
     ("gamma", {"config": {"gamma": 0.5}}), ("num_envs", {"num_envs": 2}),
-    ("clip_reward", {"clip_reward": (-1.0, 1.0)})])
+    ("clip_reward", {"clip_reward": (-1.0, 1.0)}), ("action_repeat", {"action_repeat": 2}),
+    ("failure_below", {"failure_below": -1.0})])
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
     job = make_job(run=str(tmp_path), checkpoint_every=50)
     run(job)

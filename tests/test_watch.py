@@ -264,6 +264,18 @@ def test_a_seed_that_failed_is_named():
     assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
 
 
+def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
+        tmp_path, capsys, no_dry_run):
+    run = train(tmp_path, ("action_repeat", 2), ("failure_below", 0.0), ("seeds", 1), processes=1)
+    returns, _ = filmed(capsys, run, "--episodes", EPISODES)
+    rows = recorder.read_metrics(group(run) / "seed_0" / "metrics.jsonl")
+    assert rows[-1]["step"] == STEPS
+    assert returns[:EPISODES].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.051)
+    view = watch.make_view(PAINTED, [0], cuda=False, action_repeat=2)
+    assert view.fps == probe_envs.Painted.metadata["render_fps"] / 2
+    view.close()
+
+
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
     run = train(tmp_path, agent=path, processes=1)

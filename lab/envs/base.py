@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lab.envs.shard import StepRules
 from lab.envs.spec import EnvSpec
 
 TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
@@ -43,11 +44,17 @@ class VecEnvConfig(NamedTuple):
     seeds: Sequence[int]
     num_envs: int = 1
     device: str = "cpu"
-    clip_reward: tuple[float, float] | None = None
+    clip_reward: tuple[float, float] | None = None  # see StepRules, for this and the next two
+    action_repeat: int = 1  # only in sync and workers, as failure_below
+    failure_below: float | None = None
     workers: int | None = None  # processes or threads; none: one per physical core
     groups: int = 1  # groups of environments that step in turn
     compile: bool = False
     env_kwargs: Sequence[str] = ()  # NAME=VALUE, for gymnasium.make
+
+    @property
+    def rules(self) -> StepRules:
+        return StepRules(self.action_repeat, self.clip_reward, self.failure_below)
 
 
 class VectorEnvs:

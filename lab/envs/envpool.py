@@ -57,7 +57,8 @@ class EnvpoolEnvs(HostEnvs):
         obs, rewards, terminated, truncated, info = self.pool.recv()
         rows, O, order = self.rows, self.spec.obs_dim, info["env_id"]
         rows[order, :O] = rows[order, O : 2 * O] = obs
-        rows[order, 2 * O :] = np.stack([rewards, terminated, truncated & ~terminated], 1)
+        clipped = np.clip(rewards, *self.config.clip_reward or (-np.inf, np.inf))
+        rows[order, 2 * O :] = np.stack([clipped, terminated, truncated & ~terminated], 1)
         self.running[order] += np.stack([rewards, np.ones_like(rewards)], 1)
         ended = np.flatnonzero(rows[:, -2:].any(1))
         if len(ended):

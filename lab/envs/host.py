@@ -1,6 +1,7 @@
 """Gymnasium environments as vector environments, stepped through arrays on the host."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -40,6 +41,9 @@ class HostEnvs(VectorEnvs):
 
     def __init__(self, config: VecEnvConfig, spec: EnvSpec):
         super().__init__(config)
+        if spec.max_episode_steps:  # in steps of an agent
+            limit = math.ceil(spec.max_episode_steps / config.action_repeat)
+            spec = dataclasses.replace(spec, max_episode_steps=limit)
         self.spec = spec
         total = self.shape[0] * self.shape[1]
         self.env_keys = [(seed, n) for seed in config.seeds for n in range(config.num_envs)]
@@ -96,8 +100,6 @@ class HostEnvs(VectorEnvs):
         O = self.spec.obs_dim
         next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
         rewards, terminations, truncations = flags.unbind(-1)
-        if self.config.clip_reward:
-            rewards = rewards.clamp(*self.config.clip_reward)
         return Transition(next_obs, rewards, terminations, truncations, obs)
 
     def _note_broken(self) -> None:
@@ -125,6 +127,8 @@ class HostEnvs(VectorEnvs):
         """Restart each episode from its origin, replay its actions, compare with the saved rows."""
         saved = {name: tensor.cpu().numpy() for name, tensor in state.items()}
         ages, past, O = saved["ages"], saved["actions"], self.spec.obs_dim
+        if self.config.clip_reward and self.config.action_repeat == 1:  # older states are raw
+            saved["rows"][:, 2 * O] = saved["rows"][:, 2 * O].clip(*self.config.clip_reward)
         self.origins[:] = saved["origins"].view(np.uint64)
         known = (self.origins[:, 0] != UNKNOWN) & (ages <= len(past))
         self._command_some(RESTORE_START, known, 0)
@@ -158,7 +162,7 @@ class HostEnvs(VectorEnvs):
         state, row = self.state_dict(), later[:1]
         part = {name: state[name][row] for name in ("rows", "ages", "origins")}
         part |= {"actions": state["actions"][:, row], "sums": torch.zeros(3, 1)}
-        config = VecEnvConfig(self.config.env_id, [0], env_kwargs=self.config.env_kwargs)
+        config = self.config._replace(seeds=[0], num_envs=1, device="cpu")
         with (contextlib.chdir(os.curdir), kept_generators(),
               contextlib.closing(SyncEnvs(config)) as twin):
             return twin.load_state_dict(part)[1] == 0
@@ -187,7 +191,7 @@ class SyncEnvs(HostEnvs):
     def __init__(self, config: VecEnvConfig, make: Callable[..., gymnasium.Env] = make_one):
         super().__init__(config, probe(config.env_id, config.env_kwargs))
         self.shard = EnvShard(config.env_id, self.env_keys, self.actions, self.rows, self.returns,
-                              self.origins,
+                              self.origins, rules=config.rules,
                               make=functools.partial(make, env_kwargs=config.env_kwargs))
 
     def command(self, command: bytes) -> None:

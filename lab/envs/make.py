@@ -15,8 +15,7 @@ def make_envs(env_id: str, seeds: Sequence[int], num_envs: int = 1, backend: str
     """S x N environments. UserError if the id, a space or the backend is not supported.
 
     backend None: torch for an id that starts with torch/, else sync. `settings`: the other fields
-    of VecEnvConfig. clip_reward (low, high) clips the rewards of transitions; episode returns stay
-    raw.
+    of VecEnvConfig.
     """
     config = VecEnvConfig(env_id, seeds, num_envs, device, **settings)
     name = choose_backend(env_id, backend, config.groups)

@@ -64,7 +64,7 @@ class WorkerEnvs(HostEnvs):
             ours, theirs = socket.socketpair()
             worker = context.Process(target=serve, args=(
                 theirs, os.getpid(), config.env_id, self._parts(rows, process, processes), shared,
-                config.env_kwargs))
+                config.env_kwargs, config.rules))
             with theirs:
                 worker.start()
             ours.setblocking(False)
@@ -72,7 +72,7 @@ class WorkerEnvs(HostEnvs):
             self.processes.append(worker)
         arrays = self.actions, self.rows, self.returns, self.origins
         self.own = make_shards(config.env_id, self._parts(rows, 0, processes), arrays,
-                               config.env_kwargs)
+                               config.env_kwargs, config.rules)
         self._await_all("start", 1)
 
     def _parts(self, rows: list[tuple[int, int]], process: int, processes: int

@@ -4,7 +4,7 @@ workers that do not import it start fast and stay small."""
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -17,24 +17,33 @@ from lab.envs.spec import make_one
 RESET, RESTORE_START, REPLAY_ACTIONS = 255, 254, 253
 
 
+class StepRules(NamedTuple):
+    """How a step of an agent is made of frames, the steps of the environment. The returns and
+    lengths of episodes stay those of the environment."""
+
+    action_repeat: int  # frames that an action is held for, fewer at the end of an episode
+    clip_reward: tuple[float, float] | None  # bounds of each frame's reward, before the sum
+    failure_below: float | None  # a termination with a last reward of this or more is a truncation
+
+
 class EnvShard:
     """Some gymnasium environments and the arrays that they read and write, one row each.
 
     env_keys: (seed, n) of each environment, the n-th of that seed; they select its random stream.
     Reads actions (rows, A). Writes rows (rows, 2 O + 3): next_obs, obs, reward, termination,
-    truncation; returns (rows, 2): undiscounted return and length of an episode when it ends;
+    truncation; returns (rows, 2): raw undiscounted return and frames of an episode when it ends;
     origins (rows, 7): how the running episode started (`origin`).
     """
 
     def __init__(self, env_id: str, env_keys: Sequence[tuple[int, int]], actions: np.ndarray,
                  rows: np.ndarray, returns: np.ndarray, origins: np.ndarray,
-                 *, make: Callable[[str], gymnasium.Env] = make_one):
+                 *, rules: StepRules, make: Callable[[str], gymnasium.Env] = make_one):
         self.env_id, self.env_keys, self.actions = env_id, env_keys, actions
-        self.rows, self.returns, self.origins = rows, returns, origins
+        self.rows, self.returns, self.origins, self.rules = rows, returns, origins, rules
         self.envs = [make(env_id) for _ in env_keys]
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
-        self.running = [[0.0, 0] for _ in env_keys]  # return and length of the running episode
+        self.running = [[0.0, 0] for _ in env_keys]  # return and frames of the running episode
 
     def reset(self, stream: Sequence[int]) -> None:
         """Reset all environments, seeded with seed, stream and n; writes obs. Later resets are not
@@ -52,20 +61,28 @@ class EnvShard:
         fresh = []
         which: Any = range(len(self.envs)) if indices is None else indices
         result: Any = None
+        repeat, clip, failure_below = self.rules
         try:
             for i in which:
-                result = self.envs[i].step(actions[i])
-                obs, reward, terminated, truncated, _ = result
+                env, action, running = self.envs[i], actions[i], self.running[i]
+                rewards: list[Any] = []
+                for _ in range(repeat):
+                    result = env.step(action)
+                    obs, reward, terminated, truncated, _ = result
+                    running[0] += float(reward)
+                    running[1] += 1
+                    rewards.append(min(max(reward, clip[0]), clip[1]) if clip else reward)
+                    if terminated or truncated:
+                        self.returns[i] = running
+                        fresh.append(i)
+                        break
                 if getattr(obs, "shape", None) != shape:
                     self._check(result)
                 self.rows[i, :O] = obs
-                outcomes.append((reward, terminated, truncated and not terminated))
-                running = self.running[i]
-                running[0] += float(reward)
-                running[1] += 1
-                if terminated or truncated:
-                    self.returns[i] = running
-                    fresh.append(i)
+                if terminated and failure_below is not None:
+                    terminated, truncated = reward < failure_below, True
+                outcomes.append((sum(rewards[1:], rewards[0]), terminated,
+                                 truncated and not terminated))
             ends = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
             if ends.dtype == object or len(ends) != len(outcomes):  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
@@ -115,11 +132,12 @@ class EnvShard:
 
 
 def make_shards(env_id: str, groups: Sequence[tuple[Sequence[tuple[int, int]], int]],
-                arrays: Sequence[np.ndarray], env_kwargs: Sequence[str]) -> list[EnvShard]:
+                arrays: Sequence[np.ndarray], env_kwargs: Sequence[str], rules: StepRules
+                ) -> list[EnvShard]:
     """One shard per group, from its (seed, n) keys and the first of their rows in the arrays."""
     make = functools.partial(make_one, env_kwargs=env_kwargs)
     return [EnvShard(env_id, env_keys, *(x[start : start + len(env_keys)] for x in arrays),
-                     make=make)
+                     make=make, rules=rules)
             for env_keys, start in groups]
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from lab.envs.shard import REPLAY_ACTIONS, EnvShard, handle_command, make_shards
+from lab.envs.shard import REPLAY_ACTIONS, EnvShard, StepRules, handle_command, make_shards
 from lab.errors import guard_output, one_line
 
 SPIN_SECONDS = 5e-4  # waking up costs little against a longer wait
 
 
 def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[Any, ...]],
-          shared: Sequence[Any], env_kwargs: Sequence[str]) -> None:
+          shared: Sequence[Any], env_kwargs: Sequence[str], rules: StepRules) -> None:
     """Worker main loop: run commands for its shard of each group until the link closes.
 
     groups: see `make_shards`; shared: (buffer, dtype, shape) of each array of EnvShard. The answer
@@ -34,7 +34,7 @@ def serve(link: socket.socket, parent: int, env_id: str, groups: Sequence[tuple[
     shards: list[EnvShard] = []
     try:
         arrays = [np.frombuffer(buffer, dtype).reshape(shape) for buffer, dtype, shape in shared]
-        shards = make_shards(env_id, groups, arrays, env_kwargs)
+        shards = make_shards(env_id, groups, arrays, env_kwargs, rules)
         link.sendall(b".")
         while command := recv(link, 4096):
             if command[0] >= REPLAY_ACTIONS:

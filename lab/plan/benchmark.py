@@ -22,7 +22,7 @@ from lab.agent import build_agent
 from lab.envs.base import TRAINING, VectorEnvs
 from lab.errors import UserError
 from lab.training.evaluation import ENDLESS, evaluate
-from lab.training.job import Emit, Job, make_evaluation, make_training
+from lab.training.job import Emit, Job, agent_steps, make_evaluation, make_training
 from lab.training.processes import Processes
 
 # seconds: of steps before the first update, of evaluation, between messages
@@ -55,12 +55,12 @@ class Cost:
 
     def speed(self, job: Job) -> float:
         """Steps/s after the first update, summed over seeds."""
-        return len(job.seeds) * job.num_envs / (self.step + self.update / self.period)
+        return len(job.seeds) * job.steps_per_act / (self.step + self.update / self.period)
 
     def total(self, job: Job) -> float:
         """Time of the whole job without imports and without checkpoints, which take less than 1% of
         a run (bench/results/checkpoints.json)."""
-        steps = math.ceil(job.steps / job.num_envs)
+        steps = math.ceil(job.steps / job.steps_per_act)
         early = min(self.early_steps, steps)
         evaluations = math.ceil(job.steps / job.eval_every)
         return (self.build + self.compile + early * self.early_step
@@ -132,7 +132,7 @@ class Loop:
         self.job, self.training = job, training
         self.accelerate = Accelerator(job.compile, job.precision, job.device)
         self.agent = build_agent(job.agent_path, job.config, training.spec, job.seeds,
-                                 job.num_envs, job.steps, job.device, self.accelerate)
+                                 job.num_envs, agent_steps(job), job.device, self.accelerate)
         self.obs = training.reset(TRAINING, 0)
         self.t: Any = None  # the last transition
         self.done: Any = Counter()  # steps, updates; seconds: stepping, updating
@@ -183,7 +183,7 @@ class Loop:
         if self.accelerate.compiled:
             calls = 3 if self.job.device == "cpu" else CudaGraph.WARM_UP + 2
         compiled = all(count >= calls for count in self.accelerate.calls.values())
-        over = self.done["steps"] * self.job.num_envs >= self.job.steps
+        over = self.done["steps"] * self.job.steps_per_act >= self.job.steps
         return over or updates >= MAX_WARM_UP or (updates > 1 and compiled)
 
 

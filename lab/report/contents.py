@@ -47,8 +47,8 @@ def final_returns(results: Sequence[Result]) -> Table:
         ("environment", "method", "n", "steps", "wall-clock", "mean", T_INTERVAL, "median"), rows,
         "Return of the last evaluation: deterministic actions, mean over the episodes of a seed. "
         "n is the number of seeds; mean, Student's t interval and median are over seeds. Steps "
-        "are transitions of one seed. Wall-clock is the training time of the stack of seeds since "
-        "the first logged row, with evaluations.", 2)
+        "are the environment's, of one seed. Wall-clock is the training time of the stack of "
+        "seeds since the first logged row, with evaluations.", 2)
 
 
 def each_seed(results: Sequence[Result]) -> Table:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from lab.errors import UserError
 from lab.training import recorder
 
-# Options that change learning or evaluation, besides the agent's settings
-SHARED = ("clip_reward", "precision", "num_envs", "eval_episodes")
+# Options that change learning or evaluation, besides the agent's settings; older runs lack some
+SHARED = {"clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
+          "action_repeat": 1, "failure_below": None}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
@@ -162,7 +163,7 @@ def add_run(method: Method, folder: Path) -> None:
         source = folder / Path(options["agent"]).name
         if source.is_file():
             settings["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-        settings |= {name: options.get(name) for name in SHARED} | config
+        settings |= {name: options.get(name, default) for name, default in SHARED.items()} | config
     method.runs.append(Run(folder, options, config, settings))
 
 
@@ -170,6 +171,18 @@ def label(environment: str, options: dict[str, Any]) -> str:
     """The id with its --env-kwargs: other kwargs make another environment."""
     words = options.get("env_kwargs")
     return f"{environment} ({' '.join(words)})" if words else environment
+
+
+def changes(options: Mapping[str, Any]) -> list[str]:
+    """What the options change of the task, in words. Older runs lack some of them."""
+    found = []
+    if (repeat := options.get("action_repeat", 1)) > 1:
+        found.append(f"trained and evaluated with each action held for {repeat} steps")
+    if clip := options.get("clip_reward"):
+        found.append("trained on rewards clipped to [{}, {}]".format(*clip))
+    if (bound := options.get("failure_below")) is not None:
+        found.append(f"trained with terminations only where the last reward is below {bound}")
+    return found
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

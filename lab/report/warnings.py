@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.report.runs import Method, Result, Run, label
+from lab.report.runs import Method, Result, Run, changes, label
 from lab.training import recorder
 
 FEW = 5  # warn below this number of seeds
@@ -23,7 +23,8 @@ def find(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         found += different_settings(method)
         for run in method.runs:
-            found += clipped(method, run)
+            found += [f"{method.name} was {change} ({run.folder}); returns are raw"
+                      for change in changes(run.options)]
             found += tuned_on(method, run)
     return found
 
@@ -64,13 +65,6 @@ def different_settings(method: Method) -> Iterator[str]:
             json.dumps(settings[name]) for settings in given if name in settings))
         if len(values) > 1:
             yield f"{method.name} pools runs with different {name}: {', '.join(values)}"
-
-
-def clipped(method: Method, run: Run) -> Iterator[str]:
-    if run.options.get("clip_reward"):
-        low, high = run.options["clip_reward"]
-        yield (f"{method.name} was trained on rewards clipped to [{low}, {high}] ({run.folder}); "
-               "returns are raw")
 
 
 class Study(NamedTuple):

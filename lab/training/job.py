@@ -32,7 +32,7 @@ class Job:
     config: dict[str, Any]  # the agent's
     env_id: str
     seeds: tuple[int, ...]
-    steps: int  # transitions of one seed; the intervals below too
+    steps: int  # environment steps of one seed; the intervals below too
     eval_every: int
     log_every: int
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
@@ -45,10 +45,18 @@ class Job:
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
-    clip_reward: tuple[float, float] | None = None  # in training only, not in evaluation
+    action_repeat: int = 1  # environment steps of each action, see StepRules
+    # in training only, not in evaluation
+    clip_reward: tuple[float, float] | None = None
+    failure_below: float | None = None
     env_kwargs: tuple[str, ...] = ()  # NAME=VALUE, for gymnasium.make
     run: str | None = None  # the run folder; None: write no files
     name: str = ""  # of the run, as given by --name
+
+    @property
+    def steps_per_act(self) -> int:
+        """Environment steps of one seed per call of act."""
+        return self.num_envs * self.action_repeat
 
     @property
     def group(self) -> Path | None:
@@ -70,12 +78,18 @@ def make_training(job: Job) -> VectorEnvs:
     return make_envs(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
         groups=job.groups, compile=job.compile, clip_reward=job.clip_reward,
+        failure_below=job.failure_below, action_repeat=job.action_repeat,
         env_kwargs=job.env_kwargs)
 
 
 def make_evaluation(job: Job) -> VectorEnvs:
     return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device,
-                     env_kwargs=job.env_kwargs)
+                     action_repeat=job.action_repeat, env_kwargs=job.env_kwargs)
+
+
+def agent_steps(run: Job | Options) -> int:
+    """An agent's total_steps: its transitions of one seed."""
+    return math.ceil(run.steps / run.action_repeat)
 
 
 def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: Path | None
@@ -103,7 +117,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
         device=device, compile=options.compile, precision=options.precision,
-        clip_reward=options.clip_reward, env_kwargs=options.env_kwargs, **vectorised,
+        action_repeat=options.action_repeat, clip_reward=options.clip_reward,
+        failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 

@@ -21,9 +21,9 @@ DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # these may be NaN without f
 RETURNS = ("return/", "length/")  # from the environment
 
 
-def due(step: int, every: int, num_envs: int) -> bool:
-    """Whether the last num_envs transitions crossed a multiple of `every`; 0: never."""
-    return bool(every) and step // every > (step - num_envs) // every
+def due(step: int, every: int, stride: int) -> bool:
+    """Whether the last `stride` steps crossed a multiple of `every`; 0: never."""
+    return bool(every) and step // every > (step - stride) // every
 
 
 def adjusted_settings(agent: Any, job: Job) -> list[str]:
@@ -91,7 +91,8 @@ class TrainLogger:
                                 f"{now.get(name)}: restore the setting, or start a new run")
 
     def _settings(self) -> dict[str, str]:
-        others = ("env_id", "seeds", "num_envs", "precision", "clip_reward", "env_kwargs")
+        others = ("env_id", "seeds", "num_envs", "precision", "action_repeat", "clip_reward",
+                  "failure_below", "env_kwargs")
         return {name: repr(value) for name, value in (
             self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
@@ -101,8 +102,8 @@ class TrainLogger:
         self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
-        evaluating = end or due(step, job.eval_every, job.num_envs)
-        if evaluating or due(step, job.log_every, job.num_envs):
+        evaluating = end or due(step, job.eval_every, job.steps_per_act)
+        if evaluating or due(step, job.log_every, job.steps_per_act):
             self.write_rows(step, agent, evaluating)
         elif time.perf_counter() - self.last_emit > 1:
             self.last_emit = time.perf_counter()
@@ -110,7 +111,7 @@ class TrainLogger:
             self.notes = {}
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
-        if end or late or due(step, job.steps // 10 if every is None else every, job.num_envs):
+        if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
@@ -197,8 +198,12 @@ class TrainLogger:
     def close(self) -> None:
         settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
                     "env": self.job.env_id, **self.job.config}
+        if self.job.action_repeat > 1:
+            settings["action_repeat"] = self.job.action_repeat
         if self.job.clip_reward:
             settings["clip_reward"] = "{} to {}".format(*self.job.clip_reward)
+        if self.job.failure_below is not None:
+            settings["failure_below"] = self.job.failure_below
         if self.job.env_kwargs:
             settings["env_kwargs"] = " ".join(self.job.env_kwargs)
         for index, recorder in enumerate(self.recorders):

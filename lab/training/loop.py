@@ -9,7 +9,7 @@ from typing import Any
 from lab.accelerate import Accelerator
 from lab.agent import build_agent
 from lab.training import checkpoint
-from lab.training.job import Emit, Job, make_training
+from lab.training.job import Emit, Job, agent_steps, make_training
 from lab.training.logger import TrainLogger
 
 
@@ -22,7 +22,7 @@ def train(job: Job, emit: Emit) -> None:
     training = make_training(job)
     with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
-                            job.steps, job.device, accelerate)
+                            agent_steps(job), job.device, accelerate)
         log = TrainLogger(job, accelerate, training, emit)
         if job.checkpoints:
             held.enter_context(checkpoint.lock(job.checkpoints))
@@ -34,7 +34,7 @@ def train(job: Job, emit: Emit) -> None:
             t = training.receive()
             agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
             obs = t.obs
-            step += job.num_envs
+            step += job.steps_per_act
             log.step(step, metrics, agent)
             if interrupts.received:
                 log.save(step, agent)

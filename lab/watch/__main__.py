@@ -32,6 +32,7 @@ from lab.errors import UserError, first_line, guarded
 from lab.options import Vectorised, parse_args, parse_flags
 from lab.training import checkpoint, recorder
 from lab.training.evaluation import OnStep, evaluate
+from lab.training.job import agent_steps
 from lab.watch import camera, film
 
 
@@ -135,8 +136,8 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
     seconds = options.max_seconds or (None if options.window else 5.0)
     output = film.open_output(out)
     with (contextlib.chdir(os.curdir),  # back to it: an environment may change it
-          contextlib.closing(make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs)
-                             ) as view):
+          contextlib.closing(make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs,
+                                       trained.action_repeat)) as view):
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
                  trained, config)
@@ -204,7 +205,7 @@ def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTor
         raise UserError(f"{stack} has no intact checkpoint")
     members = seeds_of(stack)
     agent = build_agent(trained.agent, config, view.spec, members, trained.num_envs or 1,
-                        trained.steps, device, lambda fn: fn)
+                        agent_steps(trained), device, lambda fn: fn)
     try:
         restore_state(agent, state["agent"])
     except Exception as error:
@@ -241,8 +242,8 @@ class PolicyStack:
         return text + "".join(f"; seed {seed} failed in training" for seed in failed)
 
 
-def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequence[str] = ()
-              ) -> "Filmed | FilmedTorch":
+def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequence[str] = (),
+              action_repeat: int = 1) -> "Filmed | FilmedTorch":
     """One environment per seed, with a camera. UserError if it cannot be rendered."""
     device = "cuda" if cuda else "cpu"  # the state of a generator fits only its kind of device
     try:
@@ -250,7 +251,8 @@ def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequenc
     except UserError as error:
         raise UserError("the run was trained on a GPU, but torch sees no CUDA device here"
                         ) from error
-    config = VecEnvConfig(env_id, seeds, device=device, env_kwargs=env_kwargs)
+    config = VecEnvConfig(env_id, seeds, device=device, env_kwargs=env_kwargs,
+                          action_repeat=action_repeat)
     if is_torch(env_id):
         return FilmedTorch(config)
     camera.check(env_id, env_kwargs)
@@ -262,7 +264,7 @@ class Filmed(SyncEnvs):
     def __init__(self, config: VecEnvConfig):
         super().__init__(config, camera.make)
         self.cameras: list[Any] = [*self.shard.envs]
-        self.fps = self.cameras[0].fps
+        self.fps = self.cameras[0].fps / config.action_repeat  # a film shows each action once
 
     def reset(self, *stream: int) -> torch.Tensor:
         """The last number of the stream is the environment's index n within its seed."""
