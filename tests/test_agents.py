@@ -107,9 +107,8 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 
 
 @needs_compiler
-@pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in (*COSTLY, "ppo")
-                 else []) for path in AGENTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_compiled_and_eager_updates_agree(path):
     """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
     steps, module = make_steps((0, 1), 1, 200), load_agent(path)

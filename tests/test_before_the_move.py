@@ -41,6 +41,7 @@ def test_an_old_run_goes_on_and_is_reported(run, capsys):
     assert "lab.probe_envs:lab/Target-v0" in Path("report/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on_with_its_own_copy_of_the_agent(run, capsys):
     """The five methods of that time, while the agent beside the runs has changed."""
     shutil.copy(Path(__file__).parents[1] / "agents/sac.py", "tiny.py")
@@ -52,6 +53,7 @@ def test_an_old_run_goes_on_with_its_own_copy_of_the_agent(run, capsys):
         assert read_metrics(stack.parent / "seed_1/metrics.jsonl")[-1]["debug/updates"] == 60
 
 
+@pytest.mark.slow
 def test_an_old_study_goes_on_with_its_own_copy_of_the_agent(run, capsys):
     study = Path("runs/studies/before")
     shutil.copytree(HERE / "study", study)
@@ -66,6 +68,7 @@ def test_an_old_study_goes_on_with_its_own_copy_of_the_agent(run, capsys):
     assert json.loads((study / "config.json").read_text())["options"]["agent"] == begun_with
 
 
+@pytest.mark.slow
 def test_an_old_run_continues_with_an_agent_of_today_in_its_place(run, capsys):
     """One with STATE, where the old one saved itself; also in place of the run's copy of it."""
     text = Path("tiny.py").read_text()
