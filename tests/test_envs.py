@@ -314,10 +314,7 @@ def test_clipped_rewards_lie_within_bounds_and_returns_stay_raw(make):
 
 # A step of several frames, and what ends an episode
 
-steppers = on("sync", "workers", "groups")
-
-
-@steppers
+@on("sync", "groups")
 def test_an_action_is_held_for_its_frames_or_to_the_end_of_the_episode(make):
     """Each frame of a Diary rewards the action; returns and lengths are those of the frames."""
     stack = make(make.diary, action_repeat=3)
@@ -363,7 +360,7 @@ def test_frames_of_a_pendulum_are_a_plain_loops_and_the_time_limit_counts_them(m
     assert held.finished() == plain.finished()
 
 
-@steppers
+@on("sync", "groups")
 @pytest.mark.parametrize("repeat", [1, 3])
 def test_the_last_raw_reward_decides_whether_a_termination_counts_and_each_frames_is_clipped(
         make, repeat):
