@@ -47,6 +47,7 @@ class EnvpoolEnvs(HostEnvs):
         self.pool = self._make([int(e.generate_state(1)[0] >> 1) for e in entropy])  # fits int32
         self.rows[:] = self.running[:] = self.sums[:] = 0
         self.rows[:, self.spec.obs_dim : -3] = self.pool.reset()[0]
+        self.note_broken()
         return self.transition().obs
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -53,6 +52,8 @@ class HostEnvs(VectorEnvs):
         longest = min(HISTORY_STEPS, HISTORY_BYTES // self.actions.nbytes)
         self.history: deque[np.ndarray] = deque(maxlen=longest)
         self.sums = np.zeros((3, self.shape[0]))  # count, returns, lengths of finished episodes
+        self.end_flags = np.zeros_like(self.rows)  # 1 in the columns of the ends
+        self.end_flags[:, -2:] = 1
         pinned = self.device.type == "cuda"
         self.staged = torch.zeros(self.rows.shape, pin_memory=pinned) if pinned else None
 
@@ -60,6 +61,7 @@ class HostEnvs(VectorEnvs):
         self.rows[:] = self.sums[:] = self.ages[:] = 0
         self.history.clear()
         self.command(bytes([RESET]) + json.dumps(stream or (TRAINING,)).encode())
+        self.note_broken()
         return self.transition().obs
 
     def put_actions(self, actions: torch.Tensor, rows: Any = slice(None)) -> None:
@@ -72,8 +74,12 @@ class HostEnvs(VectorEnvs):
         """Update history and episode statistics after a step of all environments."""
         self.history.append(self.actions.copy())
         self.ages += 1
-        ended = self.rows[:, -2] + self.rows[:, -1] > 0
-        if ended.any():
+        # one product tells the number of ends and whether all is finite: 0 times NaN is NaN
+        ends = np.vdot(self.rows, self.end_flags)
+        if ends != ends:
+            self.note_broken()
+        if ends:  # NaN as well
+            ended = self.rows[:, -2] + self.rows[:, -1] > 0
             self.ages[ended] = 0
             longest = self.ages.max()
             while len(self.history) > longest:
@@ -87,9 +93,6 @@ class HostEnvs(VectorEnvs):
 
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
-        # twice as fast as isfinite; a sum that overflows costs a look at the values
-        if not math.isfinite(np.add.reduce(self.rows.ravel())):
-            self._note_broken()
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
         rows = rows.to(self.device, non_blocking=True)
@@ -100,15 +103,14 @@ class HostEnvs(VectorEnvs):
             rewards = rewards.clamp(*self.config.clip_reward)
         return Transition(next_obs, rewards, terminations, truncations, obs)
 
-    def _note_broken(self) -> None:
-        O, N = self.spec.obs_dim, self.shape[1]
-        for position, row in enumerate(self.order.tolist()):
-            values = self.rows[row]
-            wrong = np.flatnonzero(~np.isfinite(values))
-            if len(wrong):
-                column = int(wrong[0])
-                name = f"observation[{column % O}]" if column < 2 * O else "reward"
-                self.broken.setdefault(position // N, f"{name} = {values[column]}")
+    def note_broken(self) -> None:
+        """Note each seed's first value that is not finite."""
+        O, rows = self.spec.obs_dim, self.rows[self.order.numpy()]
+        wrong = ~np.isfinite(rows)
+        for place in np.flatnonzero(wrong.any(1)).tolist():
+            column = int(wrong[place].argmax())
+            name = f"observation[{column % O}]" if column < 2 * O else "reward"
+            self.broken.setdefault(place // self.shape[1], f"{name} = {rows[place, column]}")
 
     def finished(self) -> list[Finished]:
         sums, self.sums = self.sums, np.zeros_like(self.sums)
@@ -145,6 +147,7 @@ class HostEnvs(VectorEnvs):
         self.ages[:] = np.where(lost, 0, ages)
         self.history.clear()
         self.history.extend(past)
+        self.note_broken()
         return self.transition().obs, int(lost.sum())
 
     def can_restore_exactly(self) -> bool | None:

@@ -47,16 +47,17 @@ class EnvShard:
     def step(self, indices: Sequence[int] | None = None) -> None:
         """Step these environments; None: all. UserError if one returns something unexpected."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
-        shape = (O,)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
         which: Any = range(len(self.envs)) if indices is None else indices
+        if not len(which):
+            return
         result: Any = None
         try:
             for i in which:
                 result = self.envs[i].step(actions[i])
                 obs, reward, terminated, truncated, _ = result
-                if getattr(obs, "shape", None) != shape:
+                if len(obs) != O:  # numpy would spread a shorter one; others are a ValueError
                     self._check(result)
                 self.rows[i, :O] = obs
                 outcomes.append((reward, terminated, truncated and not terminated))
@@ -66,8 +67,8 @@ class EnvShard:
                 if terminated or truncated:
                     self.returns[i] = running
                     fresh.append(i)
-            ends = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
-            if ends.dtype == object or len(ends) != len(outcomes):  # a None would become NaN
+            ends = np.array(outcomes)
+            if ends.ndim != 2 or ends.dtype.char == "O":  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
             if result is not None:
