@@ -187,8 +187,10 @@ def test_evaluation_and_dry_runs_leave_the_global_generators_alone():
     assert np.random.get_state()[1].tolist() == before
 
 
-@pytest.mark.parametrize("name, where", [("Unseeded", "in their first observations"),
-                                         ("NoisySteps", "at step 3")])
+@pytest.mark.parametrize("name, where", [
+    ("Unseeded", "two episodes with seed 0 and the same actions differ in their first obs"),
+    ("NoisySteps", "two episodes with seed 0 and the same actions differ at step 3"),
+    ("FreshSeeds", "the next ones (reset without a seed) differ in their first observations")])
 def test_an_environment_that_does_not_repeat_is_a_warning(name, where, capfd):
     (warning,) = check.dry_run(field(name))[1]
     assert "is not reproducible" in warning and where in warning

@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.envs.check import check_reset, check_step
 from lab.envs.generators import seed_generators
-from lab.envs.spec import make_one
+from lab.envs.spec import make_one, renew_box2d_world
 
 # first byte of a command; any other byte is the number of a group to step
 RESET, RESTORE_START, REPLAY_ACTIONS = 255, 254, 253
@@ -173,14 +173,3 @@ def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:
             "state": {"state": high * WORD + low, "inc": inc_high * WORD + inc_low}}
         env.unwrapped.np_random = np.random.Generator(generator)
     return rest[0] if kind == SEEDED else None
-
-
-def renew_box2d_world(env: gymnasium.Env) -> None:
-    """BipedalWalker reuses one b2World, whose contact caches leak into the next episode (gymnasium
-    issue 728). With a new world, an episode depends only on the random state."""
-    walker: Any = env.unwrapped
-    if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
-        from Box2D import b2World
-
-        walker._destroy()
-        walker.world = b2World()
