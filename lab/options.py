@@ -42,6 +42,9 @@ class Options:
     runs: Path = Path("runs")  # parent folder of the run folders
     eval_every: int | None = None  # steps between evaluations; none: ten per run
     eval_episodes: int = 5  # deterministic episodes per seed and evaluation
+    # environments of evaluation: their own, those of training (its episodes are truncated for it;
+    # for a simulator that runs once), or no evaluation (tables show training returns)
+    eval_env: Literal["own", "same", "none"] = "own"
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # How to run
@@ -344,11 +347,14 @@ def check_options(options: Options) -> None:
                         f"{options.first_seed}")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
-        for env_id in options.env:
-            backend = getattr(options, "backend", None)
-            if is_torch(env_id) or backend in ("torch", "envpool"):
-                raise UserError(f"--env-kwargs is for gymnasium.make, which does not make {env_id}"
-                                + f" with --backend {backend}" * bool(backend))
+    backend = getattr(options, "backend", None)
+    for env_id in options.env:
+        if is_torch(env_id) or backend in ("torch", "envpool"):
+            what = env_id + f" with --backend {backend}" * bool(backend)
+            if options.env_kwargs:
+                raise UserError("--env-kwargs is for gymnasium.make, which does not make " + what)
+            if options.eval_env == "same":
+                raise UserError("--eval-env same is for environments of gymnasium, not for " + what)
 
 
 def resolve_defaults(options: Options) -> Options:

@@ -16,15 +16,18 @@ from lab.errors import UserError, first_line
 DRY_STEPS = 10
 
 
-def dry_run(env_id: str, env_kwargs: Sequence[str] = ()) -> tuple[EnvSpec, list[str]]:
+def dry_run(env_id: str, env_kwargs: Sequence[str] = (), several: bool = True
+            ) -> tuple[EnvSpec, list[str]]:
     """Run an environment twice, with the same seed and random actions -> its spec, warnings.
-    UserError says what it returned and what it should return; CodeError where it raised."""
+    UserError says what it returned and what it should return, or that `several` cannot exist at a
+    time; CodeError where it raised."""
     with contextlib.chdir(os.curdir), kept_generators():
         env = make_one(env_id, env_kwargs)
         try:
             spec = spec_of(env, env_id)
             warnings = check_twice(env, spec)
-            check_second_instance(env_id, env_kwargs)
+            if several:
+                check_second_instance(env_id, env_kwargs)
         except BaseException:
             with contextlib.suppress(Exception):
                 env.close()
@@ -104,8 +107,9 @@ def check_second_instance(env_id: str, env_kwargs: Sequence[str]) -> None:
         env = make_one(env_id, env_kwargs)
     except UserError as error:
         reason = error.__cause__ or error
-        raise UserError(f"{env_id} cannot be made twice at a time, as training and evaluation "
-                        f"need: {type(reason).__name__}: {first_line(reason)}") from error
+        raise UserError(f"{env_id} cannot be made twice at a time: {type(reason).__name__}: "
+                        f"{first_line(reason)}; use --eval-env same, with one seed and one "
+                        "environment per process") from error
     close(env, env_id)
 
 

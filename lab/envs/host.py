@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -39,7 +39,7 @@ class HostEnvs(VectorEnvs):
 
     def __init__(self, config: VecEnvConfig, spec: EnvSpec):
         super().__init__(config)
-        self.spec = spec
+        self.spec, self.clip_reward = spec, config.clip_reward
         total = self.shape[0] * self.shape[1]
         self.env_keys = [(seed, n) for seed in config.seeds for n in range(config.num_envs)]
         self.order = torch.arange(total)  # the row of each (seed, n), in the order of env_keys
@@ -89,7 +89,8 @@ class HostEnvs(VectorEnvs):
             # not a product with the mask: a stale return may be NaN
             finished = np.where(ended[:, None], finished, 0)
             self.sums += finished[order].reshape(*self.shape, 3).sum(1).T
-        return self.transition()
+        t = self.transition()
+        return t._replace(truncations=1 - t.terminations) if self.cut else t
 
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
@@ -99,8 +100,9 @@ class HostEnvs(VectorEnvs):
         O = self.spec.obs_dim
         next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
         rewards, terminations, truncations = flags.unbind(-1)
-        if self.config.clip_reward:
-            rewards = rewards.clamp(*self.config.clip_reward)
+        if self.clip_reward:
+            rewards = rewards.clamp(*self.clip_reward)
+        self.obs = obs
         return Transition(next_obs, rewards, terminations, truncations, obs)
 
     def note_broken(self) -> None:
@@ -165,6 +167,13 @@ class HostEnvs(VectorEnvs):
         with (contextlib.chdir(os.curdir), kept_generators(),
               contextlib.closing(SyncEnvs(config)) as twin):
             return twin.load_state_dict(part)[1] == 0
+
+    @contextlib.contextmanager
+    def lend(self, *stream: int) -> Iterator[None]:
+        obs, self.cut, self.clip_reward = self.obs, False, None
+        yield
+        self.clip_reward = self.config.clip_reward
+        obs.copy_(self.reset(*stream))  # in place: the training loop holds it
 
     def row_keys(self) -> list[tuple[int, int]]:
         """(seed, n) of each row."""

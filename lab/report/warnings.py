@@ -24,6 +24,7 @@ def find(methods: Sequence[Method]) -> list[str]:
         found += different_settings(method)
         for run in method.runs:
             found += clipped(method, run)
+            found += evaluated_elsewhere(method, run)
             found += tuned_on(method, run)
     return found
 
@@ -71,6 +72,16 @@ def clipped(method: Method, run: Run) -> Iterator[str]:
         low, high = run.options["clip_reward"]
         yield (f"{method.name} was trained on rewards clipped to [{low}, {high}] ({run.folder}); "
                "returns are raw")
+
+
+def evaluated_elsewhere(method: Method, run: Run) -> Iterator[str]:
+    """Not in environments of their own."""
+    if run.options.get("eval_env") == "none":
+        yield (f"{method.name} was not evaluated ({run.folder}): its returns are those of training "
+               "episodes, with exploration")
+    elif run.options.get("eval_env") == "same":
+        yield (f"{method.name} was evaluated in the environments of training ({run.folder}), whose "
+               "episodes were truncated for it")
 
 
 class Study(NamedTuple):
