@@ -47,6 +47,9 @@ class Options:
     runs: Path = Path("runs")  # parent folder of the run folders
     eval_every: int | None = None  # steps between evaluations; none: ten per run
     eval_episodes: int = 5  # deterministic episodes per seed and evaluation
+    # environments of evaluation: their own, those of training (its episodes are truncated for it;
+    # for a simulator that runs once), or no evaluation (tables show training returns)
+    eval_env: Literal["own", "same", "none"] = "own"
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # How to run
@@ -349,13 +352,14 @@ def check_options(options: Options) -> None:
                         f"{options.first_seed}")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
-    for name in ("env_kwargs", "action_repeat", "failure_below"):
-        for env_id in options.env if getattr(options, name) != getattr(Options, name) else ():
-            backend = getattr(options, "backend", None)
-            if is_torch(env_id) or backend in ("torch", "envpool"):
-                raise UserError(f"--{name.replace('_', '-')} is for environments of "
-                                f"gymnasium.make, which does not make {env_id}"
-                                + f" with --backend {backend}" * bool(backend))
+    backend = getattr(options, "backend", None)
+    changed = [f"--{name.replace('_', '-')}" for name in ("env_kwargs", "action_repeat",
+               "failure_below") if getattr(options, name) != getattr(Options, name)]
+    changed += ["--eval-env same"] * (options.eval_env == "same")
+    for env_id in options.env if changed else ():
+        if is_torch(env_id) or backend in ("torch", "envpool"):
+            raise UserError(f"{changed[0]} is for environments of gymnasium.make, which does not "
+                            f"make {env_id}" + f" with --backend {backend}" * bool(backend))
 
 
 def resolve_defaults(options: Options) -> Options:

@@ -37,7 +37,8 @@ def train(options: Options, config: dict[str, Any]) -> int:
     options = resolve_defaults(options)
     processes = getattr(options, "processes", 1)
     jobs = make_jobs(options, config, processes, options.resume)
-    for job in {job.env_id: job for job in jobs}.values():
+    largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
+    for job in largest.values():
         dry_run(job)
 
     folder = options.resume
@@ -68,6 +69,8 @@ class RunSummary:
         self.options = options
         self.seeds = range(options.first_seed, options.first_seed + options.seeds)
         self.title, self.declared = jobs[0].name, declared(options)
+        self.tag = recorder.reported_return(options.eval_env)
+        self.kind = "training return" if options.eval_env == "none" else "evaluation return"
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
                           for env_id, group in self.groups.items()}
@@ -77,8 +80,8 @@ class RunSummary:
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         if "failed_seed" in message:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
-        returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
-                   if "return/eval" in row}
+        returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
+                   if self.tag in row}
         if returns and message["step"] >= job.steps:
             self.final[job.env_id].update(returns)
         if returns and self.all_seeds:
@@ -95,17 +98,17 @@ class RunSummary:
         """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
             self.all_seeds[env_id].refresh()
-            self.final[env_id] = final_returns(group, self.seeds, self.options.steps)
+            self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
         agent_name = Path(self.options.agent).stem
-        title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
+        title = f"{agent_name}: {self.kind} after {self.options.steps} steps of each seed"
         title += self.declared
         Console().print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
-            curves = {env_id: read_curves(group, self.seeds, "return/eval")
+            curves = {env_id: read_curves(group, self.seeds, self.tag)
                       for env_id, group in self.groups.items()}
             try:
-                draw_learning_curves(plot, curves, self.title + self.declared)
+                draw_learning_curves(plot, curves, self.title + self.declared, self.kind)
             except OSError as error:
                 print(f"cannot write the plot: {error}", file=sys.stderr)
             print(f"run folder: {folder}\nplot:       {plot}\n"
@@ -119,6 +122,9 @@ def declared(options: Options) -> str:
     text = ""
     if options.env_kwargs:
         text += f", environment made with {' '.join(options.env_kwargs)}"
+    if options.eval_env != "own":
+        text += {"same": ", evaluated in the environments of training", "none": ", no evaluation"
+                 }[options.eval_env]
     return text + "".join(f", {change}" for change in changes(vars(options)))
 
 

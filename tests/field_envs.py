@@ -219,6 +219,14 @@ class Unseeded(Point):
 
 
 @environment()
+class FreshSeeds(Point):
+    """As panda-gym: only the first episode depends on the seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=int.from_bytes(os.urandom(4)) if seed is None else seed)
+
+
+@environment()
 class NoisySteps(Point):
     def obs(self):
         noise = np.random.default_rng().uniform() if self.t > 2 else 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.accelerate import check_device
+from lab.accelerate import check_device, physical_cores
 from lab.agent import check_contract
 from lab.envs import check
 from lab.envs.base import VectorEnvs
@@ -37,6 +37,7 @@ class Job:
     log_every: int
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
     eval_episodes: int = 5  # per seed and evaluation
+    eval_env: str = "own"  # own, same: training's, none
     num_envs: int = 1
     backend: str | None = None  # None: torch for a torch/ id, else sync
     workers: int | None = None  # processes or threads of the backend; None: physical cores
@@ -74,6 +75,20 @@ class Job:
         return "sync" if self.backend == "workers" else self.backend
 
 
+    @property
+    def eval_rounds(self) -> int:
+        """How often an evaluation resets its environments."""
+        return math.ceil(self.eval_episodes / self.num_envs) if self.eval_env == "same" else 1
+
+    @property
+    def instances(self) -> int:
+        """Environments that exist at a time in one process."""
+        training = len(self.seeds) * self.num_envs
+        if self.backend == "workers":
+            training = math.ceil(training / (self.workers or physical_cores()))
+        return training + (len(self.seeds) * self.eval_episodes if self.eval_env == "own" else 0)
+
+
 def make_training(job: Job) -> VectorEnvs:
     return make_envs(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
@@ -82,7 +97,9 @@ def make_training(job: Job) -> VectorEnvs:
         env_kwargs=job.env_kwargs)
 
 
-def make_evaluation(job: Job) -> VectorEnvs:
+def make_evaluation(job: Job, training: VectorEnvs) -> VectorEnvs | None:
+    if job.eval_env != "own":
+        return training if job.eval_env == "same" else None
     return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device,
                      action_repeat=job.action_repeat, env_kwargs=job.env_kwargs)
 
@@ -116,9 +133,10 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
-        device=device, compile=options.compile, precision=options.precision,
-        action_repeat=options.action_repeat, clip_reward=options.clip_reward,
-        failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
+        eval_env=options.eval_env, device=device, compile=options.compile,
+        precision=options.precision, action_repeat=options.action_repeat,
+        clip_reward=options.clip_reward, failure_below=options.failure_below,
+        env_kwargs=options.env_kwargs, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 
@@ -159,7 +177,7 @@ def dry_run(job: Job) -> EnvSpec:
     first update -> the environment's spec. Prints warnings. UserError if the environment or the
     agent fails; writes no files."""
     if choose_backend(job.env_id, job.eval_backend) == "sync":
-        spec, warnings = check.dry_run(job.env_id, job.env_kwargs)
+        spec, warnings = check.dry_run(job.env_id, job.env_kwargs, job.instances > 1)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:

@@ -43,13 +43,15 @@ def train(job: Job, emit: Emit) -> None:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM request a checkpoint and exit; a second Ctrl-C exits at once.
+    """Ctrl-C and SIGTERM request a checkpoint and exit; a second Ctrl-C exits at once. A signal
+    that is ignored stays so: `command &` in a script ignores Ctrl-C.
 
     On leaving the context, the signal is raised again for the previous handler."""
 
     def __enter__(self) -> "Interrupts":
         self.received: list[int] = []
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
+                       if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
@@ -62,3 +64,4 @@ class Interrupts:
             signal.signal(number, handler)
         if self.received and kind is None:
             signal.raise_signal(self.received[0])
+            raise KeyboardInterrupt  # the handler returned, but the run is not finished

@@ -63,6 +63,8 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
     if job.eval_every > options.steps:
         raise UserError(f"--steps {options.steps} is less than --eval-every {job.eval_every}: no "
                         "trial would be evaluated")
+    if options.eval_env == "none":
+        raise UserError("a study compares evaluation returns: --eval-env must be own or same")
     if (options.n_warmup_steps or 0) < 0:
         raise UserError(f"--n-warmup-steps must be 0 or more, not {options.n_warmup_steps}")
     if options.trials * options.seeds > HELD_OUT:
