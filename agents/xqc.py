@@ -78,17 +78,16 @@ def atoms_like(x):
     return torch.linspace(-V_MAX, V_MAX, ATOMS, device=x.device)
 
 
-def td_target(rewards, discounts, bonus, next_probs):
-    """The distribution of rewards + discounts * (next value + bonus) on the atoms (1707.06887,
-    algorithm 1): each atom's mass is divided between the two nearest to where it moves. All (S, B),
-    probabilities (S, B, ATOMS)."""
-    moved = torch.addcmul(rewards[..., None], discounts[..., None],
-                          atoms_like(rewards) + bonus[..., None])
-    place = ((moved + V_MAX) * ((ATOMS - 1) / (2 * V_MAX))).clamp(0, ATOMS - 1)
-    left = place.floor().clamp(max=ATOMS - 2)
-    to_right = next_probs * (place - left)
+def project(probs, rewards, discounts, bonus):
+    """The distribution of rewards + discounts * (values + bonus), for values with `probs` on the
+    atoms, as one on the atoms: each value's probability goes to the two nearest, in proportion
+    (1707.06887, algorithm 1). (S, B, ATOMS) and (S, B) each -> (S, B, ATOMS)."""
+    moved = rewards[..., None] + discounts[..., None] * (atoms_like(rewards) + bonus[..., None])
+    place = (moved.clamp(-V_MAX, V_MAX) + V_MAX) * ((ATOMS - 1) / (2 * V_MAX))
+    left = place.nan_to_num().floor().clamp(max=ATOMS - 2)  # the index of a NaN must exist
+    to_right = probs * (place - left)
     left = left.long()
-    target = torch.zeros_like(next_probs).scatter_add(-1, left, next_probs - to_right)
+    target = torch.zeros_like(probs).scatter_add(-1, left, probs - to_right)
     return target.scatter_add(-1, left + 1, to_right)
 
 
@@ -261,6 +260,7 @@ class RewardScale:
     STATE = ("returns", "sums", "largest")
 
     def __init__(self, seeds, num_envs, device):
+        self.dtype = torch.get_default_dtype()
         self.returns = torch.zeros(seeds, num_envs, dtype=torch.float64, device=device)
         self.sums = torch.zeros(seeds, 3, dtype=torch.float64, device=device)
         self.largest = torch.zeros(seeds, dtype=torch.float64, device=device)
@@ -277,7 +277,7 @@ class RewardScale:
         """(S,)"""
         count, total, squares = self.sums.unbind(1)
         std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-        return torch.maximum(std, self.largest / V_MAX).clamp(min=1e-8)
+        return torch.maximum(std, self.largest / V_MAX).clamp(min=1e-8).to(self.dtype)
 
 
 class Agent:
@@ -316,8 +316,8 @@ class Agent:
         capacity = math.ceil(min(config.buffer_size, total_steps) / num_envs) * num_envs
         self.replay = Replay(self.generators, capacity, spec, num_envs)
         self.reward_scale = RewardScale(len(seeds), num_envs, self.device)
-        # Of each environment, the noise that it holds and the steps that it still will
-        self.held = torch.zeros(len(seeds), num_envs, spec.action_dim + 1, device=self.device)
+        holders = num_envs if config.hold_noise else 0
+        self.held = torch.zeros(len(seeds), holders, spec.action_dim + 1, device=self.device)
         self.update_critic = accelerate(self._update_critic)
         self.update_actor = accelerate(self._update_actor)
 
@@ -329,14 +329,14 @@ class Agent:
         if explore and self.transitions < self.learning_starts:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
             return self.low + (self.high - self.low) * uniform
-        if explore and self.config.hold_noise:
+        if explore and obs.shape[1] <= self.held.shape[1]:
             noise = self._hold(noise)
         actions, _ = self.actor(obs, noise)
         return actions.clamp(self.low, self.high)  # float rounding can overshoot the bounds
 
     def _hold(self, noise):
-        """Replace the noise of the environments that hold theirs (2604.04539). With more groups of
-        environments than one, each call is for the next of them."""
+        """noise (S, N, A), replaced where an environment still holds its own. `held` has a row of
+        each, its noise and the steps left; each call is for the next N."""
         N = noise.shape[1]
         lengths = torch.arange(1, LONGEST_HOLD + 1, dtype=noise.dtype, device=self.device)
         cdf = (lengths**-2 / (lengths**-2).sum()).cumsum(0)
@@ -387,9 +387,8 @@ class Agent:
             next_probs = self.qf_target(*both, train=True, rows=later).softmax(-1)
             first, second = (next_probs @ atoms_like(noise)).unbind(1)  # (S, B)
             next_probs = torch.where((first < second)[..., None], *next_probs.unbind(1))
-            rewards = (b_rewards / scale[:, None]).type_as(b_rewards)
             bonus = -self.log_alpha.exp()[:, None] * next_log_probs
-            target = td_target(rewards, b_discounts, bonus, next_probs)
+            target = project(next_probs, b_rewards / scale[:, None], b_discounts, bonus)
             target = target[:, None].expand(-1, 2, -1, -1)  # the same for both critics
 
         # Loss: cross-entropy, summed over the two critics
@@ -403,9 +402,9 @@ class Agent:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
                                  self.config.tau)
-            values = log_probs.exp() @ atoms_like(noise) * scale[:, None, None]
+            values = log_probs.exp() @ atoms_like(noise) * scale[:, None, None]  # in environment units
         self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
-        return {"loss/qf": qf_loss.detach(), "value/q": values.mean((1, 2)).type_as(noise)}
+        return {"loss/qf": qf_loss.detach(), "value/q": values.mean((1, 2))}
 
     def _update_actor(self, b_obs, noise):
         # Policy loss (eq. 9): gradients flow through the actions; the critics' weights are fixed
