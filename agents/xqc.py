@@ -78,6 +78,11 @@ def atoms_like(x):
     return torch.linspace(-V_MAX, V_MAX, ATOMS, device=x.device)
 
 
+def mean(probs):
+    """(..., ATOMS) -> (...). A sum: autocast would make a matrix product's values bf16."""
+    return (probs * atoms_like(probs)).sum(-1)
+
+
 def project(probs, rewards, discounts, bonus):
     """The distribution of rewards + discounts * (values + bonus), for values with `probs` on the
     atoms, as one on the atoms: each value's probability goes to the two nearest, in proportion
@@ -165,7 +170,7 @@ class MLP(nn.Module):
     def forward(self, x, train, rows=slice(None)):
         """`rows`: those that go through the head."""
         h = self.hidden(x, train)[-1][:, rows]
-        return torch.baddbmm(self.bias.flatten(0, 1), h, self.head.weight.flatten(0, 1)).type_as(x)
+        return self.head(h).type_as(x) + self.bias.flatten(0, 1)
 
     def normalise(self):
         for layer in (*self.layers, self.head):
@@ -233,24 +238,24 @@ class Replay:
         """-> obs, actions, next_obs (S, B, ...), rewards, discounts (S, B), with replacement. Of up
         to n steps: fewer where an episode ends or the newest row is reached."""
         seeds, capacity, width = self.rows.shape
-        picks = torch.stack([
-            torch.randint(self.size, (batch_size,), generator=g, device=g.device)
-            for g in self.generators])[..., None]  # (S, B, 1)
-        k = torch.arange(n_step, device=picks.device)
-        seed = torch.arange(seeds, device=picks.device)[:, None, None]
-        index = (picks + k * self.num_envs) % capacity + seed * capacity  # (S, B, n)
+        picks = torch.cat([
+            torch.randint(self.size, (batch_size,), generator=g, device=g.device) + s * capacity
+            for s, g in enumerate(self.generators)])
+        k = torch.arange(n_step, device=picks.device)[:, None]  # each step after a pick
+        index = picks - picks % capacity + (picks + k * self.num_envs) % capacity
         batch = self.rows.view(-1, width).index_select(0, index.flatten())
         obs, actions, next_obs, rewards, terminations, truncations = (
-            batch.view(*index.shape, width).split(self.widths, -1))
-        newest = (self.position - 1 - picks) % capacity // self.num_envs  # steps from a pick to it
-        ends = ((terminations + truncations).squeeze(-1) != 0) | (k >= newest)
-        used = k <= (ends.cumsum(-1) == 0).sum(-1, keepdim=True)  # up to the first end, with it
-        last = used[:, :, 1:].sum(-1)[..., None, None]
-        next_obs, terminations = (x.take_along_dim(last, 2)[:, :, 0]
+            batch.view(n_step, -1, width).split(self.widths, -1))
+        newest = (self.position - 1 - picks) % capacity // self.num_envs  # steps to it
+        ends = ((terminations + truncations).squeeze(-1) > 0) | (k >= newest)
+        used = ends.cumsum(0) - ends.int() == 0  # no end before
+        last = used.sum(0) - 1
+        rewards = (rewards.squeeze(-1) * used * gamma**k).sum(0)
+        next_obs, terminations = (x.take_along_dim(last[None, :, None], 0)[0]
                                   for x in (next_obs, terminations))
-        rewards = (rewards.squeeze(-1) * used * gamma**k).sum(-1)
-        discounts = (1 - terminations.squeeze(-1)) * gamma ** (1 + last[:, :, 0, 0])
-        return obs[:, :, 0], actions[:, :, 0], next_obs, rewards, discounts
+        discounts = (1 - terminations.squeeze(-1)) * gamma ** (1 + last)
+        return [x.unflatten(0, (seeds, batch_size))
+                for x in (obs[0], actions[0], next_obs, rewards, discounts)]
 
 
 class RewardScale:
@@ -385,11 +390,13 @@ class Agent:
         # Target: the distribution of the lower slow critic, plus the entropy bonus
         with torch.no_grad():
             next_probs = self.qf_target(*both, train=True, rows=later).softmax(-1)
-            first, second = (next_probs @ atoms_like(noise)).unbind(1)  # (S, B)
+            first, second = mean(next_probs).unbind(1)  # (S, B)
             next_probs = torch.where((first < second)[..., None], *next_probs.unbind(1))
             bonus = -self.log_alpha.exp()[:, None] * next_log_probs
             target = project(next_probs, b_rewards / scale[:, None], b_discounts, bonus)
             target = target[:, None].expand(-1, 2, -1, -1)  # the same for both critics
+
+            values = mean(log_probs.exp()).mean((1, 2)) * scale  # (S,), in environment units
 
         # Loss: cross-entropy, summed over the two critics
         assert log_probs.shape == target.shape, (log_probs.shape, target.shape)
@@ -402,16 +409,15 @@ class Agent:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
                                  self.config.tau)
-            values = log_probs.exp() @ atoms_like(noise) * scale[:, None, None]  # in environment units
         self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
-        return {"loss/qf": qf_loss.detach(), "value/q": values.mean((1, 2))}
+        return {"loss/qf": qf_loss.detach(), "value/q": values}
 
     def _update_actor(self, b_obs, noise):
         # Policy loss (eq. 9): gradients flow through the actions; the critics' weights are fixed
         actions, log_probs = self.actor(b_obs, noise, train=True)
         frozen = {name: p.detach() for name, p in self.qf.named_parameters()}
         probs = functional_call(self.qf, frozen, (b_obs, actions)).softmax(-1)
-        values = (probs @ atoms_like(noise)).amin(1)  # (S, B)
+        values = mean(probs).amin(1)  # (S, B)
         assert values.shape == log_probs.shape, (values.shape, log_probs.shape)
         alpha = self.log_alpha.exp()  # (S,)
         actor_loss = (alpha.detach()[:, None] * log_probs - values).mean(1)  # (S,)
