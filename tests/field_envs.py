@@ -213,6 +213,12 @@ class GlobalPython(Point):
 
 
 @environment()
+class GlobalBoth(Point):
+    def start(self):
+        return np.random.uniform(-1, 1) + random.uniform(-1, 1)
+
+
+@environment()
 class Unseeded(Point):
     def start(self):
         return np.random.default_rng().uniform(-1, 1)

@@ -53,7 +53,7 @@ def command(capfd, *argv):
 def make_job(name, **settings):
     config = dataclasses.asdict(small_config(load_agent(PPO)))
     return Job(**{"agent_path": PPO, "config": config, "env_id": field(name), "seeds": (0, 1),
-                  "steps": 64, "eval_every": 32, "log_every": 8, "checkpoint_every": 0,
+                  "steps": 64, "eval_every": 64, "log_every": 8, "checkpoint_every": 0,
                   "eval_episodes": 1} | settings)
 
 
@@ -175,13 +175,12 @@ def test_an_environment_on_a_global_generator_repeats_with_a_warning(name):
     assert first == second and first
 
 
-@pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
 @pytest.mark.parametrize("settings", [{"backend": "sync"}, {"backend": "workers", "workers": 2},
                                       {"backend": "workers", "workers": 2, "groups": 2}])
-def test_each_process_seeds_its_global_generators_at_a_reset(name, settings):
+def test_each_process_seeds_its_global_generators_at_a_reset(settings):
     starts = []
     for _ in range(2):
-        with stack(name, [0, 1], 2, **settings) as envs:
+        with stack("GlobalBoth", [0, 1], 2, **settings) as envs:
             starts += [envs.reset(*s) for s in ((TRAINING, 0), (EVALUATION, 0), (TRAINING, 0))]
     assert torch.equal(torch.stack(starts[:3]), torch.stack(starts[3:]))
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
@@ -203,15 +202,16 @@ def test_evaluation_and_dry_runs_leave_the_global_generators_alone():
 def test_an_environment_that_does_not_repeat_is_a_warning(name, where, capfd):
     (warning,) = check.dry_run(field(name))[1]
     assert "is not reproducible" in warning and where in warning
-    code, _, err = command(capfd, "--env", field(name))
-    assert code == 0 and f"warning: {warning}" in err
+    if name == "Unseeded":
+        code, _, err = command(capfd, "--env", field(name))
+        assert code == 0 and f"warning: {warning}" in err
 
 
 @pytest.mark.parametrize("name", ["RandomState", "NoRandom"])
 def test_an_environment_without_numpys_generator_trains_and_resumes_with_new_episodes(
         name, tmp_path):
     messages = []
-    job = make_job(name, steps=256, checkpoint_every=128, run=str(tmp_path))
+    job = make_job(name, steps=130, eval_every=130, run=str(tmp_path))  # amid second episodes
     loop.train(job, messages.append)
     warnings = {m["warning"] for m in messages if "warning" in m}
     assert warnings == {"the environment cannot be restored: a resumed run starts new episodes"}
@@ -403,7 +403,7 @@ def test_a_plan_measures_a_simulator_that_runs_once(only_one, eval_env):
             costs.append(message["cost"])
             raise InterruptedError
 
-    job = make_job("OnlyOne", seeds=(0,), eval_env=eval_env, eval_episodes=3)
+    job = make_job("OnlyOne", seeds=(0,), eval_env=eval_env, eval_every=32, eval_episodes=3)
     with pytest.raises(InterruptedError):
         benchmark.measure(job, stop)
     without = dataclasses.replace(costs[0], evaluation=0.0).total(job)

@@ -131,8 +131,9 @@ class TrainLogger:
         self.training.cut = (self.evaluation is self.training
                              and self.evaluates(step + self.job.steps_per_act))
 
-    def evaluate(self, step: int, agent: Any) -> Sequence[float | None]:
-        """Each seed's mean return; without evaluation in training, None before the first one."""
+    def mean_returns(self, step: int, agent: Any) -> Sequence[float | None]:
+        """Of an evaluation; without one of training's episodes since the last call, None before the
+        first one."""
         if self.evaluation is None:
             before = self.last_eval or [None] * len(self.recent)
             returns = [total / number if number else last
@@ -161,7 +162,7 @@ class TrainLogger:
             recent[0] += episodes
             recent[1] += episodes * mean
         if evaluating:
-            self.last_eval = self.evaluate(step, agent)
+            self.last_eval = self.mean_returns(step, agent)
             if self.evaluation:
                 self.fail_broken(step, self.evaluation, " in evaluation")
         self.measure_plasticity(agent)
