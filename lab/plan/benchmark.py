@@ -21,6 +21,7 @@ from lab.accelerate import Accelerator, CudaGraph
 from lab.agent import build_agent
 from lab.envs.base import TRAINING, VectorEnvs
 from lab.errors import UserError
+from lab.matmul import computed_by
 from lab.training.evaluation import ENDLESS, evaluate
 from lab.training.job import Emit, Job, make_evaluation, make_training
 from lab.training.processes import Processes
@@ -113,7 +114,8 @@ def measure(job: Job, emit: Emit) -> None:
     emit({})
     start_time = time.perf_counter()
     training, evaluation = make_training(job), make_evaluation(job)
-    with contextlib.closing(training), contextlib.closing(evaluation):
+    with (contextlib.closing(training), contextlib.closing(evaluation),
+          computed_by(job.fp32_library)):
         loop = Loop(job, training)
         build = time.perf_counter() - start_time
         compiling, evaluating = sample_evaluation(loop.agent, evaluation)
