@@ -23,6 +23,7 @@ from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
 from lab.errors import UserError
+from lab.matmul import Library
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Options:
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
+    # library for fp32 matrix products on a CPU: torch's BLAS or oneDNN; none: measured, the faster
+    # one that computes in fp32 on this processor
+    fp32_library: Library | None = None
     cuda: bool = False  # train on the GPU
     config: Path | None = None  # take the settings of a run's config.json; flags override it
     resume: Path | None = None  # continue the run in this folder from its last checkpoints
@@ -126,7 +130,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     if resume and any(word.split("=")[0] != "--resume" for i, word in enumerate(argv)
                       if i != index and not (i and argv[i - 1] == "--resume")):
         raise UserError("--resume takes all settings from the run; give no other flag")
-    dropped = ["config", "resume", "autotune", *(() if resume else ("processes", "threads")),
+    machine = () if resume else ("processes", "threads", "fp32_library")
+    dropped = ["config", "resume", "autotune", *machine,
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     if source:
@@ -138,7 +143,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
                             "script")
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
-        kept.setdefault("threads", 1)  # older runs had one
+        kept = {"threads": 1, "fp32_library": "blas"} | kept  # older runs had these
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names

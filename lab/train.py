@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from lab.errors import guarded
+from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
 from lab.report.runs import changes
 from lab.training import recorder
-from lab.training.job import Job, dry_run, make_jobs
+from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.training.processes import run_jobs
 from lab.training.progress import SweepProgress
 
@@ -38,8 +39,11 @@ def train(options: Options, config: dict[str, Any]) -> int:
     processes = getattr(options, "processes", 1)
     jobs = make_jobs(options, config, processes, options.resume)
     largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
+    products = Products()
     for job in largest.values():
-        dry_run(job)
+        products.update(dry_run(job)[1])
+    options = choose_fp32_library(options, jobs, products)
+    jobs = make_jobs(options, config, processes, options.resume)
 
     folder = options.resume
     if not folder and options.log:

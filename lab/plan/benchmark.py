@@ -22,6 +22,7 @@ from lab.agent import build_agent
 from lab.envs.base import VectorEnvs
 from lab.envs.shard import TRAINING
 from lab.errors import UserError
+from lab.matmul import computed_by
 from lab.training.evaluation import ENDLESS, evaluate
 from lab.training.job import Emit, Job, agent_steps, make_evaluation, make_training
 from lab.training.processes import Processes
@@ -115,7 +116,8 @@ def measure(job: Job, emit: Emit) -> None:
     start_time = time.perf_counter()
     training = make_training(job)
     evaluation = make_evaluation(job, training)
-    with contextlib.closing(training), contextlib.closing(evaluation or training):
+    with (contextlib.closing(training), contextlib.closing(evaluation or training),
+          computed_by(job.fp32_library)):
         loop = Loop(job, training)
         build = time.perf_counter() - start_time
         compiling, evaluating = (sample_evaluation(loop.agent, evaluation) if evaluation

@@ -6,10 +6,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lab import matmul
 from lab.accelerate import check_device, physical_cores
 from lab.agent import check_contract
 from lab.envs import check
@@ -22,6 +23,7 @@ from lab.training.recorder import group_folder, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Job:
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
+    fp32_library: matmul.Library = matmul.BLAS
     action_repeat: int = 1  # environment steps of each action, see StepRules
     # in training only, not in evaluation
     clip_reward: tuple[float, float] | None = None
@@ -134,9 +137,10 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
         eval_env=options.eval_env, device=device, compile=options.compile,
-        precision=options.precision, action_repeat=options.action_repeat,
-        clip_reward=options.clip_reward, failure_below=options.failure_below,
-        env_kwargs=options.env_kwargs, **vectorised,
+        precision=options.precision,
+        fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
+        action_repeat=options.action_repeat, clip_reward=options.clip_reward,
+        failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 
@@ -172,10 +176,10 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
     return [tuple(seeds[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def dry_run(job: Job) -> EnvSpec:
-    """Run the environment for some random steps, and the agent on random observations up to its
-    first update -> the environment's spec. Prints warnings. UserError if the environment or the
-    agent fails; writes no files."""
+def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
+    """Run the environment for some random steps, and the agent on constant observations up to its
+    first update -> the environment's spec, the update's matrix products. Prints warnings. UserError
+    if the environment or the agent fails; writes no files."""
     if choose_backend(job.env_id, job.eval_backend) == "sync":
         spec, warnings = check.dry_run(job.env_id, job.env_kwargs, job.instances > 1)
         for warning in warnings:
@@ -184,5 +188,19 @@ def dry_run(job: Job) -> EnvSpec:
         stack = make_envs(job.env_id, [0], 1, job.eval_backend, job.device)
         with contextlib.closing(stack) as one:
             spec = one.spec
-    check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
-    return spec
+    products = check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    return spec, products
+
+
+def choose_fp32_library(options: AnyOptions, jobs: Sequence[Job], products: matmul.Products
+                        ) -> AnyOptions:
+    """The options with the library for the fp32 products of all the jobs: on a CPU the given one,
+    or else the faster exact one. UserError if the given one rounds here."""
+    if not fp32_on_cpu(options):
+        return options
+    library = matmul.choose(products, options.fp32_library, jobs[0].threads)
+    return replace(options, fp32_library=library)
+
+
+def fp32_on_cpu(options: Options) -> bool:
+    return options.precision == "fp32" and not options.cuda

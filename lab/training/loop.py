@@ -8,6 +8,7 @@ from typing import Any
 
 from lab.accelerate import Accelerator
 from lab.agent import build_agent
+from lab.matmul import computed_by
 from lab.training import checkpoint
 from lab.training.job import Emit, Job, agent_steps, make_training
 from lab.training.logger import TrainLogger
@@ -20,7 +21,8 @@ def train(job: Job, emit: Emit) -> None:
                               run=job.run and os.path.abspath(job.run))
     accelerate = Accelerator(job.compile, job.precision, job.device)
     training = make_training(job)
-    with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
+    with (contextlib.closing(training), computed_by(job.fp32_library),
+          contextlib.ExitStack() as held, Interrupts() as interrupts):
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                             agent_steps(job), job.device, accelerate)
         log = TrainLogger(job, accelerate, training, emit)

@@ -19,7 +19,7 @@ from lab.errors import UserError
 from lab.options import Tune, check_source
 from lab.train import describe
 from lab.training import recorder
-from lab.training.job import Job, dry_run, make_jobs
+from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.tuning import confirm, space, surrogate
 from lab.tuning.space import Space
 from lab.tuning.study import HELD_OUT, Study
@@ -28,12 +28,12 @@ from lab.tuning.trials import Journal
 TOP = 3  # settings to confirm
 # Options that may change when a study is resumed
 FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
-        "config", "resume", "log", "space")
+        "config", "resume", "log", "space", "fp32_library")
 
 
 def tune(options: Tune, config: dict[str, Any]) -> int:
     """-> exit code: 0, or 1 if no trial completed or a confirmation failed."""
-    searched, job = check(options, config)
+    options, searched, job = check(options, config)
     folder, journal = open_study(options, config, searched, job)
     with contextlib.closing(journal):
         study = Study(options, searched, job, folder, journal)
@@ -53,9 +53,9 @@ def tune(options: Tune, config: dict[str, Any]) -> int:
     return 1 if failures else 0
 
 
-def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
-    """-> the space, and the job of the defaults. UserError if a trial could not start; writes no
-    files."""
+def check(options: Tune, config: dict[str, Any]) -> tuple[Tune, Space, Job]:
+    """-> the options with the library for fp32 products, the space, and the job of the defaults.
+    UserError if a trial could not start; writes no files."""
     [job, *_] = make_jobs(options, config, 1, None)
     if len(options.env) != 1:
         raise UserError(f"a study takes one --env, not {' '.join(options.env)}")
@@ -70,12 +70,14 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
     if options.trials * options.seeds > HELD_OUT:
         raise UserError(f"--trials {options.trials} x --seeds {options.seeds} reaches the held-out "
                         f"seeds, which start at {HELD_OUT}")
-    spec = dry_run(job)
+    spec, products = dry_run(job)
+    options = choose_fp32_library(options, [job], products)
+    [job] = make_jobs(options, config, 1, None)
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent checks them
             build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
                         job.device, lambda fn: fn)
-    return searched, job
+    return options, searched, job
 
 
 def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
