@@ -388,7 +388,6 @@ class Agent:
             bonus = -self.log_alpha.exp()[:, None] * next_log_probs
             target = project(next_probs, b_rewards / scale[:, None], b_discounts, bonus)
             target = target[:, None].expand(-1, 2, -1, -1)  # the same for both critics
-
             values = mean_value(log_probs.exp()).mean((1, 2)) * scale  # (S,), in environment units
 
         # Loss: cross-entropy, summed over the two critics

@@ -337,10 +337,10 @@ def holds(noise):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_noise_is_held_for_n_steps_with_a_probability_of_1_over_n_squared(groups):
-    noise = exploring(4, 2_000, groups, hold_noise=True)
+    noise = exploring(4, 800, groups, hold_noise=True)
     lengths = [n for s in (0, 1) for e in range(4) for n in holds(noise[:, s, e])]
     total = sum(k**-2 for k in range(1, 17))
-    assert max(lengths) == 16 and len(lengths) > 5_000
+    assert max(lengths) == 16 and len(lengths) > 2_000
     for n in range(1, 17):
         p = n**-2 / total
         error = math.sqrt(p * (1 - p) / len(lengths))
@@ -384,14 +384,14 @@ def test_acting_and_measuring_change_no_statistics(look):
 
 
 def test_a_resumed_run_goes_on_with_its_step_size_and_its_noise():
-    steps = make_steps((0, 1), 2, 40)
-    agent, resumed = (make_agent(xqc, seeds=seeds, num_envs=2, total_steps=80, hold_noise=True)
+    steps = make_steps((0, 1), 2, 24)
+    agent, resumed = (make_agent(xqc, seeds=seeds, num_envs=2, total_steps=48, hold_noise=True)
                       for seeds in ((0, 1), (5, 6)))
-    drive(agent, steps[:20])
+    drive(agent, steps[:14])
     restore_state(resumed, copy.deepcopy(save_state(agent)))
     for each in (agent, resumed):
-        drive(each, steps[20:])
+        drive(each, steps[14:])
         lr = each.qf_optimizer.param_groups[0]["lr"].item()
-        assert lr == pytest.approx(3e-4 - 2.7e-4 * 78 / 80)
+        assert lr == pytest.approx(3e-4 - 2.7e-4 * 46 / 48)
     theirs, ours = flat_state(save_state(agent)), flat_state(save_state(resumed))
     assert all(same(theirs[name], ours[name]) for name in theirs)
