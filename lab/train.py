@@ -15,8 +15,9 @@ from lab.report.curves import draw_learning_curves, final_returns, read_curves, 
 from lab.report.runs import changes
 from lab.training import recorder
 from lab.training.job import Job, dry_run, make_jobs
-from lab.training.processes import run_jobs
+from lab.training.processes import Engine, run_jobs
 from lab.training.progress import SweepProgress
+from lab.training.ray_processes import open_engine
 
 
 def run(argv: Sequence[str], kind: type[Options] = Simple,
@@ -35,11 +36,18 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
 def train(options: Options, config: dict[str, Any]) -> int:
     """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
+    for job in make_jobs(options, config, 1, options.resume):  # one per environment
+        dry_run(job)
+    where = options.resume or (options.runs if options.log else None)
+    with open_engine(options, where) as engine:
+        return _train(options, config, engine)
+
+
+def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> int:
+    if engine and isinstance(options, Simple) and options.processes is None:
+        options = dataclasses.replace(options, processes=engine.cpus)
     processes = getattr(options, "processes", 1)
     jobs = make_jobs(options, config, processes, options.resume)
-    for job in {job.env_id: job for job in jobs}.values():
-        dry_run(job)
-
     folder = options.resume
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
@@ -54,7 +62,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
             progress.update(index, message)
             summary.receive(jobs[index], message)
 
-        failures = run_jobs(jobs, processes, report_message)
+        failures = run_jobs(jobs, processes, report_message, engine)
     for index, reason in sorted(failures.items()):
         summary.add_failure(jobs[index], jobs[index].seeds, reason)
     summary.show(folder)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lab.accelerate import check_device
 from lab.agent import check_contract
 from lab.envs import check
@@ -98,7 +100,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     check_options(options)
     check_names(options)
     device = "cuda" if options.cuda else "cpu"
-    check_device(device)
+    if getattr(options, "engine", "local") == "local":
+        check_device(device)
     vectorised: dict[str, Any] = {}
     if isinstance(options, Vectorised):
         vectorised = {"num_envs": options.num_envs, "backend": options.backend,
@@ -157,14 +160,15 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 def dry_run(job: Job) -> EnvSpec:
     """Run the environment for some random steps, and the agent on random observations up to its
     first update -> the environment's spec. Prints warnings. UserError if the environment or the
-    agent fails; writes no files."""
+    agent fails; writes no files. On the CPU if only the nodes of a cluster have a GPU."""
+    device = job.device if torch.cuda.is_available() else "cpu"
     if choose_backend(job.env_id, job.eval_backend) == "sync":
         spec, warnings = check.dry_run(job.env_id, job.env_kwargs)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:
-        stack = make_envs(job.env_id, [0], 1, job.eval_backend, job.device)
+        stack = make_envs(job.env_id, [0], 1, job.eval_backend, device)
         with contextlib.closing(stack) as one:
             spec = one.spec
-    check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    check_contract(job.agent_path, job.config, spec, job.num_envs, device)
     return spec
