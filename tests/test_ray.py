@@ -197,8 +197,8 @@ def test_a_job_whose_worker_dies_is_tried_again_on_the_other_node(engine, tmp_pa
         "once": f"Path({str(once)!r}).exists() or (Path({str(once)!r}).touch(), {kill})",
         "always": kill, "refused": "raise UserError('no luck')"}
     node = "__import__('ray').get_runtime_context().get_node_id()"
-    jobs = [make_job(tmp_path, name, f"(Path({str(tmp_path)!r}) / f'{name}-{{{node}}}').touch(); "
-                     + line, run=str(tmp_path / "run"), checkpoint_every=10)
+    jobs = [make_job(tmp_path, name, f"Path({str(tmp_path)!r}, '{name}-' + {node}).touch(); {line}",
+                     run=str(tmp_path / "run"), checkpoint_every=10)
             for name, line in lines.items()]
     told = {index: [] for index in range(3)}
     failures = run_jobs(jobs, 2, lambda index, message: told[index].append(message), engine)
@@ -227,7 +227,7 @@ def test_without_an_address_a_cluster_is_started_for_the_run_and_stopped(tmp_pat
     ("--cuda", "has no node with a CPU and a GPU for a job"),
     ("--log --runs /proc/self/cwd/unshared", "does not see the folder /proc/self/cwd/unshared: put "
      "it on storage that all nodes share, or choose another with --runs"),
-    ("/proc/self/cwd/agents/sac.py", "does not see this agent file /proc/self/cwd/agents/sac.py"),
+    ("/proc/self/cwd/agents/sac.py", "does not see this /proc/self/cwd/agents/sac.py"),
     ("--address 127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1; start one with"),
     ("--address ray://127.0.0.1:1", "--address takes HOST:PORT of a Ray cluster, not ray://"),
     ("--address nowhere", "--address takes HOST:PORT of a Ray cluster, not nowhere"),

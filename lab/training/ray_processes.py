@@ -276,7 +276,7 @@ def inspection(agent: str, token: str) -> Callable[[], dict[str, Any]]:
         found: dict[str, Any] = {"python": platform.python_version()}
         for package in packages:
             try:
-                found[package] = metadata.version(package)
+                found[package] = metadata.version(package).split("+")[0]  # 2.13.0+cpu
             except metadata.PackageNotFoundError:
                 found[package] = None
         lab = importlib.util.find_spec("lab")
@@ -294,13 +294,13 @@ def difference(here: dict[str, Any], there: dict[str, Any], agent: Path, folder:
     """What keeps a node from training, and what to do; "" if nothing does."""
     for package in ("python", *PACKAGES):
         if there[package] != here[package]:
-            return (f"has {package} {there[package] or 'not installed'}, this machine "
-                    f"{here[package]}: install the same version")
-    shared = "put it on storage that all nodes share"
+            has = f"{package} {there[package]}" if there[package] else f"no {package}"
+            return f"has {has}, this machine {here[package]}: install the same version"
+    shared = "on storage that all nodes share"
     if there["token"] != here["token"]:
-        return f"does not see the folder {folder}: {shared}, or choose another with --runs"
+        return f"does not see the folder {folder}: put it {shared}, or choose another with --runs"
     if there["lab"] != here["lab"]:
-        return f"has {'another' if there['lab'] else 'no'} lab/ than this checkout: {shared}"
+        return f"has {'another' if there['lab'] else 'no'} lab/: put the checkout {shared}"
     if there["agent"] != here["agent"]:
-        return f"does not see this agent file {agent}: {shared}"
+        return f"does not see this {agent}: put it {shared}"
     return ""
