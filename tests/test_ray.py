@@ -18,7 +18,7 @@ from lab.training.processes import run_jobs
 from lab.tuning import confirm
 from lab.tuning import run as study_run
 from tests.conftest import same
-from tests.faults.test_killed_runs import last_step, numbers, start
+from tests.faults.test_killed_runs import numbers, start
 from tests.test_study import SPACE, trials
 from tests.test_sweep import make_job
 
@@ -118,30 +118,29 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-def test_a_run_that_is_killed_interrupted_and_loses_a_node_ends_as_a_local_one(
+def test_a_run_that_is_interrupted_twice_and_loses_a_node_ends_as_a_local_one(
         cluster, tmp_path, when, capfd):
     brake, folder = Brake(tmp_path), tmp_path / "ray"
     common = [str(brake.path), *RUN, "--processes", "2"]
     brake.slow_from(ENDLESS)
     assert train.run([*common, "--runs", str(tmp_path / "local")]) == 0
 
-    brake.slow_from(150)
-    driver = start("learn_simple.py", *common, "--runs", str(folder), *on(cluster))
-    wait_for(lambda: folder.is_dir() and last_step(only(folder)) >= 150, driver)
-    driver.kill()
-    driver.communicate()
-    run, = folder.iterdir()
-    for stack in run.glob("*/*/stack_*"):
-        with checkpoint.lock(stack):
-            pass  # its job has ended
+    def interrupt(number):
+        return lambda: os.kill(os.getpid(), number)
+
+    brake.slow_from(200)
+    when(200, interrupt(signal.SIGTERM))
+    ray_run = [*common, "--runs", str(folder), *on(cluster)]
+    assert train.run(ray_run) == 128 + signal.SIGTERM
+    run = only(folder)
+    assert len(saved(run)) == 2 and min(saved(run)) >= 200
+    assert not ray.is_initialized()
 
     again = ["--resume", str(run), *on(cluster)]
-    for step, number in ((250, signal.SIGINT), (350, signal.SIGTERM)):
-        brake.slow_from(step)
-        when(step, lambda number=number: os.kill(os.getpid(), number))
-        assert train.run(again) == 128 + number
-        assert len(saved(run)) == 2 and min(saved(run)) >= step
-        assert not ray.is_initialized()
+    brake.slow_from(350)
+    when(350, interrupt(signal.SIGINT))
+    assert train.run(again) == 128 + signal.SIGINT
+    assert min(saved(run)) >= 350
 
     def lose_node():
         cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
@@ -177,6 +176,9 @@ def test_a_study_whose_driver_is_killed_goes_on_as_a_local_one(cluster, tmp_path
     wait_for(lambda: journal.exists() and '"trial": 1' in journal.read_text(), driver)
     driver.kill()
     driver.communicate()
+    for stack in journal.parent.glob("trials/*/*/*/stack_*"):
+        with checkpoint.lock(stack):
+            pass  # its job has ended
     before = journal.read_text()
     assert before.count('"completed"') == 1
 
