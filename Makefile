@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: learn test test-all check results bench throughput clean
+.PHONY: learn test test-all test-ray check results bench throughput clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,17 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# --engine ray, in a virtual environment of its own on top of .venv, which stays without Ray.
+.ray-venv/installed: $(VENV)/installed
+	$(PYTHON) -m venv .ray-venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.ray-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lab.pth
+	.ray-venv/bin/python -m pip install -q ray==2.60.0
+	touch $@
+
+test-ray: .ray-venv/installed
+	.ray-venv/bin/python -m pytest tests/test_ray.py
+
 # Takes days; resumes where it stopped.
 results: $(VENV)/installed
 	$(BIN)/python bench/learning.py
@@ -41,4 +52,4 @@ throughput: $(VENV)/installed .bench-venv/installed
 	$(BIN)/python bench/throughput.py --peers .bench-venv/bin/python
 
 clean:
-	rm -rf $(VENV) .bench-venv
+	rm -rf $(VENV) .bench-venv .ray-venv

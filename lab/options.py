@@ -68,7 +68,9 @@ class Options:
 class Simple(Options):
     """Options of learn_simple.py."""
 
-    processes: int | None = None  # parallel processes; none: one per physical core
+    processes: int | None = None  # parallel processes; none: one per physical core, or Ray CPU
+    engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
+    address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
@@ -103,7 +105,10 @@ class Tune(Options):
     space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
         "qf_lr=log:3e-4:1e-2", "batch_size=logint:32:128")
     trials: int = 8  # number of trials
-    workers: int | None = None  # parallel processes, one trial each; none: one per physical core
+    # parallel processes, one trial each; none: one per physical core, or Ray CPU
+    workers: int | None = None
+    engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
+    address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
     study_seed: int = 0  # random seed of the search
     # Median pruning
     prune: bool = True  # prune trials that fall below the median of the completed ones
@@ -119,6 +124,7 @@ SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 # options that a study does not take from the --config of a run
 NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
+WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
@@ -127,11 +133,12 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and any(word.split("=")[0] != "--resume" for i, word in enumerate(argv)
-                      if i != index and not (i and argv[i - 1] == "--resume")):
-        raise UserError("--resume takes all settings from the run; give no other flag")
-    machine = () if resume else ("processes", "threads", "fp32_library")
-    dropped = ["config", "resume", "autotune", *machine,
+    if resume and any(word.split("=")[0] not in WITH_RESUME for i, word in enumerate(argv)
+                      if i != index and not (i and argv[i - 1] in WITH_RESUME)):
+        raise UserError("--resume takes all settings from the run; give no other flag but --engine "
+                        "and --address")
+    machine = () if resume else ("processes", "threads", "fp32_library", "engine")
+    dropped = ["config", "resume", "autotune", "address", *machine,
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     if source:
@@ -355,6 +362,13 @@ def check_options(options: Options) -> None:
     if not 0 <= options.first_seed <= LAST_SEED - options.seeds:
         raise UserError(f"--first-seed must lie in [0, {LAST_SEED - options.seeds}], not "
                         f"{options.first_seed}")
+    ray = getattr(options, "engine", "local") == "ray"
+    if getattr(options, "address", None) and not ray:
+        raise UserError("--address is for --engine ray")
+    if getattr(options, "plan", False) and ray:
+        raise UserError("--plan measures this machine: leave it out with --engine ray")
+    if options.fp32_library == "onednn" and ray:
+        raise UserError("--fp32-library onednn is for --engine local: a node's processor may round")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
     backend = getattr(options, "backend", None)
@@ -369,9 +383,10 @@ def check_options(options: Options) -> None:
 
 def resolve_defaults(options: Options) -> Options:
     """Replace None by the value used, so that config.json records it: number of processes, or of
-    environments and threads, and the ids of --backend torch."""
+    environments and threads, and the ids of --backend torch. A Ray cluster has its own number of
+    processes."""
     check_options(options)
-    if isinstance(options, Simple):
+    if isinstance(options, Simple) and options.engine == "local":
         return dataclasses.replace(options, processes=options.processes or physical_cores())
     if isinstance(options, Vectorised):
         ids = tuple(env_id if options.backend != "torch" or is_torch(env_id)

@@ -16,8 +16,9 @@ from lab.report.curves import draw_learning_curves, final_returns, read_curves, 
 from lab.report.runs import changes
 from lab.training import recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
-from lab.training.processes import run_jobs
+from lab.training.processes import Engine, run_jobs
 from lab.training.progress import SweepProgress
+from lab.training.ray_processes import open_engine
 
 
 def run(argv: Sequence[str], kind: type[Options] = Simple,
@@ -36,15 +37,22 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
 def train(options: Options, config: dict[str, Any]) -> int:
     """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
-    processes = getattr(options, "processes", 1)
-    jobs = make_jobs(options, config, processes, options.resume)
+    jobs = make_jobs(options, config, getattr(options, "processes", 1) or 1, options.resume)
     largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
     products = Products()
     for job in largest.values():
         products.update(dry_run(job)[1])
     options = choose_fp32_library(options, jobs, products)
-    jobs = make_jobs(options, config, processes, options.resume)
+    where = options.resume or (options.runs if options.log else None)
+    with open_engine(options, where) as engine:
+        return _train(options, config, engine)
 
+
+def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> int:
+    if engine and isinstance(options, Simple) and options.processes is None:
+        options = dataclasses.replace(options, processes=engine.cpus)
+    processes = getattr(options, "processes", 1)
+    jobs = make_jobs(options, config, processes, options.resume)
     folder = options.resume
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
@@ -59,7 +67,7 @@ def train(options: Options, config: dict[str, Any]) -> int:
             progress.update(index, message)
             summary.receive(jobs[index], message)
 
-        failures = run_jobs(jobs, processes, report_message)
+        failures = run_jobs(jobs, processes, report_message, engine)
     for index, reason in sorted(failures.items()):
         summary.add_failure(jobs[index], jobs[index].seeds, reason)
     summary.show(folder)

@@ -172,6 +172,32 @@ def test_a_run_is_resumed_with_no_other_flag(finished, tmp_path, capsys, flags):
     assert "give no other flag" in refused(capsys, tmp_path, argv)
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("--engine ray", "--engine ray needs Ray, here and on every node: pip install ray=="),
+    ("--address 10.0.0.1:6379", "--address is for --engine ray"),
+    ("--engine ray --plan", "--plan measures this machine: leave it out with --engine ray")])
+def test_a_cluster_needs_ray(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.setitem(sys.modules, "ray", None)  # not installed
+    assert words in refused(capsys, tmp_path, tiny(tmp_path, *flags.split(), "--log"))
+
+
+def test_a_run_goes_on_with_its_engine_or_another(finished, tmp_path):
+    """An address belongs to one cluster, and a new run has its own engine."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    written = json.loads((run / "config.json").read_text())
+    written["options"] |= {"engine": "ray", "address": "10.0.0.1:6379"}
+    (run / "config.json").write_text(json.dumps(written))
+
+    def engine(*argv):
+        options, _ = parse_args(argv)
+        return options.engine, options.address
+
+    assert engine("--resume", str(run)) == ("ray", None)
+    assert engine("--resume", str(run), "--engine", "local") == ("local", None)
+    assert engine(f"--resume={run}", "--address=a:1") == ("ray", "a:1")
+    assert engine("--config", str(run / "config.json")) == ("local", None)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_error_is_plain_words_in_a_terminal_and_a_pipe(tmp_path, capsys, monkeypatch, terminal):
     """capsys calls its encoding UTF-8, where tyro draws boxes of dashes: it knows utf-8 alone."""

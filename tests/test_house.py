@@ -9,8 +9,9 @@ import pytest
 from tests import house
 
 FOLDERS = sorted({name.split(".")[1] for name in house.lab() if name.count(".") > 1})
-# without torch: a worker process, and what it imports to make its environments; a report
-LIGHT = ["lab.envs.worker", "lab.envs.probes", "lab.report.__main__", "lab.watch.camera"]
+# without torch: a worker process, and what it imports to make its environments; a report; an actor
+LIGHT = ["lab.envs.worker", "lab.envs.probes", "lab.report.__main__", "lab.watch.camera",
+         "lab.training.mailbox"]
 
 
 def python(code, *arguments):

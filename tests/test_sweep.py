@@ -1,5 +1,6 @@
 """Splitting seeds into stacks, and jobs in parallel processes."""
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lab.training import processes
 from lab.training.job import Job, split_seeds
 from lab.training.processes import run_jobs
+from lab.training.ray_processes import difference, inspection, share
 
 SAC = Path("agents/sac.py").read_text()
 FAILURES = {
@@ -83,6 +86,41 @@ def test_shares_cover_the_seeds_at_the_least_cost_in_the_fewest_stacks(environme
     (3, 1, 2, [2, 1]), (8, 3, 2, [4, 4]), (1, 1, 4, [1])])
 def test_shares_known_by_hand(count, environments, processes, sizes):
     assert [len(s) for s in split_seeds(range(count), environments, processes)] == sizes
+
+
+@pytest.mark.parametrize("gpus, jobs, expected", [
+    (1, 1, 1.0), (1, 3, 0.3333), (4, 2, 1.0), (2, 3, 0.5), (8, 128, 0.0625), (3, 8, 0.3333)])
+def test_every_gpu_of_a_cluster_gets_as_many_jobs(gpus, jobs, expected):
+    """All of them fit."""
+    part = share(gpus, jobs)
+    assert part == expected and int(1 / part) * gpus >= jobs
+
+
+HERE = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "lab": "a", "agent": "b",
+        "token": True}
+
+
+@pytest.mark.parametrize("there, words", [
+    ({}, ""), ({"python": "3.12.1"}, "has python 3.12.1, this machine 3.11.7: install the same"),
+    ({"torch": None}, "has no torch, this machine 2.13.0: install"),
+    ({"gymnasium": "1.2", "token": False}, "has gymnasium 1.2, this machine 1.4.0"),
+    ({"token": False, "lab": None}, "does not see the folder runs: put it on storage that all"),
+    ({"lab": None}, "has no lab/: put the checkout on storage that all"),
+    ({"lab": "c"}, "has another lab/: put the checkout on storage that all"),
+    ({"agent": None}, "does not see this mine.py: put it on"),
+    ({"agent": "d"}, "does not see this mine.py: put it on")])
+def test_what_keeps_a_node_of_a_cluster_from_training(there, words):
+    told = difference(HERE, HERE | there, Path("mine.py"), Path("runs"))
+    assert words in told and bool(words) == bool(told)
+
+
+def test_a_cluster_s_nodes_are_asked_what_this_machine_has(tmp_path):
+    look = inspection("agents/sac.py", str(tmp_path))
+    assert look()["token"] and look()["torch"] == torch.__version__.split("+")[0]
+    assert inspection("agents/ppo.py", str(tmp_path / "no"))() == {
+        **look(), "agent": hashlib.sha256(Path("agents/ppo.py").read_bytes()).hexdigest(),
+        "token": False}
+    assert inspection("agents/none.py", "")()["agent"] is None
 
 
 # One job, in this process

@@ -239,6 +239,33 @@ def test_a_setting_that_was_tried_again_is_one_point_and_surer(capsys):
     assert not capsys.readouterr().out, "bayes_opt prints what it does not like"
 
 
+def test_of_many_points_the_newest_the_best_and_some_between_are_kept(monkeypatch):
+    monkeypatch.setattr(surrogate, "POINTS", 9)
+    values = np.array([0, 9, 1, 0, 8, 0, 0, 7, 0, 0, 0, 0, 99, 0, 0])
+    assert surrogate.chosen(values).tolist() == [0, 1, 4, 6, 7, 11, 12, 13, 14]
+    assert surrogate.chosen(values[:9]).tolist() == list(range(9))
+    for n in range(10, 60):
+        kept = surrogate.chosen(np.random.default_rng(n).random(n))
+        assert len(set(kept)) == 9 and (np.diff(kept) > 0).all()
+
+
+def test_a_study_beyond_the_points_of_the_surrogate_ranks_all_trials(monkeypatch):
+    """It is fitted to no more points, the running trial among them."""
+    monkeypatch.setattr(surrogate, "POINTS", 9)
+    searched = read("lr=log:1e-8:1e-2")
+    trials = [make(n, {10: [float(n % 7), n % 7 + 0.5]}) for n in range(20)]
+    trials.append(make(20, {}, "running"))
+    registered = []
+    register = surrogate.BayesianOptimization.register
+    monkeypatch.setattr(surrogate.BayesianOptimization, "register", lambda self, x, y: (
+        registered.append(searched.decode(np.array(x))["lr"]), register(self, x, y)))
+    suggested = surrogate.ask(searched, trials, 0)
+    assert len(registered) == 9
+    assert any(lr == pytest.approx(trials[20].settings["lr"]) for lr in registered)
+    assert suggested == surrogate.ask(searched, trials, 0)
+    assert len(surrogate.ranked(searched, trials)) == 20
+
+
 def test_a_parameter_that_matters_is_told_from_one_that_does_not():
     searched = read("lr=log:1e-5:1e-2", "size=int:16:512", "kind=cat:a,b,c")
     trials = drawn(searched, lambda s: 10 * (s["kind"] == "b") + math.log10(s["lr"]), 10, 0.1)

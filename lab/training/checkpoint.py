@@ -25,7 +25,7 @@ import torch.utils._pytree as pytree
 from lab.errors import UserError, first_line
 
 KEPT = 2
-LOCK_SECONDS = 30.0
+LOCK_SECONDS = 120.0  # NFS frees the lock of a lost node after 90
 BLOCK = 2**22  # bytes; smaller tensors stay in the file
 NAME = re.compile(r"step_(\d+)-([0-9a-f]{64})\.pt")
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lab import matmul
 from lab.accelerate import check_device, physical_cores
 from lab.agent import check_contract
@@ -118,7 +120,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     check_options(options)
     check_names(options)
     device = "cuda" if options.cuda else "cpu"
-    check_device(device)
+    if getattr(options, "engine", "local") == "local":
+        check_device(device)
     vectorised: dict[str, Any] = {}
     if isinstance(options, Vectorised):
         vectorised = {"num_envs": options.num_envs, "backend": options.backend,
@@ -179,24 +182,27 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
 def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
     """Run the environment for some random steps, and the agent on constant observations up to its
     first update -> the environment's spec, the update's matrix products. Prints warnings. UserError
-    if the environment or the agent fails; writes no files."""
+    if the environment or the agent fails; writes no files. Where only the nodes of a cluster have a
+    GPU, it runs on the CPU."""
+    device = job.device if torch.cuda.is_available() else "cpu"
     if choose_backend(job.env_id, job.eval_backend) == "sync":
         spec, warnings = check.dry_run(job.env_id, job.env_kwargs, job.instances > 1)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:
-        stack = make_envs(job.env_id, [0], 1, job.eval_backend, job.device)
+        stack = make_envs(job.env_id, [0], 1, job.eval_backend, device)
         with contextlib.closing(stack) as one:
             spec = one.spec
-    products = check_contract(job.agent_path, job.config, spec, job.num_envs, job.device)
+    products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
     return spec, products
 
 
 def choose_fp32_library(options: AnyOptions, jobs: Sequence[Job], products: matmul.Products
                         ) -> AnyOptions:
     """The options with the library for the fp32 products of all the jobs: on a CPU the given one,
-    or else the faster exact one. UserError if the given one rounds here."""
-    if not fp32_on_cpu(options):
+    or else the faster exact one. On a cluster it is BLAS, since processors may differ. UserError if
+    the given one rounds here."""
+    if not fp32_on_cpu(options) or getattr(options, "engine", "local") == "ray":
         return options
     library = matmul.choose(products, options.fp32_library, jobs[0].threads)
     return replace(options, fp32_library=library)

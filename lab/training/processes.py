@@ -23,18 +23,20 @@ RETRIES = 2  # restarts of a job whose process was killed
 Report = Callable[[int, dict[str, Any]], None]  # called with the job's index and a message
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, report: Report) -> dict[int, str]:
-    """Train all jobs -> {index: reason} of those that failed. A single job runs in this process.
+def run_jobs(jobs: Sequence[Job], processes: int, report: Report, engine: "Engine | None" = None
+             ) -> dict[int, str]:
+    """Train all jobs -> {index: reason} of those that failed. A single job runs in this process,
+    unless there is an engine.
 
     A killed process restarts from its checkpoint, if the run writes any. KeyboardInterrupt
     propagates after the processes have written their checkpoints.
     """
-    if len(jobs) == 1:
-        failure = _attempt(train, jobs[0], lambda message: report(0, message))
+    if len(jobs) == 1 and not engine:
+        failure = attempt(train, jobs[0], lambda message: report(0, message))
         return {0: failure.reason} if failure else {}
     failures: dict[int, str] = {}
     waiting, retries = list(range(len(jobs))), Counter[int]()
-    with Processes() as pool:
+    with engine.processes(min(processes, len(jobs))) if engine else Processes() as pool:
         while waiting or pool.running:
             while waiting and len(pool.running) < processes:
                 index = waiting.pop(0)
@@ -66,7 +68,7 @@ class Processes:
 
     def __init__(self, work: Callable[[Job, Emit], None] = train) -> None:
         self.work = work
-        self.running: dict[int, tuple[Any, connection.Connection]] = {}
+        self.running: dict[int, Any] = {}  # key -> the process and the pipe to it
         self.failures: dict[int, Failure] = {}
 
     def __enter__(self) -> "Processes":
@@ -119,11 +121,18 @@ class Processes:
             process.kill()
 
 
+class Engine(NamedTuple):
+    """What runs jobs elsewhere than in processes of this machine."""
+
+    cpus: int  # jobs at once, by default
+    processes: Callable[[int], Processes]  # called with the number of jobs at once
+
+
 def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit], None]) -> None:
     die_with(parent)
     guard_output()
     try:
-        failure = _attempt(work, pipe.recv(), pipe.send)
+        failure = attempt(work, pipe.recv(), pipe.send)
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         sys.exit(1)
     if failure:
@@ -131,7 +140,7 @@ def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit],
     pipe.close()
 
 
-def _attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
+def attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
     """Run the job -> None, or why it failed. An unexpected exception prints its traceback; the
     reason begins with file and line of the agent if the exception went through its code."""
     prepare_process(job.threads)

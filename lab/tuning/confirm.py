@@ -29,7 +29,7 @@ def train(study: Study, best: Sequence[Candidate]) -> list[str]:
     names = ", ".join(candidate.name for candidate in best)
     print(f"training the defaults, {names} on {len(seeds)} held-out seeds:", flush=True)
     with SweepProgress(jobs) as progress:
-        failures = run_jobs(jobs, study.workers, progress.update) if jobs else {}
+        failures = run_jobs(jobs, study.workers, progress.update, study.engine) if jobs else {}
     lost = [f"{Path(jobs[index].run or '').name}: {why}" for index, why in failures.items()]
     diverged = [job for index, job in enumerate(jobs) if index not in failures
                 and len(finals(job)) < len(job.seeds)]

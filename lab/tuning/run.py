@@ -20,6 +20,8 @@ from lab.options import Tune, check_source
 from lab.train import describe
 from lab.training import recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
+from lab.training.processes import Engine
+from lab.training.ray_processes import open_engine
 from lab.tuning import confirm, space, surrogate
 from lab.tuning.space import Space
 from lab.tuning.study import HELD_OUT, Study
@@ -27,16 +29,22 @@ from lab.tuning.trials import Journal
 
 TOP = 3  # settings to confirm
 # Options that may change when a study is resumed
-FREE = ("trials", "workers", "confirm_seeds", "log_every", "checkpoint_every", "name", "runs",
-        "config", "resume", "log", "space", "fp32_library")
+FREE = ("trials", "workers", "engine", "address", "confirm_seeds", "log_every", "checkpoint_every",
+        "name", "runs", "config", "resume", "log", "space", "fp32_library")
 
 
 def tune(options: Tune, config: dict[str, Any]) -> int:
     """-> exit code: 0, or 1 if no trial completed or a confirmation failed."""
     options, searched, job = check(options, config)
+    with open_engine(options, options.resume or options.runs) as engine:
+        return _tune(options, config, searched, job, engine)
+
+
+def _tune(options: Tune, config: dict[str, Any], searched: Space, job: Job, engine: Engine | None
+          ) -> int:
     folder, journal = open_study(options, config, searched, job)
     with contextlib.closing(journal):
-        study = Study(options, searched, job, folder, journal)
+        study = Study(options, searched, job, folder, journal, engine)
         print(f"study folder: {folder}\nto resume:    python hypertune.py --resume {folder}\n"
               f"to watch:     tensorboard --logdir {folder / 'tensorboard'}", flush=True)
         study.run()
@@ -76,7 +84,7 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Tune, Space, Job]:
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent checks them
             build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
-                        job.device, lambda fn: fn)
+                        "cpu", lambda fn: fn)
     return options, searched, job
 
 

@@ -11,7 +11,7 @@ from lab.options import Tune
 from lab.report.curves import read_curves
 from lab.training import recorder
 from lab.training.job import Job
-from lab.training.processes import RETRIES, Failure, Processes
+from lab.training.processes import RETRIES, Engine, Failure, Processes
 from lab.tuning import pruner, surrogate
 from lab.tuning.progress import StudyProgress
 from lab.tuning.space import Space
@@ -23,10 +23,12 @@ HELD_OUT = 1_000_000  # the first held-out seed; trials use seeds below it
 class Study:
     """The trials of a study and the processes that train them."""
 
-    def __init__(self, options: Tune, searched: Space, job: Job, folder: Path, journal: Journal):
+    def __init__(self, options: Tune, searched: Space, job: Job, folder: Path, journal: Journal,
+                 engine: Engine | None):
         self.options, self.space, self.folder = options, searched, folder
         self.defaults, self.journal = job, journal
-        self.workers = options.workers or physical_cores()
+        self.engine = engine
+        self.workers = options.workers or (engine.cpus if engine else physical_cores())
         self.trials = journal.trials()
         self.waiting = [trial for trial in self.trials if trial.state == "running"]
         self.retries = Counter[int]()
@@ -42,10 +44,16 @@ class Study:
             seeds=tuple(range(first, first + self.options.seeds)),
             run=str(self.folder / "trials" / f"{trial.number:03}"))
 
+    def processes(self) -> Processes:
+        if self.engine:
+            return self.engine.processes(min(self.workers, self.options.trials))
+        return Processes()
+
     def run(self) -> None:
         """Run trials until all have ended. The study can be resumed after a KeyboardInterrupt."""
         ranked = -1
-        with Processes() as pool, StudyProgress(self.options, self.trials) as progress:
+        with (self.processes() as pool,
+              StudyProgress(self.options, self.trials) as progress):
             while True:
                 while len(pool.running) < self.workers and (
                         self.waiting or len(self.trials) < self.options.trials):

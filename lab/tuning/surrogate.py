@@ -20,6 +20,7 @@ from lab.tuning.space import Space
 from lab.tuning.trials import ENDED, Trial
 
 LENGTH_SCALES = (0.05, 20.0)  # in units of the cube
+POINTS = 256  # of the Gaussian process: the time of a fit grows with the cube
 ONE_SEED = 0.1  # assumed noise variance over the variance of y, if trials have a single seed
 
 
@@ -59,6 +60,19 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
         if trial.state != "failed":
             result.append(Observation(trial.settings, value, variance))
     return result
+
+
+def chosen(values: np.ndarray) -> np.ndarray:
+    """Indices of at most POINTS values, which are in the order of their trials: the newest third,
+    among them the running ones, the best third, and others at even distances."""
+    indices, third = np.arange(len(values)), POINTS // 3
+    if len(values) <= POINTS:
+        return indices
+    older = indices[:-third]
+    best = older[np.argsort(values[older])[-third:]]
+    rest = np.setdiff1d(older, best)
+    spread = np.linspace(0, len(rest) - 1, POINTS - 2 * third).round().astype(int)
+    return np.sort(np.concatenate([indices[-third:], best, rest[spread]]))
 
 
 class Improvement(acquisition.ExpectedImprovement):
@@ -105,7 +119,8 @@ one_thread = threadpool_limits.wrap(limits=1)
 
 
 class Surrogate:
-    """The Gaussian process fitted to the trials. ValueError if no trial has completed."""
+    """The Gaussian process fitted to the trials, beyond POINTS settings to some of them. ValueError
+    if no trial has completed."""
 
     def __init__(self, space: Space, trials: Sequence[Trial], seed: int):
         self.space = space
@@ -120,6 +135,8 @@ class Surrogate:
         values = np.array([np.mean([o.value for o in same]) for same in points.values()])
         variances = np.array([np.mean([o.variance for o in same]) / len(same)
                               for same in points.values()])
+        kept = chosen(values)
+        vectors, values, variances = [vectors[i] for i in kept], values[kept], variances[kept]
         spread = float(values.var()) or 1.0
         alpha = variances / spread + 1e-6
         self.acquisition = Improvement(float(np.median(alpha) * spread) ** 0.5)
