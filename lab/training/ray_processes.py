@@ -10,8 +10,6 @@ import math
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -186,25 +184,42 @@ def _connect(ray: Any, address: str) -> None:
     if address == "local":
         settings = {"num_cpus": physical_cores(), "object_store_memory": OBJECT_STORE,
                     "include_dashboard": False}
-    elif address != "auto":  # this machine's
-        _check_address(address)
     try:
+        if address not in ("local", "auto"):
+            _check_address(address)
         ray.init(address, logging_level=logging.ERROR, **settings)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"cannot use the Ray cluster at {address}: {one_line(error)}") from error
 
 
 def _check_address(address: str) -> None:
-    """UserError if no cluster answers. ray.init would try for two minutes, then end the process."""
+    """UserError if no cluster answers, or none that this process could join: ray.init would try for
+    two minutes, or end the process."""
+    import grpc  # tensorboard requires it
+    from ray._raylet import GcsClient
+
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise UserError(f"--address takes HOST:PORT of a Ray cluster, not {address}")
-    health = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    try:
-        subprocess.run(health, timeout=ANSWER_SECONDS, check=True, capture_output=True)
-    except subprocess.SubprocessError as error:
-        raise UserError(f"no Ray cluster answers at {address}; start one with ray start --head, or "
-                        "leave out --address") from error
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", timeout=ANSWER_SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise UserError(f"no Ray cluster answers at {address}; start one with ray start "
+                                "--head, or leave out --address") from error
+            if (error.code() == grpc.StatusCode.UNAUTHENTICATED
+                    and os.environ.get("RAY_AUTH_MODE") != "token"):
+                raise UserError(f"the Ray cluster at {address} asks for its token: set "
+                                "RAY_AUTH_MODE=token; Ray reads it from ~/.ray/auth_token"
+                                ) from error
+    nodes = GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS).values()
+    if not any(os.path.exists(node.raylet_socket_name) for node in nodes):
+        raise UserError(f"this machine is no node of the Ray cluster at {address}: ray start "
+                        f"--address {address} --num-cpus 0")
 
 
 def _check_nodes(ray: Any, nodes: Sequence[dict[str, Any]], agent: Path, folder: Path | None
