@@ -301,7 +301,7 @@ class Agent:
         metrics = {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
         # Step: the sum over seeds gives each seed exactly its own gradient
-        qf_loss.sum().backward()  # compiled with the loss: nothing below reads from its graph
+        qf_loss.sum().backward()  # last to read the loss: compilation needs one graph
         self.qf_optimizer.step()
         self.qf_optimizer.zero_grad()
         with torch.no_grad():

@@ -396,7 +396,7 @@ class Agent:
         metrics = {"loss/qf": qf_loss.detach(), "value/q": values}
 
         # Step: the sum over seeds gives each seed exactly its own gradient
-        qf_loss.sum().backward()  # compiled with the loss: nothing below reads from its graph
+        qf_loss.sum().backward()  # last to read the loss: compilation needs one graph
         self.qf_optimizer.step()
         self.qf.mlp.normalise()
         with torch.no_grad():

@@ -133,7 +133,6 @@ class Accelerator:
         if self.device_type == "cpu":
             from lab import inductor  # takes a second to import
 
-            inductor.trace_backward()
             if hasattr(fn, "__self__"):  # a method of the agent
                 inductor.leave_fused_optimizers(fn.__self__)
             options["joint_custom_post_pass"] = inductor.GraphPass()

@@ -5,13 +5,6 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 
-def trace_backward() -> None:
-    """Compile a loss and its gradients as one graph, where torch can (2.13): no autograd between
-    them, and fewer guards. It needs a step that reads no tensor of the loss after backward()."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        torch._dynamo.config.trace_autograd_ops = True
-
-
 def leave_fused_optimizers(owner: object) -> None:
     """Do not trace the fused optimizers among its attributes: torch does not compile their kernel,
     and each call would check guards on the Python code around it (4% of an update of one seed)."""

@@ -111,10 +111,8 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_compiled_and_eager_updates_agree(path):
-    """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. And
-    with torch 2.13 the loss and its gradients are one graph."""
+    """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     steps, module = make_steps((0, 1), 1, 100), load_agent(path)
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
                        steps) for compiled in (False, True)]
@@ -122,9 +120,6 @@ def test_compiled_and_eager_updates_agree(path):
     for eager, compiled in zip(*histories, strict=True):
         for name in eager:
             torch.testing.assert_close(eager[name], compiled[name], rtol=1e-3, atol=1e-3, msg=name)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    assert not hasattr(torch._dynamo.config, "trace_autograd_ops") or not [
-        reason for reason in breaks if "grad_fn" in reason or "backward" in reason]
 
 
 def test_a_value_is_not_rounded_to_bf16(module):
