@@ -39,9 +39,10 @@ results: $(VENV)/installed
 	$(BIN)/python bench/learning.py
 
 # The libraries that we compare with have their own virtual environment; training never needs them.
-.bench-venv/installed: bench/requirements.txt bench/constraints.txt
+.bench-venv/installed: bench/requirements.txt bench/requirements-rl8.txt bench/constraints.txt
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install -q -r bench/requirements.txt -c bench/constraints.txt
+	.bench-venv/bin/python -m pip install -q --no-deps -r bench/requirements-rl8.txt
 	touch $@
 
 bench: $(VENV)/installed .bench-venv/installed

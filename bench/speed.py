@@ -3,8 +3,9 @@
     make bench        # or: python bench/speed.py --peers .bench-venv/bin/python
     python bench/speed.py --checkout ../before --algorithms sac --out /tmp/sac.json
 
-Each measurement runs in its own process, pinned to the same core. A repeat runs all measurements
-once, so drift of the machine affects all sides equally; ratios are taken within a repeat.
+Each measurement runs in its own process, pinned to the same core. Seconds are processor time of all
+its threads, so that other programs cost little. A repeat runs all measurements once, so drift of
+the machine affects all sides equally; ratios are taken within a repeat.
 Hyperparameters are equal. SAC: 256x256, batch 256, one update per step, all learning rates 3e-4.
 DroQ: the same with 20 updates per step, dropout 0.01 and layer norm. CrossQ: critics 1024 wide, an
 actor update every third update, learning rates 1e-3. PPO: CleanRL's settings, which are SB3's
@@ -92,9 +93,14 @@ def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
     if measured.precision == "fp32":
         library = matmul.choose(dry_run(measured)[1])
         measured = dataclasses.replace(measured, fp32_library=library)
-    speeds = []
-    train(measured, lambda message: speeds.append(message.get("perf/steps_per_s")))
-    return [speed for speed in speeds if speed][-1]
+    times = []
+
+    def emit(message: dict) -> None:
+        if message.get("perf/steps_per_s"):
+            times.append(time.process_time())
+
+    train(measured, emit)
+    return seeds * measured.log_every / (times[-1] - times[-2])
 
 
 def measure_rate(precision: str) -> float:
@@ -115,9 +121,9 @@ def measure_rate(precision: str) -> float:
                 continue
             with matmul.computed_by(library):
                 for _ in range(max(5, 2 * 1024**3 // n**3)):
-                    start_time = time.perf_counter()
+                    start_time = time.process_time()
                     torch.mm(a, b)
-                    fastest = max(fastest, 2 * n**3 / (time.perf_counter() - start_time))
+                    fastest = max(fastest, 2 * n**3 / (time.process_time() - start_time))
     return fastest
 
 
@@ -136,10 +142,10 @@ def measure_environment(algorithm: str) -> float:
     actions = 2 * torch.rand(200, 1, measured.num_envs, envs.spec.action_dim) - 1
     for x in actions[:20]:
         envs.step(x)
-    start_time = time.perf_counter()
+    start_time = time.process_time()
     for x in actions:
         envs.step(x)
-    return len(actions) * measured.num_envs / (time.perf_counter() - start_time)
+    return len(actions) * measured.num_envs / (time.process_time() - start_time)
 
 
 def count_flops(algorithm: str) -> float:
@@ -178,9 +184,9 @@ def measure_rl8() -> float:
     torch.set_num_threads(1)
     side = rl8(NUM_ENVS, "cpu", HORIZON, EPOCHS, WIDTH)
     side.step()
-    start_time = time.perf_counter()
+    start_time = time.process_time()
     side.step()
-    return side.unit / (time.perf_counter() - start_time)
+    return side.unit / (time.process_time() - start_time)
 
 
 def measure_peer(library: str, algorithm: str) -> float:
@@ -214,12 +220,12 @@ def measure_peer(library: str, algorithm: str) -> float:
     class Clock(BaseCallback):
         def _on_step(self) -> bool:
             if self.num_timesteps == warm_up + 1:  # the update of the previous step is done
-                self.start_time = time.perf_counter()
+                self.start_time = time.process_time()
             return True
 
     clock = Clock()
     model.learn(warm_up + window, callback=clock)
-    return (model.num_timesteps - warm_up - 1) / (time.perf_counter() - clock.start_time)
+    return (model.num_timesteps - warm_up - 1) / (time.process_time() - clock.start_time)
 
 
 def measure_decisions(actions: int, seeds: int, mode: str) -> float:
@@ -239,10 +245,10 @@ def measure_decisions(actions: int, seeds: int, mode: str) -> float:
     obs = torch.randn(200, seeds, 1, 17)
     for x in obs[:20]:
         agent.act(x)
-    start_time = time.perf_counter()
+    start_time = time.process_time()
     for x in obs:
         agent.act(x)
-    return len(obs) / (time.perf_counter() - start_time)
+    return len(obs) / (time.process_time() - start_time)
 
 
 def measure_memory() -> float:
@@ -405,7 +411,7 @@ def measure(side: str, *rest: str) -> float:
     if side == "flops":
         return count_flops(*rest)
     if side != "lab":
-        return measure_peer(side, *rest)
+        return measure_peer(side, rest[0])
     algorithm, seeds, mode = rest
     if algorithm.startswith("cem-"):
         return measure_decisions(int(algorithm[4:]), int(seeds), mode)
@@ -442,6 +448,7 @@ def main() -> None:
         return run_pinned(script, python, [options.core], ONE_CORE, *arguments)
 
     flops = {name: pinned("flops", name) for name in limited}
+    memory = pinned("memory")
     start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
         rates = {precision: pinned("rate", precision) for precision in ("fp32", "bf16")}
@@ -461,12 +468,13 @@ def main() -> None:
             left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-    write(options, kept, rows, flops, processor())
+        write(options, kept, rows, flops, memory, processor())
+    print(f"{options.out.with_suffix('.md').read_text()}\nwritten: {options.out}")
 
 
 def write(options: argparse.Namespace, kept: list[dict], rows: dict, flops: dict[str, float],
-          processor: str) -> None:
-    """Write the result file and its tables, and print them."""
+          memory: float, processor: str) -> None:
+    """Write the result file and its tables: after each repeat, so that a cut loses only the rest."""
     peers = ["torch", "stable-baselines3", "sbx-rl", "rl8", "jax", "gymnasium", "mujoco", "numpy"]
     result = {
         "command": shlex.join(["python", "bench/speed.py", *map(shortened, sys.argv[1:])]),
@@ -474,18 +482,15 @@ def write(options: argparse.Namespace, kept: list[dict], rows: dict, flops: dict
         "python": platform.python_version(),
         "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
         "peer_versions": versions(options.peers, peers) if options.peers else {},
-        "memory_mib_8_seeds_sac_100k_steps": round(run_pinned(
-            __file__, sys.executable, [options.core], ONE_CORE, "memory")),
+        "memory_mib_8_seeds_sac_100k_steps": round(memory),
         "flops_per_step": flops,
         "rows": kept + [{"case": case} | {name: values for name, values in row.items() if values}
                         for case, row in rows.items()],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    table = summary(result)
-    options.out.with_suffix(".md").write_text(table)
+    options.out.with_suffix(".md").write_text(summary(result))
     options.out.with_name(f"{options.out.stem}-spread.md").write_text(markdown(result))
-    print(f"{table}\nwritten: {options.out}")
 
 
 def shortened(argument: str) -> str:
