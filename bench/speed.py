@@ -474,7 +474,7 @@ def main() -> None:
 
 def write(options: argparse.Namespace, kept: list[dict], rows: dict, flops: dict[str, float],
           memory: float, processor: str) -> None:
-    """Write the result file and its tables: after each repeat, so that a cut loses only the rest."""
+    """Write the result file and its tables, after each repeat: a cut loses only the rest."""
     peers = ["torch", "stable-baselines3", "sbx-rl", "rl8", "jax", "gymnasium", "mujoco", "numpy"]
     result = {
         "command": shlex.join(["python", "bench/speed.py", *map(shortened, sys.argv[1:])]),
