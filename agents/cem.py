@@ -281,12 +281,13 @@ class Agent:
         # Loss: squared error, summed over the two critics
         assert values.shape == target.shape, (values.shape, target.shape)
         qf_loss = (values - target).square().mean(2).sum(1)  # (S,)
+        metrics = {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
         # Step: the sum over seeds gives each seed exactly its own gradient
-        qf_loss.sum().backward()
+        qf_loss.sum().backward()  # last to read the loss: compilation needs one graph
         self.qf_optimizer.step()
-        self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
-        return {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
+        self.qf_optimizer.zero_grad()
+        return metrics
 
     def hidden_activations(self):
         """Of the last batch, for the harness's plasticity metrics; {} before the first update."""

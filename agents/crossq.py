@@ -300,12 +300,13 @@ class Agent:
         # Loss: squared error, summed over the two critics
         assert values.shape == target.shape, (values.shape, target.shape)
         qf_loss = (values - target).square().mean(2).sum(1)  # (S,)
+        metrics = {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
 
         # Step: the sum over seeds gives each seed exactly its own gradient
-        qf_loss.sum().backward()
+        qf_loss.sum().backward()  # last to read the loss: compilation needs one graph
         self.qf_optimizer.step()
-        self.qf_optimizer.zero_grad()  # after backward: compilation needs one graph up to here
-        return {"loss/qf": qf_loss.detach(), "value/q": values.detach().mean((1, 2))}
+        self.qf_optimizer.zero_grad()
+        return metrics
 
     def _update_actor(self, b_obs, noise):
         # Policy loss (eq. 9): gradients flow through the actions; the critics' weights are fixed
@@ -320,6 +321,8 @@ class Agent:
         entropy = -log_probs.detach().mean(1)  # (S,)
         target_entropy = self.config.target_entropy * self.spec.action_dim
         alpha_loss = alpha * (entropy - target_entropy)  # (S,)
+        metrics = {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
+                   "policy/alpha": alpha.detach()}
 
         # Step: neither loss has a gradient for the other's parameters
         (actor_loss + alpha_loss).sum().backward()
@@ -327,8 +330,7 @@ class Agent:
         self.alpha_optimizer.step()
         self.actor_optimizer.zero_grad()
         self.alpha_optimizer.zero_grad()
-        return {"loss/actor": actor_loss.detach(), "policy/entropy": entropy,
-                "policy/alpha": alpha.detach()}
+        return metrics
 
     def hidden_activations(self):
         """Of the last batch, for the harness's plasticity metrics; {} before the first update."""

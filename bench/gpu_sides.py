@@ -179,7 +179,7 @@ def ppo(kind: str, seeds: int, num_envs: int, device: str) -> Side:
     return Side(step, seeds * num_envs, chunk=32, warm=70)
 
 
-def rl8(num_envs: int, device: str) -> Side:
+def rl8(num_envs: int, device: str, horizon: int = 32, epochs: int = 1, width: int = 64) -> Side:
     """rl8's PPO with one seed on the same Pendulum; settings of `ppo` above, fp32 as by default."""
     # rl8 imports mlflow, but only its trainers, unused here, need it
     if "mlflow" not in sys.modules and importlib.util.find_spec("mlflow") is None:
@@ -210,12 +210,12 @@ def rl8(num_envs: int, device: str) -> Side:
                               batch_size=self.num_envs, device=self.device)
 
     algorithm = AlgorithmConfig(
-        num_envs=num_envs, horizon=32, horizons_per_env_reset=-1, num_sgd_iters=1,
-        sgd_minibatch_size=num_envs * 32 // 8, device=device,
-        model_config={"hiddens": (64, 64), "activation_fn": "tanh"}).build(Pendulum)
+        num_envs=num_envs, horizon=horizon, horizons_per_env_reset=-1, num_sgd_iters=epochs,
+        sgd_minibatch_size=num_envs * horizon // 8, device=device,
+        model_config={"hiddens": (width, width), "activation_fn": "tanh"}).build(Pendulum)
 
     def step() -> None:
         algorithm.collect()
         algorithm.step()
 
-    return Side(step, 32 * num_envs, chunk=1, warm=3)
+    return Side(step, horizon * num_envs, chunk=1, warm=3)

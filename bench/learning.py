@@ -15,6 +15,7 @@ in scores.csv. From scores.csv, learning.md, summary.md, bf16.md and curves.png 
 import argparse
 import csv
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -37,7 +38,6 @@ from lab.options import (  # noqa: E402
     read_line,
 )
 from lab.report import curves, published  # noqa: E402
-from lab.report.runs import changes  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
@@ -137,9 +137,10 @@ EXPERIMENTS = {
 }
 # experiments that ran with the same seeds in fp32 and in bf16 (name + "-bf16")
 PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
+CHANGES = r"--(?:action-repeat|clip-reward|failure-below)(?: -?[\d.]+)+"  # of the task
 # README.md's table: every agent, with the results that miss their targets
 SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
-           "ppo-walker2d", "droq-hopper", "ppo-biped", "cem-lunarlander")
+           "ppo-walker2d", "droq-hopper", "xqc-biped", "ppo-biped", "cem-lunarlander")
 
 
 def missing() -> list[str]:
@@ -290,7 +291,8 @@ def summary(scores: Scores) -> str:
         end, final = last(scores[name])
         mean, low, high = stats.t_interval(final)
         steps = f"{end:,}".replace(",", " ")
-        task = ", ".join([options.env[0], *changes(vars(options))])
+        flags = " ".join(re.findall(CHANGES, EXPERIMENTS[name][0]))
+        task = options.env[0] + f" `{flags}`" * bool(flags)
         lines.append(f"| {Path(options.agent).stem} | {task} | {steps} | {len(final)} "
                      f"| {mean:.0f} | {low:.0f} to {high:.0f} | {EXPERIMENTS[name][1]} |")
     return "\n".join(lines) + "\n"

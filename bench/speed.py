@@ -1,23 +1,34 @@
-"""Training speed against Stable-Baselines3 and SBX: whole loops on HalfCheetah-v5, on one core.
+"""Training speed against Stable-Baselines3, SBX and rl8: whole loops on one core.
 
     make bench        # or: python bench/speed.py --peers .bench-venv/bin/python
+    python bench/speed.py --checkout ../before --algorithms sac --out /tmp/sac.json
 
 Each measurement runs in its own process, pinned to the same core. A repeat runs all measurements
 once, so drift of the machine affects all sides equally; ratios are taken within a repeat.
 Hyperparameters are equal. SAC: 256x256, batch 256, one update per step, all learning rates 3e-4.
 DroQ: the same with 20 updates per step, dropout 0.01 and layer norm. CrossQ: critics 1024 wide, an
 actor update every third update, learning rates 1e-3. PPO: CleanRL's settings, which are SB3's
-defaults (this lab's PPO also normalises observations and rewards; the peers do not). Steps/s of the
-lab are summed over seeds. CEM has no peer: it reports decisions/s, where a decision is one action
-for every seed, with critics 256 wide and the default search, for 2 and 6 action dimensions.
+defaults (this lab's PPO also normalises observations and rewards; the peers do not). PPO in torch:
+8192 Pendulums as tensors, networks 256 wide, rollouts of 8 steps, 4 epochs of 8 minibatches, as
+rl8. BRO with critics 128 wide and CEM with critics 256 wide have no peer. All others step
+HalfCheetah-v5. Steps/s of the lab are summed over seeds.
+
+The limit: the steps/s if a step took only the time of its matrix products, at the rate of the
+faster library on large ones, and of the environment. The FLOPs are those of acting and of the
+updates; rates and environment are measured in each repeat.
+
+CEM's decisions are measured too: decisions/s, where a decision is one action for every seed, with
+the default search, for 2 and 6 action dimensions.
 """
 
 import argparse
+import dataclasses
 import json
 import operator
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,40 +38,155 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "HalfCheetah-v5"
+TORCH = "ppo-torch"  # PPO on environments in torch
+NUM_ENVS, HORIZON, EPOCHS, WIDTH = 8192, 8, 4, 256  # its sizes
+ROLLOUT = NUM_ENVS * HORIZON
 # warm-up steps of the peers; measured steps, by number of seeds
 WARM_UP = {"sac": 300, "ppo": 4096, "crossq": 130, "droq": 115}
 MEASURED = {"sac": {1: 600, 4: 200, 8: 100}, "ppo": {1: 8192, 4: 4096, 8: 4096},
-            "crossq": {1: 90, 4: 30}, "droq": {1: 50, 4: 25}}
+            TORCH: {1: ROLLOUT}, "crossq": {1: 90, 4: 30, 8: 15}, "droq": {1: 50, 4: 25, 8: 12},
+            "bro": {1: 240, 4: 80, 8: 40}, "cem": {1: 60, 4: 20, 8: 10}}
 TITLES = {"sac": "SAC", "crossq": "CrossQ, critics 1024 wide", "droq": "DroQ, 20 updates a step",
+          "bro": "BRO, critics 128 wide", "cem": "CEM, critics 256 wide",
           "cem-2": "CEM, critics 256 wide, 2 action dimensions: a decision",
-          "cem-6": "CEM, critics 256 wide, 6 action dimensions: a decision", "ppo": "PPO"}
+          "cem-6": "CEM, critics 256 wide, 6 action dimensions: a decision", "ppo": "PPO",
+          TORCH: "PPO, 8192 environments in torch, 256 wide"}
 MODES = {"fp32-eager": "fp32, eager", "bf16-eager": "bf16, eager",
          "fp32-compiled": "fp32, compiled", "bf16-compiled": "bf16, compiled"}
 ONE_CORE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-PEERS = {"sb3": ("Stable-Baselines3", "fp32-eager"), "sbx": ("SBX (jax)", "fp32-compiled")}
-EQUAL = {"sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "qf_lr": 3e-4}}
+PEERS = {"sb3": ("Stable-Baselines3", "fp32-eager"), "sbx": ("SBX (jax)", "fp32-compiled"),
+         "rl8": ("rl8", "fp32-eager")}
+SETTINGS = {
+    "sac": {"actor_lr": 3e-4, "qf_lr": 3e-4}, "droq": {"actor_lr": 3e-4, "qf_lr": 3e-4},
+    "bro": {"qf_width": 128}, "cem": {"qf_width": 256},
+    TORCH: {"width": WIDTH, "num_steps": HORIZON, "num_minibatches": 8, "update_epochs": EPOCHS}}
+
+
+def job(algorithm: str, seeds: int, mode: str):
+    """The training that is measured: two windows, the first to compile in."""
+    sys.path.insert(0, str(ROOT))
+    from lab.training.job import Job
+
+    precision, compiled = mode.split("-")
+    window = MEASURED[algorithm][seeds]
+    config = SETTINGS.get(algorithm, {})
+    if "ppo" not in algorithm:
+        config = config | {"learning_starts": 5}
+    return Job(
+        agent_path=str(ROOT / f"agents/{algorithm.split('-')[0]}.py"), config=config,
+        env_id="torch/Pendulum-v1" if algorithm == TORCH else ENV,
+        num_envs=NUM_ENVS if algorithm == TORCH else 1, seeds=tuple(range(seeds)),
+        steps=2 * window, eval_every=0, log_every=window, checkpoint_every=0, eval_episodes=1,
+        compile=compiled == "compiled", precision=precision)
 
 
 def measure_ours(algorithm: str, seeds: int, mode: str) -> float:
     """Steps/s, summed over seeds, in the second half of training, after compilation."""
-    sys.path.insert(0, str(ROOT))
-    from lab.training.job import Job
+    measured = job(algorithm, seeds, mode)
+    from lab import matmul
+    from lab.accelerate import prepare_process
+    from lab.training.job import dry_run
     from lab.training.loop import train
 
-    precision, compiled = mode.split("-")
-    window = MEASURED[algorithm][seeds]
-    config = EQUAL.get(algorithm, {}) | ({} if algorithm == "ppo" else {"learning_starts": 5})
+    prepare_process()
+    if measured.precision == "fp32":
+        library = matmul.choose(dry_run(measured)[1])
+        measured = dataclasses.replace(measured, fp32_library=library)
     speeds = []
-    train(Job(
-        agent_path=str(ROOT / f"agents/{algorithm}.py"), config=config, env_id=ENV,
-        seeds=tuple(range(seeds)), steps=2 * window, eval_every=0, log_every=window,
-        checkpoint_every=0, eval_episodes=1, compile=compiled == "compiled", precision=precision,
-    ), lambda message: speeds.append(message.get("perf/steps_per_s")))
+    train(measured, lambda message: speeds.append(message.get("perf/steps_per_s")))
     return [speed for speed in speeds if speed][-1]
+
+
+def measure_rate(precision: str) -> float:
+    """FLOP/s of large matrix products with the faster exact library."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from lab import matmul
+
+    torch.set_num_threads(1)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    fastest = 0.0
+    for n in (256, 512, 1024):
+        a, b = torch.randn(2, n, n).to(dtype)
+        for library in (matmul.BLAS, matmul.ONEDNN):
+            if precision == "fp32" and library == matmul.ONEDNN and not matmul.is_exact(
+                    matmul.SQUARE):
+                continue
+            with matmul.computed_by(library):
+                for _ in range(max(5, 2 * 1024**3 // n**3)):
+                    start_time = time.perf_counter()
+                    torch.mm(a, b)
+                    fastest = max(fastest, 2 * n**3 / (time.perf_counter() - start_time))
+    return fastest
+
+
+def measure_environment(algorithm: str) -> float:
+    """Steps/s of the environment with random actions."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from lab.accelerate import prepare_process
+    from lab.training.job import make_training
+
+    prepare_process()
+    measured = job(algorithm, 1, "fp32-eager")
+    envs = make_training(measured)
+    envs.reset()
+    actions = 2 * torch.rand(200, 1, measured.num_envs, envs.spec.action_dim) - 1
+    for x in actions[:20]:
+        envs.step(x)
+    start_time = time.perf_counter()
+    for x in actions:
+        envs.step(x)
+    return len(actions) * measured.num_envs / (time.perf_counter() - start_time)
+
+
+def count_flops(algorithm: str) -> float:
+    """FLOPs of the matrix products of a step of one seed: acting and its share of the updates."""
+    measured = job(algorithm, 1, "fp32-eager")
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lab.agent import build_agent
+    from lab.training.job import make_training
+
+    envs = make_training(measured)
+    N, spec = measured.num_envs, envs.spec
+    agent = build_agent(measured.agent_path, measured.config, spec, [0], N, 10**6, "cpu",
+                        lambda fn: fn)
+    obs, zeros = torch.zeros(1, N, spec.obs_dim), torch.zeros(1, N)
+    # a rollout of PPO; else a multiple of every policy delay, after the first updates
+    steps, first = (agent.rollout.shape[1], 0) if hasattr(agent, "rollout") else (6, 6)
+    total = 0
+    for step in range(first + steps):
+        agent.observe(obs, agent.act(obs), zeros, obs, zeros, zeros)
+        with FlopCounterMode(display=False) as updating:
+            agent.update()
+        total += updating.get_total_flops() if step >= first else 0
+    with FlopCounterMode(display=False) as acting:
+        agent.act(obs)
+    return (acting.get_total_flops() + total / steps) / N
+
+
+def measure_rl8() -> float:
+    """Steps/s of its second rollout and update."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import torch
+    from gpu_sides import rl8
+
+    torch.set_num_threads(1)
+    side = rl8(NUM_ENVS, "cpu", HORIZON, EPOCHS, WIDTH)
+    side.step()
+    start_time = time.perf_counter()
+    side.step()
+    return side.unit / (time.perf_counter() - start_time)
 
 
 def measure_peer(library: str, algorithm: str) -> float:
     """Steps/s of the library's learn() after the warm-up."""
+    if library == "rl8":
+        return measure_rl8()
     import gymnasium
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -142,11 +268,12 @@ def measure_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_pinned(script: str, python: str, cores: Sequence[int], environment: dict[str, str],
-               *arguments: str) -> float:
-    """Run a script of bench/ on these cores -> the last number that it prints."""
+def run_pinned(script: str | Path, python: str, cores: Sequence[int],
+               environment: dict[str, str], *arguments: str) -> float:
+    """Run a script of some bench/ on these cores -> the last number that it prints."""
+    root = Path(script).resolve().parents[1]
     done = subprocess.run(
-        [python, script, "--measure", *arguments], capture_output=True, text=True, cwd=ROOT,
+        [python, script, "--measure", *arguments], capture_output=True, text=True, cwd=root,
         preexec_fn=lambda: os.sched_setaffinity(0, cores), env=os.environ | environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
@@ -160,30 +287,38 @@ def versions(python: str, packages: list[str]) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def cases(algorithms: list[str]) -> list[tuple[str, ...]]:
+def cases(options: argparse.Namespace) -> list[tuple[str, ...]]:
     """(algorithm, side, seeds, mode). SB3 has neither DroQ nor CrossQ."""
-    modes = [f"{p}-{c}" for c in ("eager", "compiled") for p in ("fp32", "bf16")]
-    peers = {"sac": ("sb3", "sbx"), "ppo": ("sb3", "sbx"), "cem-2": (), "cem-6": ()}
-    stacks = {"sac": "148", "ppo": "148", "cem-2": "4", "cem-6": "4"}
-    return [case for algorithm in algorithms for case in [
-        *((algorithm, peer, "1", "fp32") for peer in peers.get(algorithm, ("sbx",))),
-        *((algorithm, "lab", n, mode) for n in stacks.get(algorithm, "14") for mode in modes)]]
+    peers = {"sac": ("sb3", "sbx"), "ppo": ("sb3", "sbx"), "crossq": ("sbx",), "droq": ("sbx",),
+             TORCH: ("rl8",)}
+    found = []
+    for name in options.algorithms:
+        found += [(name, peer, "1", "fp32") for peer in peers.get(name, ()) if options.peers]
+        stacks = [n for n in map(str, MEASURED.get(name, [4])) if n in (options.seeds or n)]
+        found += [(name, side, n, mode) for n in stacks for mode in options.modes
+                  for side in (["checkout", "lab"] if options.checkout else ["lab"])]
+    return found
 
 
 def summary(result: dict) -> str:
-    """The tables of docs/speed.md from the result file: one per algorithm, a column per mode."""
+    """The tables of docs/speed.md from the result file: one per algorithm, a column per mode, and
+    one for the share of the limit where that was measured."""
     lines = []
     for algorithm, title in TITLES.items():
         rows: dict[str, dict[str, list[float]]] = {}  # side -> mode -> speeds
-        for (name, side, seeds, mode), values in (
-                (row["case"], row["steps_per_s"]) for row in result["rows"]):
+        limits: dict[str, list[float]] = {}  # mode -> steps/s
+        for row in result["rows"]:
+            name, side, seeds, mode = row["case"]
             if name == algorithm:
-                label, mode = PEERS.get(side, (f"lab, {seeds} seed{'s' * (seeds != '1')}", mode))
-                rows.setdefault(label, {})[mode] = values
+                label, mode = PEERS.get(side, (f"{side}, {seeds} seed{'s' * (seeds != '1')}", mode))
+                rows.setdefault(label, {})[mode] = row["steps_per_s"]
+                if "limit" in row:
+                    limits[mode] = row["limit"]
         if not rows:
             continue
         peers = [rows[label][mode] for label, mode in PEERS.values() if label in rows]
-        lines += ["", "| " + " | ".join([title, *MODES.values()]) + " |", "|---" * 5 + "|"]
+        headings = [title, *MODES.values(), *["of the limit: fp32, bf16"] * bool(limits)]
+        lines += ["", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
         for label, modes in rows.items():
             ratios = {} if label in dict(PEERS.values()) else {
                 mode: ", ".join(f"{median_ratio(values, peer):.2f}" for peer in peers)
@@ -191,8 +326,22 @@ def summary(result: dict) -> str:
             cells = [shown(modes[mode], algorithm) if mode in modes else "" for mode in MODES]
             cells = [f"{cell} ({ratios[mode]})" if ratios.get(mode) else cell
                      for mode, cell in zip(MODES, cells, strict=True)]
+            if limits:
+                cells.append(shares(modes, limits))
             lines.append("| " + " | ".join([label, *cells]) + " |")
+        if limits:
+            cells = [shown(limits[mode], algorithm) if mode in limits else "" for mode in MODES]
+            lines.append("| " + " | ".join(["the limit", *cells, ""]) + " |")
     return "\n".join(lines[1:]) + "\n"
+
+
+def shares(modes: dict[str, list[float]], limits: dict[str, list[float]]) -> str:
+    """The share of the limit that the faster mode of each precision reaches."""
+    best = {}
+    for mode, values in modes.items():
+        precision = mode.split("-")[0]
+        best[precision] = max(best.get(precision, 0.0), median_ratio(values, limits[mode]))
+    return ", ".join(f"{best[name]:.0%}" for name in ("fp32", "bf16") if name in best)
 
 
 def median_ratio(values: list[float], others: list[float]) -> float:
@@ -209,19 +358,27 @@ def shown(values: list[float], algorithm: str) -> str:
 
 def markdown(result: dict) -> str:
     """All cases with their spread, from the result file."""
-    lines = ["| algorithm | side | seeds | mode | steps/s (CEM: decisions/s), median (min to max) "
-             "| x SB3 | x SBX |",
-             "|---|---|---|---|---|---|---|"]
-    speeds = {tuple(row["case"]): row["steps_per_s"] for row in result["rows"]}
-    for case, values in speeds.items():
-        algorithm, side, seeds, mode = case
-        peers = [speeds.get((algorithm, peer, "1", "fp32")) for peer in ("sb3", "sbx")]
-        ratios = [f"{median_ratio(values, peer):.2f}" if peer else "" for peer in peers]
+    rows = {tuple(row["case"]): row for row in result["rows"]}
+    sides = {side for _, side, *_ in rows}
+    peers = {"sb3": "x SB3", "sbx": "x SBX"} | ({"rl8": "x rl8"} if "rl8" in sides else {})
+    limited = any("limit" in row for row in result["rows"])
+    headings = ["algorithm", "side", "seeds", "mode",
+                "steps/s (CEM: decisions/s), median (min to max)", *peers.values()]
+    headings += ["of the limit"] * limited
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for (algorithm, side, seeds, mode), row in rows.items():
+        values = row["steps_per_s"]
         digits = 0 if min(values) >= 50 else 1
         low, middle, high = (f"{x:.{digits}f}" for x in (
             min(values), statistics.median(values), max(values)))
-        lines.append(f"| {algorithm.upper()} | {side} | {seeds} | {mode} | {middle} "
-                     f"({low} to {high}) | {ratios[0]} | {ratios[1]} |")
+        cells = [algorithm.upper(), side, seeds, mode, f"{middle} ({low} to {high})"]
+        for peer in peers:
+            theirs = rows.get((algorithm, peer, "1", "fp32"))
+            cells.append(f"{median_ratio(values, theirs['steps_per_s']):.2f}" if theirs else "")
+        if limited:
+            share = median_ratio(values, row["limit"]) if "limit" in row else None
+            cells.append("" if share is None else f"{share:.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -237,66 +394,103 @@ def kept_rows(options: argparse.Namespace, processor: str) -> list[dict]:
     return rows
 
 
+def measure(side: str, *rest: str) -> float:
+    """What a process of its own measures."""
+    if side == "memory":
+        return measure_memory()
+    if side == "rate":
+        return measure_rate(*rest)
+    if side == "environment":
+        return measure_environment(*rest)
+    if side == "flops":
+        return count_flops(*rest)
+    if side != "lab":
+        return measure_peer(side, *rest)
+    algorithm, seeds, mode = rest
+    if algorithm.startswith("cem-"):
+        return measure_decisions(int(algorithm[4:]), int(seeds), mode)
+    return measure_ours(algorithm, int(seeds), mode)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", help="Python of the virtual environment with SB3 and SBX")
+    parser.add_argument("--peers", help="Python of the virtual environment with SB3, SBX and rl8")
+    parser.add_argument("--checkout", type=Path, help="another checkout, measured beside this one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("--algorithms", nargs="+", default=[*MEASURED, "cem-2", "cem-6"])
+    parser.add_argument("--algorithms", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--seeds", nargs="+", help="only these numbers of seeds")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/speed.json")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        side, *rest = options.measure
-        if side == "memory":
-            print(measure_memory())
-        elif side == "lab" and rest[0].startswith("cem"):
-            print(measure_decisions(int(rest[0][4:]), int(rest[1]), rest[2]))
-        elif side == "lab":
-            print(measure_ours(rest[0], int(rest[1]), rest[2]))
-        else:
-            print(measure_peer(side, rest[0]))
+        print(measure(*options.measure))
         return
-    if not options.peers:
+    if not options.peers and not options.checkout:
         parser.error("--peers is required; `make bench` creates that virtual environment")
 
     sys.path.insert(0, str(ROOT))
     from lab.training.recorder import processor
 
     kept = kept_rows(options, processor())
-    rows = {case: [] for case in cases(options.algorithms)}
+    rows = {case: {"steps_per_s": [], "limit": []} for case in cases(options)}
+    limited = [name for name in options.algorithms if name in MEASURED]
+
+    def pinned(*arguments: str, script: str | Path = __file__, python: str = sys.executable
+               ) -> float:
+        return run_pinned(script, python, [options.core], ONE_CORE, *arguments)
+
+    flops = {name: pinned("flops", name) for name in limited}
     start_time, total = time.monotonic(), len(rows) * options.repeats
     for repeat in range(options.repeats):
-        for number, (algorithm, side, seeds, mode) in enumerate(rows):
-            python = sys.executable if side == "lab" else options.peers
-            speed = run_pinned(__file__, python, [options.core], ONE_CORE, side, algorithm, seeds,
-                               mode)
-            rows[algorithm, side, seeds, mode].append(speed)
+        rates = {precision: pinned("rate", precision) for precision in ("fp32", "bf16")}
+        steps = {name: pinned("environment", name) for name in limited}
+        for number, ((algorithm, side, seeds, mode), row) in enumerate(rows.items()):
+            if side == "checkout":
+                script = options.checkout.resolve() / "bench/speed.py"
+                speed = pinned("lab", algorithm, seeds, mode, script=script)
+            else:
+                python = sys.executable if side == "lab" else options.peers
+                speed = pinned(side, algorithm, seeds, mode, python=python)
+            row["steps_per_s"].append(round(speed, 1))
+            if algorithm in limited:
+                rate = rates[mode.split("-")[0]]
+                row["limit"].append(round(1 / (flops[algorithm] / rate + 1 / steps[algorithm]), 1))
             done = repeat * len(rows) + number + 1
             left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-    memory = run_pinned(__file__, sys.executable, [options.core], ONE_CORE, "memory")
+    write(options, kept, rows, flops, processor())
+
+
+def write(options: argparse.Namespace, kept: list[dict], rows: dict, flops: dict[str, float],
+          processor: str) -> None:
+    """Write the result file and its tables, and print them."""
+    peers = ["torch", "stable-baselines3", "sbx-rl", "rl8", "jax", "gymnasium", "mujoco", "numpy"]
     result = {
-        "command": f"python bench/speed.py --peers PYTHON --repeats {options.repeats} "
-                   f"--algorithms {' '.join(options.algorithms)} "
-                   f"--out bench/results/{options.out.name}",
-        "environment": ENV, "repeats": options.repeats, "cores": 1, "processor": processor(),
+        "command": shlex.join(["python", "bench/speed.py", *map(shortened, sys.argv[1:])]),
+        "environment": ENV, "repeats": options.repeats, "cores": 1, "processor": processor,
         "python": platform.python_version(),
         "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
-        "peer_versions": versions(options.peers, ["torch", "stable-baselines3", "sbx-rl", "jax",
-                                                  "gymnasium", "mujoco", "numpy"]),
-        "memory_mib_8_seeds_sac_100k_steps": round(memory),
-        "rows": kept + [
-            {"case": case, "steps_per_s": [round(v, 1) for v in values]}
-            for case, values in rows.items()],
+        "peer_versions": versions(options.peers, peers) if options.peers else {},
+        "memory_mib_8_seeds_sac_100k_steps": round(run_pinned(
+            __file__, sys.executable, [options.core], ONE_CORE, "memory")),
+        "flops_per_step": flops,
+        "rows": kept + [{"case": case} | {name: values for name, values in row.items() if values}
+                        for case, row in rows.items()],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     table = summary(result)
     options.out.with_suffix(".md").write_text(table)
     options.out.with_name(f"{options.out.stem}-spread.md").write_text(markdown(result))
-    print(f"{table}\n8 seeds of SAC with 100 000 steps: {memory:.0f} MiB\nwritten: {options.out}")
+    print(f"{table}\nwritten: {options.out}")
+
+
+def shortened(argument: str) -> str:
+    """A path without its folders, which are this machine's."""
+    return Path(argument).name if os.sep in argument else argument
 
 
 if __name__ == "__main__":

@@ -131,9 +131,11 @@ class Accelerator:
     def _compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         options: dict[str, Any] = {}
         if self.device_type == "cpu":
-            from lab.inductor import SignForMask  # takes a second to import
+            from lab import inductor  # takes a second to import
 
-            options["joint_custom_post_pass"] = SignForMask()
+            if hasattr(fn, "__self__"):  # a method of the agent
+                inductor.leave_fused_optimizers(fn.__self__)
+            options["joint_custom_post_pass"] = inductor.GraphPass()
         compiled = torch.compile(fn, options=options)
         return CudaGraph(compiled) if self.device_type == "cuda" else compiled
 

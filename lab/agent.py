@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
 from lab.errors import CodeError, UserError, first_line
+from lab.matmul import Products, RecordProducts
 from lab.settings import build
 
 VERBS = ("act", "observe", "update")
@@ -92,11 +93,13 @@ def check_ranges(module: ModuleType, config: Any) -> None:
 
 
 def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,
-                   device: str) -> None:
-    """Dry run: the first steps of a small stack, up to its first update (or a long rollout).
-    UserError names the method, what it should return and what it returned."""
+                   device: str) -> Products:
+    """Dry run: the first steps of a small stack, up to its first update (or a long rollout) -> the
+    matrix products of that update. UserError names the method, what it should return and what it
+    returned."""
     S, N = 3, num_envs  # 3 seeds: with 2, as many as critics, a wrong broadcast can fit
-    agent = build_agent(path, config, spec, range(S), N, N, device, _first_calls)
+    accelerate = FirstCalls()
+    agent = build_agent(path, config, spec, range(S), N, N, device, accelerate)
     stem = Path(path).name
 
     def expect(verb: str, wanted: str, ok: bool, got: object) -> None:
@@ -142,6 +145,7 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
     state = call("saving its state", save_state, agent)
     expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
     call("restoring its state", restore_state, agent, state)
+    return accelerate.products
 
 
 def save_state(agent: Any) -> dict[str, Any]:
@@ -252,14 +256,25 @@ def place_of(path: str | Path, error: BaseException) -> str:
     return f"{path}:{lines[-1]}" if lines else ""
 
 
-def _first_calls(fn: Callable[..., Any], calls: int = 2) -> Callable[..., Any]:
-    """An accelerate for a dry run: many environments owe many gradient steps, a few will do."""
-    results: dict[tuple[torch.Size, ...], list[Any]] = {}
+class FirstCalls:
+    """An accelerate for a dry run: many environments owe many gradient steps, a few will do.
+    `products`: the matrix products of all the steps that were owed."""
 
-    def step(*tensors: torch.Tensor) -> Any:
-        seen = results.setdefault(tuple(x.shape for x in tensors), [])
-        if len(seen) < calls:
-            seen.append(fn(*tensors))
-        return seen[-1]
+    def __init__(self, calls: int = 2):
+        self.calls, self.products = calls, Products()
 
-    return step
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        results: dict[tuple[torch.Size, ...], list[Any]] = {}
+        products: dict[tuple[torch.Size, ...], Products] = {}
+
+        def step(*tensors: torch.Tensor) -> Any:
+            shapes = tuple(x.shape for x in tensors)
+            seen = results.setdefault(shapes, [])
+            if len(seen) < self.calls:
+                with RecordProducts() as recorded:
+                    seen.append(fn(*tensors))
+                products[shapes] = recorded.products
+            self.products.update(products[shapes])
+            return seen[-1]
+
+        return step

@@ -23,6 +23,7 @@ from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
 from lab.errors import UserError
+from lab.matmul import Library
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,17 @@ class Options:
     runs: Path = Path("runs")  # parent folder of the run folders
     eval_every: int | None = None  # steps between evaluations; none: ten per run
     eval_episodes: int = 5  # deterministic episodes per seed and evaluation
+    # environments of evaluation: their own, those of training (its episodes are truncated for it;
+    # for a simulator that runs once), or no evaluation (tables show training returns)
+    eval_env: Literal["own", "same", "none"] = "own"
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
+    # library for fp32 matrix products on a CPU: torch's BLAS or oneDNN; none: measured, the faster
+    # one that computes in fp32 on this processor
+    fp32_library: Library | None = None
     cuda: bool = False  # train on the GPU
     config: Path | None = None  # take the settings of a run's config.json; flags override it
     resume: Path | None = None  # continue the run in this folder from its last checkpoints
@@ -130,8 +137,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
                       if i != index and not (i and argv[i - 1] in WITH_RESUME)):
         raise UserError("--resume takes all settings from the run; give no other flag but --engine "
                         "and --address")
-    dropped = ["config", "resume", "autotune", "address",
-               *(() if resume else ("processes", "threads", "engine")),
+    machine = () if resume else ("processes", "threads", "fp32_library", "engine")
+    dropped = ["config", "resume", "autotune", "address", *machine,
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     if source:
@@ -143,7 +150,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
                             "script")
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
-        kept.setdefault("threads", 1)  # older runs had one
+        kept = {"threads": 1, "fp32_library": "blas"} | kept  # older runs had these
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
@@ -360,15 +367,18 @@ def check_options(options: Options) -> None:
         raise UserError("--address is for --engine ray")
     if getattr(options, "plan", False) and ray:
         raise UserError("--plan measures this machine: leave it out with --engine ray")
+    if options.fp32_library == "onednn" and ray:
+        raise UserError("--fp32-library onednn is for --engine local: a node's processor may round")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
-    for name in ("env_kwargs", "action_repeat", "failure_below"):
-        for env_id in options.env if getattr(options, name) != getattr(Options, name) else ():
-            backend = getattr(options, "backend", None)
-            if is_torch(env_id) or backend in ("torch", "envpool"):
-                raise UserError(f"--{name.replace('_', '-')} is for environments of "
-                                f"gymnasium.make, which does not make {env_id}"
-                                + f" with --backend {backend}" * bool(backend))
+    backend = getattr(options, "backend", None)
+    changed = [f"--{name.replace('_', '-')}" for name in ("env_kwargs", "action_repeat",
+               "failure_below") if getattr(options, name) != getattr(Options, name)]
+    changed += ["--eval-env same"] * (options.eval_env == "same")
+    for env_id in options.env if changed else ():
+        if is_torch(env_id) or backend in ("torch", "envpool"):
+            raise UserError(f"{changed[0]} is for environments of gymnasium.make, which does not "
+                            f"make {env_id}" + f" with --backend {backend}" * bool(backend))
 
 
 def resolve_defaults(options: Options) -> Options:

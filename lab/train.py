@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from lab.errors import guarded
+from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
 from lab.report.runs import changes
 from lab.training import recorder
-from lab.training.job import Job, dry_run, make_jobs
+from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.training.processes import Engine, run_jobs
 from lab.training.progress import SweepProgress
 from lab.training.ray_processes import open_engine
@@ -37,8 +38,12 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
 def train(options: Options, config: dict[str, Any]) -> int:
     """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
-    for job in make_jobs(options, config, 1, options.resume):  # one per environment
-        dry_run(job)
+    jobs = make_jobs(options, config, getattr(options, "processes", 1) or 1, options.resume)
+    largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
+    products = Products()
+    for job in largest.values():
+        products.update(dry_run(job)[1])
+    options = choose_fp32_library(options, jobs, products)
     where = options.resume or (options.runs if options.log else None)
     with open_engine(options, where) as engine:
         return _train(options, config, engine)
@@ -77,6 +82,8 @@ class RunSummary:
         self.options = options
         self.seeds = range(options.first_seed, options.first_seed + options.seeds)
         self.title, self.declared = jobs[0].name, declared(options)
+        self.tag = recorder.reported_return(options.eval_env)
+        self.kind = "training return" if options.eval_env == "none" else "evaluation return"
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
                           for env_id, group in self.groups.items()}
@@ -87,8 +94,8 @@ class RunSummary:
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         if "failed_seed" in message:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
-        returns = {seed: row["return/eval"] for seed, row in message.get("rows", {}).items()
-                   if "return/eval" in row}
+        returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
+                   if self.tag in row}
         if returns and message["step"] >= job.steps:
             self.final[job.env_id].update(returns)
         if returns and self.all_seeds:
@@ -108,17 +115,17 @@ class RunSummary:
         """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
             self.all_seeds[env_id].refresh()
-            self.final[env_id] = final_returns(group, self.seeds, self.options.steps)
+            self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
         agent_name = Path(self.options.agent).stem
-        title = f"{agent_name}: evaluation return after {self.options.steps} steps of each seed"
+        title = f"{agent_name}: {self.kind} after {self.options.steps} steps of each seed"
         title += self.declared
         Console().print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
-            curves = {env_id: read_curves(group, self.seeds, "return/eval")
+            curves = {env_id: read_curves(group, self.seeds, self.tag)
                       for env_id, group in self.groups.items()}
             try:
-                draw_learning_curves(plot, curves, self.title + self.declared)
+                draw_learning_curves(plot, curves, self.title + self.declared, self.kind)
             except OSError as error:
                 print(f"cannot write the plot: {error}", file=sys.stderr)
             print(f"run folder: {folder}\nplot:       {plot}\n"
@@ -132,6 +139,9 @@ def declared(options: Options) -> str:
     text = ""
     if options.env_kwargs:
         text += f", environment made with {' '.join(options.env_kwargs)}"
+    if options.eval_env != "own":
+        text += {"same": ", evaluated in the environments of training", "none": ", no evaluation"
+                 }[options.eval_env]
     return text + "".join(f", {change}" for change in changes(vars(options)))
 
 

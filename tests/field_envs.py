@@ -213,9 +213,23 @@ class GlobalPython(Point):
 
 
 @environment()
+class GlobalBoth(Point):
+    def start(self):
+        return np.random.uniform(-1, 1) + random.uniform(-1, 1)
+
+
+@environment()
 class Unseeded(Point):
     def start(self):
         return np.random.default_rng().uniform(-1, 1)
+
+
+@environment()
+class FreshSeeds(Point):
+    """As panda-gym: only the first episode depends on the seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=int.from_bytes(os.urandom(4)) if seed is None else seed)
 
 
 @environment()

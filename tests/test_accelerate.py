@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lab import accelerate
 from lab.accelerate import Accelerator, CudaGraph
 from lab.agent import load_agent
 from lab.errors import UserError
-from lab.inductor import SignForMask
+from lab.inductor import GraphPass, split_bias
 from tests.conftest import drive, make_agent, make_steps, needs_compiler, needs_cuda
 
 
@@ -108,6 +109,32 @@ def test_calls_are_counted_by_the_functions_names():
     assert sac.calls["_update_critic"] == sac.gradient_steps > 0
 
 
+def test_a_compiled_step_leaves_its_fused_optimizers_eager(monkeypatch, compilations):
+    class Agent:
+        def __init__(self, compiled):
+            accelerate = Accelerator(compiled)
+            self.fused, self.plain = (
+                torch.optim.Adam([torch.ones(1, requires_grad=True)], fused=fused)
+                for fused in (True, False))
+            self.steps = [accelerate(self.act), accelerate(self.update)]
+
+        def act(self):
+            """Nothing."""
+
+        def update(self):
+            self.fused.step()
+
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    for compiled in (False, True):
+        agent = Agent(compiled)
+        assert ("step" in vars(agent.fused)) == compiled and "step" not in vars(agent.plain)
+        (weight,) = agent.fused.param_groups[0]["params"]
+        weight.grad = torch.ones(1)
+        agent.steps[1]()
+        assert weight.item() == pytest.approx(1 - 1e-3)
+    assert len(compilations) == 2
+
+
 @pytest.mark.parametrize("files, cores", [(True, 2), (False, 4)])
 def test_two_hyper_threads_of_a_core_count_once_where_the_system_tells(monkeypatch, files, cores):
     def siblings(path):
@@ -158,7 +185,7 @@ def compiled():
     """-> compile(fn), and (choices, signs) in each graph after the pass."""
     ops, seen = torch.ops.aten, []
 
-    class Spy(SignForMask):
+    class Spy(GraphPass):
         def __call__(self, graph):
             super().__call__(graph)
             targets = [node.target for node in graph.nodes]
@@ -230,6 +257,25 @@ def test_the_gradient_of_a_choice_keeps_its_type(compiled):
                             torch.autograd.grad(loss(x, y), (x, y)), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert seen == [(2, 1)]
+
+
+# Biases of compiled products
+
+
+def test_the_bias_of_a_compiled_product_is_added_by_the_kernel_after_it():
+    """Unless a factor is on one of the two."""
+    def layers(x, w, b):
+        return torch.baddbmm(b, x, w).relu() + torch.baddbmm(b, x, w, beta=2, alpha=3)
+
+    inputs = [torch.randn(2, *shape) for shape in ((5, 4), (4, 3), (1, 3))]
+    traced = make_fx(layers)(*inputs)
+    split_bias(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    torch.testing.assert_close(traced(*inputs), layers(*inputs))
+    names = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    ops = torch.ops.aten
+    assert names.count(ops.bmm.default) == names.count(ops.baddbmm.default) == 1
 
 
 # CUDA graphs

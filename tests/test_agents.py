@@ -39,7 +39,7 @@ def subject(path):
 
 # Training one of these takes seconds: the checks that train until it decides well are slow.
 LONG = [*list(check.CHECKS)[-5:], "actions stay within the bounds of each dimension"]
-COSTLY = ("bro", "cem", "crossq", "droq")
+COSTLY = ("bro", "cem", "crossq", "droq", "xqc")
 
 
 @pytest.mark.parametrize("path, name", [
@@ -54,7 +54,8 @@ def parameters(agent):
     return {name: value.clone() for name, value in flat_state(save_state(agent)).items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
             and "optimizer" not in name
-            and name.split("/")[0] not in ("replay", "plans", "returns", "rollout")}
+            and name.split("/")[0] not in ("replay", "plans", "returns", "rollout", "held",
+                                           "reward_scale")}
 
 
 def test_loading_a_state_leaves_the_agent_that_gave_it_alone(module):
@@ -110,8 +111,9 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_compiled_and_eager_updates_agree(path):
-    """200 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
-    steps, module = make_steps((0, 1), 1, 200), load_agent(path)
+    """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2."""
+    torch._dynamo.reset()
+    steps, module = make_steps((0, 1), 1, 100), load_agent(path)
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0),
                        steps) for compiled in (False, True)]
     assert len(histories[0]) == len(histories[1]) > 10
@@ -121,6 +123,8 @@ def test_compiled_and_eager_updates_agree(path):
 
 
 def test_a_value_is_not_rounded_to_bf16(module):
+    if hasattr(module, "ATOMS"):
+        pytest.skip("its values are means over atoms")
     layer = module.Linear([torch.Generator().manual_seed(0)], 8, 1)
     x = 300 + torch.rand(1, 100, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -285,11 +289,14 @@ def test_functions_of_agents_stay_under_50_lines_and_the_name_is_the_stem():
 # that are named together are equal among themselves.
 DIFFERENT = {
     "Config": "every agent's own", "Agent": "every agent's own", "validate": "the Config's ranges",
-    "Linear": {"ppo": "orthogonal initialisation, and no copies"},
-    "MLP": {"crossq bro cem": "batch norm before each layer, so that it must know if it trains"},
-    "Actor": {"crossq bro": "it must know if it trains"},
+    "Linear": {"ppo": "orthogonal initialisation, and no copies", "xqc": "weights of length 1"},
+    "BatchNorm": {"xqc": "no renormalisation"},
+    "MLP": {"crossq bro cem": "batch norm before each layer, so that it must know if it trains",
+            "xqc": "batch norm before each ReLU; any depth"},
+    "Actor": {"crossq bro": "it must know if it trains", "xqc": "any depth; entropy of tanh"},
     "QFunctions": {"crossq cem": "it must know if it trains", "bro": "residual critics",
-                   "droq": "dropout and layer norm"},
+                   "droq": "dropout and layer norm", "xqc": "distributions"},
+    "Replay": {"xqc": "targets of several steps"},
 }
 
 

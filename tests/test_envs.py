@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lab.envs import host, torch_tasks
-from lab.envs.base import EVALUATION, TRAINING, Finished
+from lab.envs.base import Finished
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
+from lab.envs.shard import EVALUATION, TRAINING
 from lab.envs.spec import EnvSpec, make_one
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -14,17 +16,24 @@ import pytest
 import torch
 from conftest import small_config
 
+from lab import train
 from lab.agent import load_agent
 from lab.envs import check
-from lab.envs.base import EVALUATION, TRAINING
+from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
+from lab.envs.shard import EVALUATION, TRAINING
 from lab.envs.spec import make_one, probe
 from lab.errors import CodeError, UserError
-from lab.options import Simple
+from lab.options import Simple, Tune, Vectorised
+from lab.plan import benchmark
+from lab.report import __main__ as report
 from lab.train import run
-from lab.training import loop
-from lab.training.job import Job
+from lab.training import logger, loop
+from lab.training.job import Job, dry_run
+from lab.training.recorder import read_metrics
+from lab.tuning import run as tuning
 from lab.watch import camera
+from tests import field_envs
 
 PPO = "agents/ppo.py"
 SHORT = ("--steps=128", "--num-steps=32", "--num-minibatches=2", "--update-epochs=1",
@@ -44,7 +53,7 @@ def command(capfd, *argv):
 def make_job(name, **settings):
     config = dataclasses.asdict(small_config(load_agent(PPO)))
     return Job(**{"agent_path": PPO, "config": config, "env_id": field(name), "seeds": (0, 1),
-                  "steps": 64, "eval_every": 32, "log_every": 8, "checkpoint_every": 0,
+                  "steps": 64, "eval_every": 64, "log_every": 8, "checkpoint_every": 0,
                   "eval_episodes": 1} | settings)
 
 
@@ -81,7 +90,7 @@ REFUSED = {
     "NormReward": "wrapped in NormalizeReward, whose running statistics .*--norm-reward",
     "Integers": r"action space Box\(-2, 2, \(1,\), int64\); .* one-dimensional Box of floats",
     "NoRoom": r"action 0 has bounds \[1.0, 1.0.*the low bound must be below",
-    "OnlyOne": "cannot be made twice at a time.*ValueError: port 2000 is in use",
+    "OnlyOne": "cannot be made twice at a time: ValueError: port 2000 is in use; use --eval-env",
 }
 
 
@@ -166,13 +175,12 @@ def test_an_environment_on_a_global_generator_repeats_with_a_warning(name):
     assert first == second and first
 
 
-@pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
 @pytest.mark.parametrize("settings", [{"backend": "sync"}, {"backend": "workers", "workers": 2},
                                       {"backend": "workers", "workers": 2, "groups": 2}])
-def test_each_process_seeds_its_global_generators_at_a_reset(name, settings):
+def test_each_process_seeds_its_global_generators_at_a_reset(settings):
     starts = []
     for _ in range(2):
-        with stack(name, [0, 1], 2, **settings) as envs:
+        with stack("GlobalBoth", [0, 1], 2, **settings) as envs:
             starts += [envs.reset(*s) for s in ((TRAINING, 0), (EVALUATION, 0), (TRAINING, 0))]
     assert torch.equal(torch.stack(starts[:3]), torch.stack(starts[3:]))
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
@@ -187,20 +195,23 @@ def test_evaluation_and_dry_runs_leave_the_global_generators_alone():
     assert np.random.get_state()[1].tolist() == before
 
 
-@pytest.mark.parametrize("name, where", [("Unseeded", "in their first observations"),
-                                         ("NoisySteps", "at step 3")])
+@pytest.mark.parametrize("name, where", [
+    ("Unseeded", "two episodes with seed 0 and the same actions differ in their first obs"),
+    ("NoisySteps", "two episodes with seed 0 and the same actions differ at step 3"),
+    ("FreshSeeds", "the next ones (reset without a seed) differ in their first observations")])
 def test_an_environment_that_does_not_repeat_is_a_warning(name, where, capfd):
     (warning,) = check.dry_run(field(name))[1]
     assert "is not reproducible" in warning and where in warning
-    code, _, err = command(capfd, "--env", field(name))
-    assert code == 0 and f"warning: {warning}" in err
+    if name == "Unseeded":
+        code, _, err = command(capfd, "--env", field(name))
+        assert code == 0 and f"warning: {warning}" in err
 
 
 @pytest.mark.parametrize("name", ["RandomState", "NoRandom"])
 def test_an_environment_without_numpys_generator_trains_and_resumes_with_new_episodes(
         name, tmp_path):
     messages = []
-    job = make_job(name, steps=256, checkpoint_every=128, run=str(tmp_path))
+    job = make_job(name, steps=130, eval_every=130, run=str(tmp_path))  # amid second episodes
     loop.train(job, messages.append)
     warnings = {m["warning"] for m in messages if "warning" in m}
     assert warnings == {"the environment cannot be restored: a resumed run starts new episodes"}
@@ -274,6 +285,143 @@ def test_a_module_that_is_not_there_is_no_code_error():
 def test_an_environment_for_vectors_alone_is_not_called_unknown():
     with pytest.raises(UserError, match=r"OnlyVectors-v0': .*entry_point is not specified"):
         make_one(field("OnlyVectors"))
+
+
+# A simulator that runs once
+
+
+@pytest.fixture
+def only_one():
+    """Whatever a test before left open."""
+    field_envs.OnlyOne.running.clear()
+    yield field("OnlyOne")
+    assert not field_envs.OnlyOne.running
+
+
+def rows_of(folder):
+    return [{k: v for k, v in row.items() if "perf" not in k and k != "wall_time"}
+            for row in read_metrics(next(folder.glob("*/ppo/seed_0")) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("eval_env, kind", [("same", "evaluation"), ("none", "training")])
+def test_a_simulator_that_runs_once_is_trained_resumed_and_reported(
+        only_one, eval_env, kind, tmp_path, capfd):
+    """To the bit, with one instance in the whole process."""
+    argv = ["--env", only_one, "--eval-env", eval_env, "--eval-every=150", "--steps=300", "--log",
+            "--runs", str(tmp_path)]
+    code, out, _ = command(capfd, *argv)
+    assert code == 0 and f"ppo: {kind} return after 300 steps of each seed" in " ".join(out.split())
+    (whole,) = tmp_path.iterdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.SweepProgress, "update", interrupt_at(220))  # amid an episode
+        assert command(capfd, *argv)[0] == 128 + signal.SIGINT
+    (killed,) = set(tmp_path.iterdir()) - {whole}
+    assert rows_of(killed)[-1]["step"] < 240
+    assert run(["--resume", str(killed)]) == 0 and "again" not in capfd.readouterr().out
+    rows = rows_of(whole)
+    assert rows_of(killed) == rows and rows[-1]["step"] == 300
+    tag = "return/eval" if eval_env == "same" else "return/recent"
+    assert {name for row in rows for name in row if "return" in name} == {"return/train", tag}
+    assert [row["step"] for row in rows if tag in row] == [150, 300]
+    assert report.main([str(whole), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report/report.md").read_text()
+    assert ("(training returns) | ppo | 1 | 300 |" in text) == (eval_env == "none")
+    assert ("was evaluated in the environments of training" in text) == (eval_env == "same")
+
+
+def interrupt_at(step):
+    def update(self, index, message):
+        if message.get("step", 0) >= step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return update
+
+
+def test_without_evaluation_the_return_is_the_mean_of_the_episodes_since_the_last_one(only_one):
+    job = make_job("OnlyOne", seeds=(0,), eval_env="none", steps=500, eval_every=250, log_every=1)
+    rows, _ = rows_and_failures(job)
+    ends = {step: row["return/train"] for (_, step), row in rows.items() if "return/train" in row}
+    assert list(ends) == [100, 200, 300, 400, 500]
+    recent = {step: row["return/recent"] for (_, step), row in rows.items()
+              if "return/recent" in row}
+    assert recent == {250: pytest.approx((ends[100] + ends[200]) / 2),
+                      500: pytest.approx((ends[300] + ends[400] + ends[500]) / 3)}
+
+
+@pytest.mark.parametrize("backend", ["sync", "workers"])
+def test_an_evaluation_in_the_environments_of_training_lies_between_their_episodes(backend):
+    """Its returns are raw, and training goes on with what the environments show."""
+    actions = torch.full((2, 2, 1), 0.5)
+    settings = {"backend": backend, "workers": 2, "clip_reward": (-0.1, 0.1)}
+    with stack("Point", [0, 1], 2, **settings) as envs, stack("Point", [0, 1], 2) as fresh:
+        envs.reset(TRAINING, 0)
+        assert not envs.step(actions).truncations.any()
+        envs.cut = True
+        t = envs.step(actions)
+        assert t.truncations.all() and envs.finished()[0].episodes == 0
+        with envs.lend(TRAINING, 2):
+            envs.reset(EVALUATION, 2)
+            evaluated = [envs.step(actions) for _ in range(100)]
+            assert not evaluated[0].truncations.any() and evaluated[-1].truncations.all()
+            assert torch.stack([each.rewards for each in evaluated]).min() < -0.1
+        assert torch.equal(t.obs, fresh.reset(TRAINING, 2)) and envs.finished()[0].episodes == 0
+        after, expected = envs.step(actions), fresh.step(actions)
+        assert torch.equal(after.next_obs, expected.next_obs) and not after.truncations.any()
+        assert torch.equal(after.rewards, expected.rewards.clamp(-0.1, 0.1))
+
+
+def test_training_is_truncated_where_an_evaluation_follows_and_nowhere_else(monkeypatch):
+    steps, seen, receive = itertools.count(1), [], SyncEnvs.receive
+
+    def spy(self):
+        t, step = receive(self), next(steps)
+        if t.truncations.all():
+            seen.append(step)
+        return t
+
+    monkeypatch.setattr(SyncEnvs, "receive", spy)
+    monkeypatch.setattr(logger, "evaluate", lambda *_: [0.0, 0.0])
+    rows_and_failures(make_job("Point", eval_env="same", steps=90, eval_every=40))
+    assert seen == [40, 80, 90]
+
+
+def test_one_instance_per_process_is_enough_for_workers(only_one):
+    job = make_job("OnlyOne", seeds=(0,), num_envs=2, backend="workers", workers=2, eval_env="same",
+                   eval_episodes=3)
+    assert job.instances == 1 and job.eval_rounds == 2
+    dry_run(job)
+    rows, failures = rows_and_failures(job)
+    assert rows[0, 64]["return/eval"] < 0 and not failures
+
+
+@pytest.mark.parametrize("eval_env", ["same", "none"])
+def test_a_plan_measures_a_simulator_that_runs_once(only_one, eval_env):
+    costs = []
+
+    def stop(message):
+        if "cost" in message:
+            costs.append(message["cost"])
+            raise InterruptedError
+
+    job = make_job("OnlyOne", seeds=(0,), eval_env=eval_env, eval_every=32, eval_episodes=3)
+    with pytest.raises(InterruptedError):
+        benchmark.measure(job, stop)
+    without = dataclasses.replace(costs[0], evaluation=0.0).total(job)
+    evaluations = {"same": 2 * 3, "none": 0}[eval_env]  # two, of one episode three times
+    assert costs[0].total(job) == pytest.approx(without + evaluations * costs[0].evaluation)
+    assert (costs[0].evaluation > 0) == (eval_env == "same")
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    (Simple, "--eval-env same --seeds 2 --processes 1", "with one seed and one environment per"),
+    (Vectorised, "--eval-env none --num-envs 2", "with one seed and one environment per"),
+    (Vectorised, "--eval-env same --env torch/Pendulum-v1", "does not make torch/Pendulum-v1"),
+    (Tune, "--eval-env none", "a study compares evaluation returns")])
+def test_what_does_not_fit_one_instance_is_one_line(only_one, script, argv, words, capfd):
+    given = argv.split() if "--env" in argv.split() else ["--env", only_one, *argv.split()]
+    agent, do = (["agents/sac.py"], tuning.tune) if script is Tune else ([PPO], None)
+    assert run([*agent, "--steps=128", *given], script, do) == 2
+    assert words in (err := capfd.readouterr().err) and err.count("\n") == 1
 
 
 # Processes and directories

@@ -235,7 +235,7 @@ def test_without_a_compiler_nothing_is_compiled(tried, monkeypatch):
     ([], ["cpu", "cuda", "cuda"]), (["--no-cuda"], ["cpu", "cpu"]), (["--cuda"], ["cuda", "cuda"])])
 def test_a_gpu_is_tried_where_there_is_one(tried, monkeypatch, capsys, flags, devices):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(candidates, "dry_run", lambda job: None)
+    monkeypatch.setattr(candidates, "dry_run", lambda job: (None, {}))
     plan.run(["--seeds", "2", "--no-compile", "--precision", "fp32", *flags])
     assert [job.device for job in tried] == devices
     assert [len(job.seeds) for job in tried if job.device == "cuda"] in ([], [2, 1])
@@ -349,7 +349,7 @@ def test_bad_input_is_one_line(tried, capsys, tmp_path, argv, words):
 
 
 def test_a_plan_in_which_nothing_works_is_one_line(tried, monkeypatch, capsys):
-    monkeypatch.setattr(candidates, "dry_run", lambda job: None)
+    monkeypatch.setattr(candidates, "dry_run", lambda job: (None, {}))
     assert run(["--env", TARGET, "--backend", "envpool"]) == 2
     err = capsys.readouterr().err
     assert err == "error: no plan works: envpool has no such environment\n"

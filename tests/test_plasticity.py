@@ -27,7 +27,7 @@ WIDTH = 16  # of the tests' networks
 
 def networks(agent):
     """-> hidden layers and copies of each network that is measured."""
-    deep = hasattr(agent.qf.mlp, "layers") if hasattr(agent, "qf") else False
+    deep = hasattr(agent, "qf") and type(agent.qf.mlp).__name__ == "BroNet"
     counts = {"actor": (2, 1), "qf": (3 if deep else 2, 2), "critic": (2, 1)}
     return {name: count for name, count in counts.items() if hasattr(agent, name)}
 

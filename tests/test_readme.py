@@ -349,9 +349,11 @@ def test_a_results_settings_are_its_commands_and_can_be_taken(name):
         assert getattr(taken[0], option) == getattr(command[0], option), option
 
 
-# Lines changed, measured. Each misses its goal in house.FORKS (40, 90, 60, 120), since the losses
-# stand in stanzas with a heading each; a change that adds to one of them fails here.
-COSTS = {("sac", "droq"): 46, ("sac", "crossq"): 96, ("crossq", "bro"): 67, ("crossq", "cem"): 141}
+# Lines changed, measured. Each misses its goal in house.FORKS (40, 90, 60, 120, 140): the losses
+# stand in stanzas with a heading each, and XQC has parts of its own: the projection, the rewards'
+# scale, targets of several steps, held noise. A change that adds to one of them fails here.
+COSTS = {("sac", "droq"): 46, ("sac", "crossq"): 96, ("crossq", "bro"): 67, ("crossq", "cem"): 142,
+         ("crossq", "xqc"): 273}
 
 
 @pytest.mark.skipif(shutil.which("diff") is None, reason="no diff")

@@ -299,7 +299,10 @@ def test_every_reference_is_published_or_gymnasiums():
     ("ppo", "HalfCheetah-v4", 100_000, [-41]), ("sac", "Walker2d-v4", 1_000_000, [4536]),
     ("crossq", "Humanoid-v4", 300_000, [9039]), ("flashsac", "Humanoid-v4", 1_000_000, [12606]),
     ("bro", "Hopper-v4", 300_000, [1138, 1250]), ("droq", "Ant-v4", 100_000, [1365]),
-    ("sac", "BipedalWalker-v3", 500_000, [198, 298]), ("sac", "Pendulum-v1", 20_000, [-157])])
+    ("sac", "BipedalWalker-v3", 500_000, [198, 298]), ("sac", "Pendulum-v1", 20_000, [-157]),
+    ("xqc", "Hopper-v4", 100_000, [2828]), ("dr_q", "Walker2d-v4", 300_000, [3670]),
+    ("td3_fork", "BipedalWalker-v3", 1_000_000, [297]),
+    ("td3_fork", "BipedalWalkerHardcore-v3", 500_000, [171])])
 def test_published_points_are_as_published(algorithm, environment, steps, means):
     assert [row.mean for row in published.points(algorithm, environment)
             if row.steps == steps] == means

@@ -13,9 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.agent import load_agent, restore_state
-from lab.envs.base import EVALUATION, TRAINING, Finished
+from lab.envs.base import Finished
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
+from lab.envs.shard import EVALUATION, TRAINING
 from lab.envs.spec import probe
 from lab.errors import UserError
 from lab.training import checkpoint, loop
@@ -478,6 +479,23 @@ def test_a_second_interrupt_ends_at_once_without_a_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(job, interrupt_at(45, twice))
     assert after == ["the first was noted"] and checkpoint.load_latest(job.checkpoints) is None
+
+
+def test_an_interrupt_that_the_shell_ignores_is_ignored(tmp_path):
+    """As in a script's `command &`: the run is finished, not ended in silence."""
+    job, before = make_job(run=str(tmp_path)), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(job, interrupt_at(45, lambda: signal.raise_signal(signal.SIGINT)))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint.load_latest(job.checkpoints)["step"] == 100
+
+
+def test_an_interrupted_job_is_no_finished_one_whatever_the_handler_does(tmp_path):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_job(), interrupt_at(45, lambda: signal.raise_signal(signal.SIGTERM)))
 
 
 def test_tensorboard_shows_each_step_of_an_interrupted_job_once(tmp_path):

@@ -18,8 +18,7 @@ from PIL import Image
 
 from lab import train as script
 from lab.agent import build_agent, restore_state
-from lab.envs.base import EVALUATION
-from lab.envs.shard import seed_of
+from lab.envs.shard import EVALUATION, seed_of
 from lab.envs.spec import make_one, probe
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from lab.envs.shard import StepRules
 from lab.envs.spec import EnvSpec
 
-TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
 TORCH = "torch/"  # id prefix of the environments written in torch
 
 
@@ -60,7 +60,7 @@ class VecEnvConfig(NamedTuple):
 class VectorEnvs:
     """Base class of the backends. `shape`: (S, N). `groups`: slices of N that step in turn.
     `broken`: index of a seed -> the first value from its environments that was not finite; known
-    after a step, in torch after finished()."""
+    after a step, in torch after finished(). `cut`: whether the next step truncates all episodes."""
 
     spec: EnvSpec
 
@@ -69,6 +69,7 @@ class VectorEnvs:
         self.shape = len(config.seeds), config.num_envs
         self.groups = [slice(None)]
         self.broken: dict[int, str] = {}
+        self.cut = False
 
     def reset(self, *stream: int) -> torch.Tensor:
         """-> obs (S, N, O). Seeds each environment with its seed, `stream` and its index n."""
@@ -98,6 +99,11 @@ class VectorEnvs:
     def can_restore_exactly(self) -> bool | None:
         """Whether load_state_dict would restore the running episodes; None: not known yet."""
         return True
+
+    def lend(self, *stream: int) -> AbstractContextManager[None]:
+        """Within the context, an evaluation uses these environments. Then new episodes start,
+        seeded from `stream`; their first observations replace the last transition's obs."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Free the environments' resources; may be called twice."""

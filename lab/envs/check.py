@@ -10,21 +10,24 @@ import gymnasium
 import numpy as np
 
 from lab.envs.generators import generator_states, kept_generators, seed_generators
-from lab.envs.spec import EnvSpec, code_error, make_one, spec_of
+from lab.envs.spec import EnvSpec, code_error, make_one, renew_box2d_world, spec_of
 from lab.errors import UserError, first_line
 
 DRY_STEPS = 10
 
 
-def dry_run(env_id: str, env_kwargs: Sequence[str] = ()) -> tuple[EnvSpec, list[str]]:
+def dry_run(env_id: str, env_kwargs: Sequence[str] = (), several: bool = True
+            ) -> tuple[EnvSpec, list[str]]:
     """Run an environment twice, with the same seed and random actions -> its spec, warnings.
-    UserError says what it returned and what it should return; CodeError where it raised."""
+    UserError says what it returned and what it should return, or that `several` cannot exist at a
+    time; CodeError where it raised."""
     with contextlib.chdir(os.curdir), kept_generators():
         env = make_one(env_id, env_kwargs)
         try:
             spec = spec_of(env, env_id)
             warnings = check_twice(env, spec)
-            check_second_instance(env_id, env_kwargs)
+            if several:
+                check_second_instance(env_id, env_kwargs)
         except BaseException:
             with contextlib.suppress(Exception):
                 env.close()
@@ -46,17 +49,20 @@ def check_twice(env: gymnasium.Env, spec: EnvSpec) -> list[str]:
     second = rollout(env, spec)
     differs = (first != second).any(1)
     if differs.any():
-        step = int(differs.argmax())
+        episode, step = divmod(int(differs.argmax()), DRY_STEPS + 1)
+        which = ("after an episode with seed 0, the next ones (reset without a seed)" if episode
+                 else "two episodes with seed 0 and the same actions")
         where = f"at step {step}" if step else "in their first observations"
-        warnings.append(f"{spec.id} is not reproducible: two episodes with seed 0 and the same "
-                        f"actions differ {where}; another run with the same seeds gives other "
-                        "results")
+        warnings.append(f"{spec.id} is not reproducible: {which} differ {where}; another run with "
+                        "the same seeds gives other results")
     return warnings
 
 
 def rollout(env: gymnasium.Env, spec: EnvSpec) -> np.ndarray:
-    """A seeded reset and random steps, all checked -> rows (DRY_STEPS + 1, O + 1): obs, reward."""
+    """A seeded reset and random steps, then a reset without a seed and steps, all checked
+    -> rows (2 * (DRY_STEPS + 1), O + 1): obs, reward."""
     def reset(seed: int | None = None) -> Any:
+        renew_box2d_world(env)
         try:
             result = env.reset(seed=seed)
         except Exception as error:
@@ -67,14 +73,7 @@ def rollout(env: gymnasium.Env, spec: EnvSpec) -> np.ndarray:
         check_reset(spec.id, spec.obs_dim, result)
         return result[0]
 
-    generator = np.random.default_rng(0)
-    low, high = np.array(spec.action_low), np.array(spec.action_high)
-    bounded = np.isfinite(high - low)
-    rows = [np.array([*reset(seed=0), 0])]
-    for _ in range(DRY_STEPS):
-        action = np.clip(generator.normal(size=low.shape), low, high)
-        uniform = generator.uniform(np.where(bounded, low, 0), np.where(bounded, high, 1))
-        action = np.where(bounded, uniform, action).astype(env.action_space.dtype)
+    def step(action: np.ndarray) -> Any:
         try:
             result = env.step(action)
         except Exception as error:
@@ -83,10 +82,22 @@ def rollout(env: gymnasium.Env, spec: EnvSpec) -> np.ndarray:
                                 f"truncated, info): {error}") from error
             raise code_error(f"{spec.id}: step failed", error) from error
         check_step(spec.id, spec.obs_dim, result)
-        obs, reward, terminated, truncated, _ = result
-        rows.append(np.array([*obs, reward]))
-        if terminated or truncated:
-            reset()
+        return result
+
+    generator = np.random.default_rng(0)
+    low, high = np.array(spec.action_low), np.array(spec.action_high)
+    bounded = np.isfinite(high - low)
+    rows = []
+    for seed in (0, None):
+        rows.append(np.array([*reset(seed), 0]))
+        for _ in range(DRY_STEPS):
+            action = np.clip(generator.normal(size=low.shape), low, high)
+            uniform = generator.uniform(np.where(bounded, low, 0), np.where(bounded, high, 1))
+            action = np.where(bounded, uniform, action).astype(env.action_space.dtype)
+            obs, reward, terminated, truncated, _ = step(action)
+            rows.append(np.array([*obs, reward]))
+            if terminated or truncated:
+                reset()
     return np.array(rows)
 
 
@@ -96,8 +107,9 @@ def check_second_instance(env_id: str, env_kwargs: Sequence[str]) -> None:
         env = make_one(env_id, env_kwargs)
     except UserError as error:
         reason = error.__cause__ or error
-        raise UserError(f"{env_id} cannot be made twice at a time, as training and evaluation "
-                        f"need: {type(reason).__name__}: {first_line(reason)}") from error
+        raise UserError(f"{env_id} cannot be made twice at a time: {type(reason).__name__}: "
+                        f"{first_line(reason)}; use --eval-env same, with one seed and one "
+                        "environment per process") from error
     close(env, env_id)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from lab.accelerate import physical_cores
-from lab.envs.base import TRAINING, Transition, VecEnvConfig
+from lab.envs.base import Transition, VecEnvConfig
 from lab.envs.host import HostEnvs
+from lab.envs.shard import TRAINING
 from lab.envs.spec import spec_of
 from lab.errors import UserError
 
@@ -47,6 +48,7 @@ class EnvpoolEnvs(HostEnvs):
         self.pool = self._make([int(e.generate_state(1)[0] >> 1) for e in entropy])  # fits int32
         self.rows[:] = self.running[:] = self.sums[:] = 0
         self.rows[:, self.spec.obs_dim : -3] = self.pool.reset()[0]
+        self.note_broken()
         return self.transition().obs
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:

@@ -7,20 +7,21 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 
-from lab.envs.base import TRAINING, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.base import Finished, Transition, VecEnvConfig, VectorEnvs, summary
 from lab.envs.generators import kept_generators
 from lab.envs.shard import (
     REPLAY_ACTIONS,
     RESET,
     RESTORE_START,
     SEEDED,
+    TRAINING,
     UNKNOWN,
     EnvShard,
     handle_command,
@@ -57,6 +58,8 @@ class HostEnvs(VectorEnvs):
         longest = min(HISTORY_STEPS, HISTORY_BYTES // self.actions.nbytes)
         self.history: deque[np.ndarray] = deque(maxlen=longest)
         self.sums = np.zeros((3, self.shape[0]))  # count, returns, lengths of finished episodes
+        self.end_flags = np.zeros_like(self.rows)  # 1 in the columns of the ends
+        self.end_flags[:, -2:] = 1
         pinned = self.device.type == "cuda"
         self.staged = torch.zeros(self.rows.shape, pin_memory=pinned) if pinned else None
 
@@ -64,6 +67,7 @@ class HostEnvs(VectorEnvs):
         self.rows[:] = self.sums[:] = self.ages[:] = 0
         self.history.clear()
         self.command(bytes([RESET]) + json.dumps(stream or (TRAINING,)).encode())
+        self.note_broken()
         return self.transition().obs
 
     def put_actions(self, actions: torch.Tensor, rows: Any = slice(None)) -> None:
@@ -76,8 +80,12 @@ class HostEnvs(VectorEnvs):
         """Update history and episode statistics after a step of all environments."""
         self.history.append(self.actions.copy())
         self.ages += 1
-        ended = self.rows[:, -2] + self.rows[:, -1] > 0
-        if ended.any():
+        # one product tells the number of ends and whether all is finite: 0 times NaN is NaN
+        ends = np.vdot(self.rows, self.end_flags)
+        if ends != ends:
+            self.note_broken()
+        if ends:  # NaN as well
+            ended = self.rows[:, -2] + self.rows[:, -1] > 0
             self.ages[ended] = 0
             longest = self.ages.max()
             while len(self.history) > longest:
@@ -87,30 +95,28 @@ class HostEnvs(VectorEnvs):
             # not a product with the mask: a stale return may be NaN
             finished = np.where(ended[:, None], finished, 0)
             self.sums += finished[order].reshape(*self.shape, 3).sum(1).T
-        return self.transition()
+        t = self.transition()
+        return t._replace(truncations=1 - t.terminations) if self.cut else t
 
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
-        # twice as fast as isfinite; a sum that overflows costs a look at the values
-        if not math.isfinite(np.add.reduce(self.rows.ravel())):
-            self._note_broken()
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
         # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
         rows = rows.to(self.device, non_blocking=True)
         O = self.spec.obs_dim
         next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
         rewards, terminations, truncations = flags.unbind(-1)
+        self.obs = obs
         return Transition(next_obs, rewards, terminations, truncations, obs)
 
-    def _note_broken(self) -> None:
-        O, N = self.spec.obs_dim, self.shape[1]
-        for position, row in enumerate(self.order.tolist()):
-            values = self.rows[row]
-            wrong = np.flatnonzero(~np.isfinite(values))
-            if len(wrong):
-                column = int(wrong[0])
-                name = f"observation[{column % O}]" if column < 2 * O else "reward"
-                self.broken.setdefault(position // N, f"{name} = {values[column]}")
+    def note_broken(self) -> None:
+        """Note each seed's first value that is not finite."""
+        O, rows = self.spec.obs_dim, self.rows[self.order.numpy()]
+        wrong = ~np.isfinite(rows)
+        for place in np.flatnonzero(wrong.any(1)).tolist():
+            column = int(wrong[place].argmax())
+            name = f"observation[{column % O}]" if column < 2 * O else "reward"
+            self.broken.setdefault(place // self.shape[1], f"{name} = {rows[place, column]}")
 
     def finished(self) -> list[Finished]:
         sums, self.sums = self.sums, np.zeros_like(self.sums)
@@ -149,6 +155,7 @@ class HostEnvs(VectorEnvs):
         self.ages[:] = np.where(lost, 0, ages)
         self.history.clear()
         self.history.extend(past)
+        self.note_broken()
         return self.transition().obs, int(lost.sum())
 
     def can_restore_exactly(self) -> bool | None:
@@ -166,6 +173,12 @@ class HostEnvs(VectorEnvs):
         with (contextlib.chdir(os.curdir), kept_generators(),
               contextlib.closing(SyncEnvs(config)) as twin):
             return twin.load_state_dict(part)[1] == 0
+
+    @contextlib.contextmanager
+    def lend(self, *stream: int) -> Iterator[None]:
+        obs, self.cut = self.obs, False
+        yield
+        obs.copy_(self.reset(*stream))  # in place: the training loop holds it
 
     def row_keys(self) -> list[tuple[int, int]]:
         """(seed, n) of each row."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from lab.envs.check import check_reset, check_step
 from lab.envs.generators import seed_generators
-from lab.envs.spec import make_one
+from lab.envs.spec import make_one, renew_box2d_world
 
+TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
 # first byte of a command; any other byte is the number of a group to step
 RESET, RESTORE_START, REPLAY_ACTIONS = 255, 254, 253
 
@@ -44,10 +45,12 @@ class EnvShard:
         self.obs_dim = (rows.shape[1] - 3) // 2
         self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
         self.running = [[0.0, 0] for _ in env_keys]  # return and frames of the running episode
+        self.stream = TRAINING
 
     def reset(self, stream: Sequence[int]) -> None:
         """Reset all environments, seeded with seed, stream and n; writes obs. Later resets are not
-        seeded and continue the environment's random stream."""
+        seeded and continue the environment's random stream. Rewards of EVALUATION are raw."""
+        self.stream = stream[0]
         if self.env_keys:
             seed_generators([self.env_keys[0][0], *stream, self.env_keys[0][1]])
         for i, (seed, n) in enumerate(self.env_keys):
@@ -56,12 +59,15 @@ class EnvShard:
     def step(self, indices: Sequence[int] | None = None) -> None:
         """Step these environments; None: all. UserError if one returns something unexpected."""
         O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
-        shape = (O,)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
         which: Any = range(len(self.envs)) if indices is None else indices
+        if not len(which):
+            return
         result: Any = None
         repeat, clip, failure_below = self.rules
+        if self.stream == EVALUATION:
+            clip = None
         try:
             for i in which:
                 env, action, running = self.envs[i], actions[i], self.running[i]
@@ -76,15 +82,15 @@ class EnvShard:
                         self.returns[i] = running
                         fresh.append(i)
                         break
-                if getattr(obs, "shape", None) != shape:
+                if len(obs) != O:  # numpy would spread a shorter one; others are a ValueError
                     self._check(result)
                 self.rows[i, :O] = obs
                 if terminated and failure_below is not None:
                     terminated, truncated = reward < failure_below, True
                 outcomes.append((sum(rewards[1:], rewards[0]), terminated,
                                  truncated and not terminated))
-            ends = np.array(outcomes).reshape(-1, 3)  # outcomes may be empty
-            if ends.dtype == object or len(ends) != len(outcomes):  # a None would become NaN
+            ends = np.array(outcomes)
+            if ends.ndim != 2 or ends.dtype.char == "O":  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
             if result is not None:
@@ -190,14 +196,3 @@ def recall(env: gymnasium.Env, words: Sequence[int]) -> int | None:
             "state": {"state": high * WORD + low, "inc": inc_high * WORD + inc_low}}
         env.unwrapped.np_random = np.random.Generator(generator)
     return rest[0] if kind == SEEDED else None
-
-
-def renew_box2d_world(env: gymnasium.Env) -> None:
-    """BipedalWalker reuses one b2World, whose contact caches leak into the next episode (gymnasium
-    issue 728). With a new world, an episode depends only on the random state."""
-    walker: Any = env.unwrapped
-    if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
-        from Box2D import b2World
-
-        walker._destroy()
-        walker.world = b2World()

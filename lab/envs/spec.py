@@ -170,6 +170,17 @@ def redirect_mujoco_warnings() -> None:
     mujoco.set_mju_user_warning(warn)
 
 
+def renew_box2d_world(env: gymnasium.Env) -> None:
+    """BipedalWalker reuses one b2World, whose contact caches leak into the next episode (gymnasium
+    issue 728). With a new world, an episode depends only on the random state."""
+    walker: Any = env.unwrapped
+    if type(walker).__module__ == "gymnasium.envs.box2d.bipedal_walker":
+        from Box2D import b2World
+
+        walker._destroy()
+        walker.world = b2World()
+
+
 def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
     """UserError unless both spaces are one-dimensional Boxes."""
     obs_space, action_space = env.observation_space, env.action_space

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lab.accelerate import Accelerator
 from lab.envs import torch_tasks
-from lab.envs.base import TORCH, TRAINING, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.base import TORCH, Finished, Transition, VecEnvConfig, VectorEnvs, summary
+from lab.envs.shard import TRAINING
 from lab.envs.spec import EnvSpec, import_prefix
 from lab.errors import UserError
 

@@ -19,8 +19,10 @@ import torch
 
 from lab.accelerate import Accelerator, CudaGraph
 from lab.agent import build_agent
-from lab.envs.base import TRAINING, VectorEnvs
+from lab.envs.base import VectorEnvs
+from lab.envs.shard import TRAINING
 from lab.errors import UserError
+from lab.matmul import computed_by
 from lab.training.evaluation import ENDLESS, evaluate
 from lab.training.job import Emit, Job, agent_steps, make_evaluation, make_training
 from lab.training.processes import Processes
@@ -62,7 +64,7 @@ class Cost:
         a run (bench/results/checkpoints.json)."""
         steps = math.ceil(job.steps / job.steps_per_act)
         early = min(self.early_steps, steps)
-        evaluations = math.ceil(job.steps / job.eval_every)
+        evaluations = job.eval_rounds * math.ceil(job.steps / job.eval_every)
         return (self.build + self.compile + early * self.early_step
                 + (steps - early) * (self.step + self.update / self.period)
                 + evaluations * self.evaluation)
@@ -112,11 +114,14 @@ def measure(job: Job, emit: Emit) -> None:
     since the last message: {"steps", "updates"} as counts, {"stepping", "updating"} in seconds."""
     emit({})
     start_time = time.perf_counter()
-    training, evaluation = make_training(job), make_evaluation(job)
-    with contextlib.closing(training), contextlib.closing(evaluation):
+    training = make_training(job)
+    evaluation = make_evaluation(job, training)
+    with (contextlib.closing(training), contextlib.closing(evaluation or training),
+          computed_by(job.fp32_library)):
         loop = Loop(job, training)
         build = time.perf_counter() - start_time
-        compiling, evaluating = sample_evaluation(loop.agent, evaluation)
+        compiling, evaluating = (sample_evaluation(loop.agent, evaluation) if evaluation
+                                 else (0.0, 0.0))
         emit({"cost": loop.warm_up(build, compiling, evaluating)})
         while True:
             loop.done.clear()

@@ -23,6 +23,7 @@ from lab.accelerate import can_compile, physical_cores, prepare_process
 from lab.envs.base import is_torch
 from lab.envs.make import choose_backend
 from lab.errors import UserError
+from lab.matmul import Products
 from lab.options import (
     SCRIPTS,
     Options,
@@ -33,7 +34,7 @@ from lab.options import (
     resolve_defaults,
 )
 from lab.plan import benchmark
-from lab.training.job import dry_run, make_jobs
+from lab.training.job import choose_fp32_library, dry_run, make_jobs
 from lab.training.recorder import processor
 
 BUDGET = 48.0  # seconds to measure in; imports, clean-up and the table take the rest of a minute
@@ -105,8 +106,10 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
     # each backend leaves a different number of cores
     if isinstance(options, Vectorised) and isinstance(resolved, Vectorised):
         resolved = dataclasses.replace(resolved, threads=options.threads)
-    for job in make_jobs(resolved, config, 1, None):
-        dry_run(job)
+    jobs, products = make_jobs(resolved, config, 1, None), Products()
+    for job in jobs:
+        products.update(dry_run(job)[1])
+    resolved = choose_fp32_library(resolved, jobs, products)
     dry_run_seconds = time.perf_counter() - start_time
     rows, skipped = list[Row](), list[str]()
     needs = {False: MIN_SECONDS, True: MIN_SECONDS}  # expected seconds: eager, compiled
@@ -128,6 +131,8 @@ def measure(options: Options, config: dict[str, Any], argv: Sequence[str]) -> Op
         print(f"{describe(candidate)}: {outcome}", flush=True)
     best, fast = fastest(rows, options), min(rows, key=lambda row: row.seconds)
     show(rows, best, skipped, options)
+    if resolved.fp32_library:
+        print(f"library for fp32 products on the CPU: {resolved.fp32_library}")
     if fast.seconds < best.seconds:
         print("faster in bf16, which --plan does not choose for you because it rounds the matrix "
               f"products (docs/results.md):\n  {command(fast.options, options, argv)}")

@@ -14,9 +14,10 @@ from lab.training import recorder
 Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
 
 
-def final_returns(group: Path, seeds: Sequence[int], steps: int) -> dict[int, float]:
-    """The last evaluation return of each seed that reached `steps`."""
-    curves = read_curves(group, seeds, "return/eval")
+def final_returns(group: Path, seeds: Sequence[int], steps: int, tag: str = "return/eval"
+                  ) -> dict[int, float]:
+    """The last return of each seed that reached `steps`."""
+    curves = read_curves(group, seeds, tag)
     return {seed: curve[-1][1] for seed, curve in curves.items() if curve and curve[-1][0] >= steps}
 
 
@@ -42,7 +43,8 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Fitted:
     return Fitted(result)
 
 
-def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -> None:
+def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str,
+                         ylabel: str = "evaluation return") -> None:
     """One panel per environment."""
     import matplotlib
 
@@ -54,7 +56,7 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str) -
     for axis, (env_id, by_seed) in zip(axes[0], curves.items(), strict=True):
         draw_curve(axis, by_seed, "tab:blue")
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
-                 ylabel="evaluation return")
+                 ylabel=ylabel)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{recorder.printable(title)} (thin: seeds; thick: mean; band: 95% t interval)")
     figure.savefig(path, dpi=110)

@@ -2,7 +2,8 @@
 
 `environment` is the full id: v4 and v5 of a task are different environments. `algorithm` is the
 stem of an agent's file, or `reference` or `random` for the returns with normalised score 1 and 0.
-`mean` is an evaluation return at `steps`; `steps` is 0 if the return does not depend on training.
+`mean` is an evaluation return at `steps`, unless `source` says otherwise; `steps` is 0 if the
+return does not depend on training.
 """
 
 import csv

@@ -21,7 +21,7 @@ from lab.training import recorder
 
 # Options that change learning or evaluation, besides the agent's settings; older runs lack some
 SHARED = {"clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
-          "action_repeat": 1, "failure_below": None}
+          "action_repeat": 1, "failure_below": None, "eval_env": "own"}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
@@ -156,7 +156,8 @@ def add_run(method: Method, folder: Path) -> None:
         if number in result.seeds:
             raise UserError(f"{method.name!r} has seed {number} of {environment} twice: it is also "
                             f"in {folder}")
-        seed = result.seeds[number] = read_seed(path)
+        tag = recorder.reported_return(options.get("eval_env", ""))
+        seed = result.seeds[number] = read_seed(path, tag)
         result.planned = max(result.planned, options.get("steps", seed.reached))
     settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
     if options:
@@ -168,9 +169,11 @@ def add_run(method: Method, folder: Path) -> None:
 
 
 def label(environment: str, options: dict[str, Any]) -> str:
-    """The id with its --env-kwargs: other kwargs make another environment."""
+    """The id with its --env-kwargs, since other kwargs make another environment, and whether the
+    returns are those of training, since they are not comparable."""
     words = options.get("env_kwargs")
-    return f"{environment} ({' '.join(words)})" if words else environment
+    environment += f" ({' '.join(words)})" if words else ""
+    return environment + " (training returns)" * (options.get("eval_env") == "none")
 
 
 def changes(options: Mapping[str, Any]) -> list[str]:
@@ -194,15 +197,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     try:
         content = json.loads(path.read_text())
-        return {"agent": "", **content["options"]}, dict(content["config"])
+        return {"agent": "", "eval_env": "own", **content["options"]}, dict(content["config"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's config.json: {error!r}") from error
 
 
-def read_seed(path: Path) -> Seed:
-    rows = list(read_rows(path))
+def read_seed(path: Path, tag: str) -> Seed:
+    rows = list(read_rows(path, tag))
     gaps = [max(0.0, now - before)
             for (_, before, _), (_, now, _) in itertools.pairwise(rows)]
     usual = statistics.median(gaps) if gaps else 0.0
@@ -218,9 +221,9 @@ def read_seed(path: Path) -> Seed:
     return Seed(curve, rows[-1][0] if rows else 0, paused)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, float, float | None]]:
-    """-> step, wall time, evaluation return or None. UserError if a row is invalid. An incomplete
-    last line, after a kill or while it is being written, is skipped."""
+def read_rows(path: Path, tag: str) -> Iterator[tuple[int, float, float | None]]:
+    """-> step, wall time, return or None. UserError if a row is invalid. An incomplete last line,
+    after a kill or while it is being written, is skipped."""
     try:
         lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -230,9 +233,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, float, float | None]]:
             return
         try:
             row = json.loads(line)
-            value = float(row["return/eval"]) if "return/eval" in row else None
+            value = float(row[tag]) if tag in row else None
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"return/eval {value}")
+                raise ValueError(f"{tag} {value}")
             yield int(row["step"]), float(row["wall_time"]), value
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}, is not a row of metrics: {error!r}") from error

@@ -25,6 +25,7 @@ def find(methods: Sequence[Method]) -> list[str]:
         for run in method.runs:
             found += [f"{method.name} was {change} ({run.folder}); returns are raw"
                       for change in changes(run.options)]
+            found += evaluated_elsewhere(method, run)
             found += tuned_on(method, run)
     return found
 
@@ -65,6 +66,16 @@ def different_settings(method: Method) -> Iterator[str]:
             json.dumps(settings[name]) for settings in given if name in settings))
         if len(values) > 1:
             yield f"{method.name} pools runs with different {name}: {', '.join(values)}"
+
+
+def evaluated_elsewhere(method: Method, run: Run) -> Iterator[str]:
+    """Not in environments of their own."""
+    if run.options.get("eval_env") == "none":
+        yield (f"{method.name} was not evaluated ({run.folder}): its returns are those of training "
+               "episodes, with exploration")
+    elif run.options.get("eval_env") == "same":
+        yield (f"{method.name} was evaluated in the environments of training ({run.folder}), whose "
+               "episodes were truncated for it")
 
 
 class Study(NamedTuple):

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from lab.envs.base import EVALUATION, VectorEnvs
+from lab.envs.base import VectorEnvs
 from lab.envs.generators import kept_generators
+from lab.envs.shard import EVALUATION
 from lab.errors import UserError
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N) each: returns so far, still running

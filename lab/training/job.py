@@ -6,13 +6,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from lab.accelerate import check_device
+from lab import matmul
+from lab.accelerate import check_device, physical_cores
 from lab.agent import check_contract
 from lab.envs import check
 from lab.envs.base import VectorEnvs
@@ -24,6 +25,7 @@ from lab.training.recorder import group_folder, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Job:
     log_every: int
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
     eval_episodes: int = 5  # per seed and evaluation
+    eval_env: str = "own"  # own, same: training's, none
     num_envs: int = 1
     backend: str | None = None  # None: torch for a torch/ id, else sync
     workers: int | None = None  # processes or threads of the backend; None: physical cores
@@ -47,6 +50,7 @@ class Job:
     device: str = "cpu"
     compile: bool = False
     precision: str = "fp32"
+    fp32_library: matmul.Library = matmul.BLAS
     action_repeat: int = 1  # environment steps of each action, see StepRules
     # in training only, not in evaluation
     clip_reward: tuple[float, float] | None = None
@@ -76,6 +80,20 @@ class Job:
         return "sync" if self.backend == "workers" else self.backend
 
 
+    @property
+    def eval_rounds(self) -> int:
+        """How often an evaluation resets its environments."""
+        return math.ceil(self.eval_episodes / self.num_envs) if self.eval_env == "same" else 1
+
+    @property
+    def instances(self) -> int:
+        """Environments that exist at a time in one process."""
+        training = len(self.seeds) * self.num_envs
+        if self.backend == "workers":
+            training = math.ceil(training / (self.workers or physical_cores()))
+        return training + (len(self.seeds) * self.eval_episodes if self.eval_env == "own" else 0)
+
+
 def make_training(job: Job) -> VectorEnvs:
     return make_envs(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
@@ -84,7 +102,9 @@ def make_training(job: Job) -> VectorEnvs:
         env_kwargs=job.env_kwargs)
 
 
-def make_evaluation(job: Job) -> VectorEnvs:
+def make_evaluation(job: Job, training: VectorEnvs) -> VectorEnvs | None:
+    if job.eval_env != "own":
+        return training if job.eval_env == "same" else None
     return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device,
                      action_repeat=job.action_repeat, env_kwargs=job.env_kwargs)
 
@@ -119,7 +139,9 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
-        device=device, compile=options.compile, precision=options.precision,
+        eval_env=options.eval_env, device=device, compile=options.compile,
+        precision=options.precision,
+        fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
         action_repeat=options.action_repeat, clip_reward=options.clip_reward,
         failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
@@ -157,18 +179,34 @@ def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list
     return [tuple(seeds[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def dry_run(job: Job) -> EnvSpec:
-    """Run the environment for some random steps, and the agent on random observations up to its
-    first update -> the environment's spec. Prints warnings. UserError if the environment or the
-    agent fails; writes no files. On the CPU if only the nodes of a cluster have a GPU."""
+def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
+    """Run the environment for some random steps, and the agent on constant observations up to its
+    first update -> the environment's spec, the update's matrix products. Prints warnings. UserError
+    if the environment or the agent fails; writes no files. Where only the nodes of a cluster have a
+    GPU, it runs on the CPU."""
     device = job.device if torch.cuda.is_available() else "cpu"
     if choose_backend(job.env_id, job.eval_backend) == "sync":
-        spec, warnings = check.dry_run(job.env_id, job.env_kwargs)
+        spec, warnings = check.dry_run(job.env_id, job.env_kwargs, job.instances > 1)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:
         stack = make_envs(job.env_id, [0], 1, job.eval_backend, device)
         with contextlib.closing(stack) as one:
             spec = one.spec
-    check_contract(job.agent_path, job.config, spec, job.num_envs, device)
-    return spec
+    products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
+    return spec, products
+
+
+def choose_fp32_library(options: AnyOptions, jobs: Sequence[Job], products: matmul.Products
+                        ) -> AnyOptions:
+    """The options with the library for the fp32 products of all the jobs: on a CPU the given one,
+    or else the faster exact one. On a cluster it is BLAS, since processors may differ. UserError if
+    the given one rounds here."""
+    if not fp32_on_cpu(options) or getattr(options, "engine", "local") == "ray":
+        return options
+    library = matmul.choose(products, options.fp32_library, jobs[0].threads)
+    return replace(options, fp32_library=library)
+
+
+def fp32_on_cpu(options: Options) -> bool:
+    return options.precision == "fp32" and not options.cuda

@@ -1,7 +1,9 @@
 """Logging, evaluation and checkpoints of a run, kept out of the loop in loop.py."""
 
 import math
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import torch
 
 from lab.accelerate import Accelerator
 from lab.agent import restore_state, save_state
-from lab.envs.base import TRAINING, VectorEnvs
+from lab.envs.base import VectorEnvs
+from lab.envs.shard import TRAINING
 from lab.errors import UserError
 from lab.training import checkpoint, plasticity
 from lab.training.evaluation import evaluate
 from lab.training.job import Emit, Job, make_evaluation
-from lab.training.recorder import SeedRecorder
+from lab.training.recorder import SeedRecorder, reported_return
 
 CHECKPOINT_SECONDS = 300
 DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # these may be NaN without failing the seed
@@ -41,17 +44,21 @@ class TrainLogger:
 
     def __init__(self, job: Job, accelerate: Accelerator, training: VectorEnvs, emit: Emit):
         self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
-        self.evaluation = make_evaluation(job)
+        self.evaluation = make_evaluation(job, training)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.updated = False  # whether there was an update since plasticity was measured
         self.failed: set[int] = set()
-        self.last_eval: list[float] = []
+        self.last_eval: Sequence[float | None] = []
+        # without evaluation, of the episodes since it would have been due: number, sum of returns
+        self.recent = [[0.0, 0.0] for _ in job.seeds]
         self.clock = self.last_emit = self.saved = time.perf_counter()
-        self.restore_checked = False  # whether can_restore_exactly() has given an answer
+        # whether can_restore_exactly(), which makes an environment, has given an answer
+        self.restore_checked = job.eval_env != "own"
         self.logged_step = self.logged_updates = 0
         self.speed: dict[str, float] = {}
         self.notes: dict[str, list[str]] = {}  # for the next message, then empty
+        self.cut_before_evaluation(0)
 
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
         """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
@@ -72,6 +79,8 @@ class TrainLogger:
         restore_state(agent, state["agent"])
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.metrics, self.logged_step = state["metrics"], step
+        self.recent = state.get("recent", self.recent)
+        self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
         if step >= self.job.steps:
@@ -92,17 +101,16 @@ class TrainLogger:
 
     def _settings(self) -> dict[str, str]:
         others = ("env_id", "seeds", "num_envs", "precision", "action_repeat", "clip_reward",
-                  "failure_below", "env_kwargs")
+                  "failure_below", "env_kwargs", "eval_env")
         return {name: repr(value) for name, value in (
             self.job.config | {name: getattr(self.job, name) for name in others}).items()}
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """Call after every environment step."""
-        job, end = self.job, step >= self.job.steps
+        job, end, evaluating = self.job, step >= self.job.steps, self.evaluates(step)
         self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
-        evaluating = end or due(step, job.eval_every, job.steps_per_act)
         if evaluating or due(step, job.log_every, job.steps_per_act):
             self.write_rows(step, agent, evaluating)
         elif time.perf_counter() - self.last_emit > 1:
@@ -113,6 +121,30 @@ class TrainLogger:
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
         if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
+        self.cut_before_evaluation(step)
+
+    def evaluates(self, step: int) -> bool:
+        return step >= self.job.steps or due(step, self.job.eval_every, self.job.steps_per_act)
+
+    def cut_before_evaluation(self, step: int) -> None:
+        """An evaluation in the environments of training truncates their episodes."""
+        self.training.cut = (self.evaluation is self.training
+                             and self.evaluates(step + self.job.steps_per_act))
+
+    def mean_returns(self, step: int, agent: Any) -> Sequence[float | None]:
+        """Of an evaluation; without one of training's episodes since the last call, None before the
+        first one."""
+        if self.evaluation is None:
+            before = self.last_eval or [None] * len(self.recent)
+            returns = [total / number if number else last
+                       for (number, total), last in zip(self.recent, before, strict=True)]
+            self.recent = [[0.0, 0.0] for _ in returns]
+            return returns
+        if self.evaluation is not self.training:
+            return evaluate(agent, self.evaluation, step)
+        with self.training.lend(TRAINING, step):
+            rounds = [evaluate(agent, self.training, step, k) for k in range(self.job.eval_rounds)]
+        return [statistics.fmean(returns) for returns in zip(*rounds, strict=True)]
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
         """One row per seed: the last update's metrics, episodes since the last row, speed."""
@@ -124,24 +156,29 @@ class TrainLogger:
                           "perf/updates_per_s": updates * per_second}
             self.clock, self.logged_step = now, step
             self.logged_updates = self.accelerate.gradient_steps
+        finished = self.training.finished()  # the host waits for the device here and below
+        self.fail_broken(step, self.training)
+        for recent, (episodes, mean, _) in zip(self.recent, finished, strict=True):
+            recent[0] += episodes
+            recent[1] += episodes * mean
         if evaluating:
-            self.last_eval = evaluate(agent, self.evaluation, step)
-            self.fail_broken(step, self.evaluation, " in evaluation")
+            self.last_eval = self.mean_returns(step, agent)
+            if self.evaluation:
+                self.fail_broken(step, self.evaluation, " in evaluation")
         self.measure_plasticity(agent)
         columns = {}
-        if self.metrics:  # the host waits for the device here and in finished()
+        if self.metrics:
             values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
             columns = dict(zip(self.metrics, values, strict=True))
             self.metrics = {}  # do not repeat them in rows before the next update
-        rows, finished = {}, self.training.finished()
-        self.fail_broken(step, self.training)
+        rows = {}
         for index, seed in enumerate(self.job.seeds):
             row = {tag: values[index] for tag, values in columns.items()}
             if finished[index].episodes:
                 row["return/train"] = finished[index].episode_return
                 row["length/train"] = finished[index].length
-            if evaluating:
-                row["return/eval"] = self.last_eval[index]
+            if evaluating and (value := self.last_eval[index]) is not None:
+                row[reported_return(self.job.eval_env)] = value
             broken = [tag for tag, value in row.items() if not math.isfinite(value)]
             row = {tag: value for tag, value in row.items() if tag not in broken}
             broken = [tag for tag in broken if not tag.startswith(DIAGNOSTICS)
@@ -182,7 +219,8 @@ class TrainLogger:
                 checkpoint.save(self.job.checkpoints, step, {
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
-                    "failed": sorted(self.failed), "last_eval": self.last_eval})
+                    "failed": sorted(self.failed), "last_eval": self.last_eval,
+                    "recent": self.recent})
             except OSError as error:
                 self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
             if not self.restore_checked:
@@ -209,5 +247,7 @@ class TrainLogger:
         for index, recorder in enumerate(self.recorders):
             final = self.last_eval[index] if self.last_eval else None
             recorder.close(settings | {"seed": self.job.seeds[index]},
-                           None if index in self.failed else final)
-        self.evaluation.close()
+                           None if index in self.failed else final,
+                           reported_return(self.job.eval_env))
+        if self.evaluation:
+            self.evaluation.close()

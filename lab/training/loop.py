@@ -8,6 +8,7 @@ from typing import Any
 
 from lab.accelerate import Accelerator
 from lab.agent import build_agent
+from lab.matmul import computed_by
 from lab.training import checkpoint
 from lab.training.job import Emit, Job, agent_steps, make_training
 from lab.training.logger import TrainLogger
@@ -20,7 +21,8 @@ def train(job: Job, emit: Emit) -> None:
                               run=job.run and os.path.abspath(job.run))
     accelerate = Accelerator(job.compile, job.precision, job.device)
     training = make_training(job)
-    with contextlib.closing(training), contextlib.ExitStack() as held, Interrupts() as interrupts:
+    with (contextlib.closing(training), computed_by(job.fp32_library),
+          contextlib.ExitStack() as held, Interrupts() as interrupts):
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                             agent_steps(job), job.device, accelerate)
         log = TrainLogger(job, accelerate, training, emit)
@@ -43,13 +45,15 @@ def train(job: Job, emit: Emit) -> None:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM request a checkpoint and exit; a second Ctrl-C exits at once.
+    """Ctrl-C and SIGTERM request a checkpoint and exit; a second Ctrl-C exits at once. A signal
+    that is ignored stays so: `command &` in a script ignores Ctrl-C.
 
     On leaving the context, the signal is raised again for the previous handler."""
 
     def __enter__(self) -> "Interrupts":
         self.received: list[int] = []
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
+                       if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
@@ -62,3 +66,4 @@ class Interrupts:
             signal.signal(number, handler)
         if self.received and kind is None:
             signal.raise_signal(self.received[0])
+            raise KeyboardInterrupt  # the handler returned, but the run is not finished

@@ -31,6 +31,12 @@ PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy", "tensorboard", "sc
 RETURNS = ("return/train", "return/eval")
 
 
+def reported_return(eval_env: str) -> str:
+    """The tag of the return in tables and curves. return/recent: of training's episodes since the
+    last row that has it."""
+    return "return/recent" if eval_env == "none" else "return/eval"
+
+
 def safe_name(name: str) -> str:
     """The name with characters replaced that are unsafe in a folder name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
@@ -140,11 +146,12 @@ def _silence_writer_threads() -> None:
     threading.excepthook = hook
 
 
-def add_hparams(board: Any, settings: dict[str, Any], final: float) -> None:
-    """Add an HParams row: settings and the final evaluation return."""
+def add_hparams(board: Any, settings: dict[str, Any], final: float, tag: str = "return/eval"
+                ) -> None:
+    """Add an HParams row: settings and the final return."""
     flat = {name: value if isinstance(value, bool | int | float) else printable(str(value))
             for name, value in settings.items()}
-    board.add_hparams(flat, {"hparam/return_eval": final}, run_name=".")
+    board.add_hparams(flat, {f"hparam/{tag.replace('/', '_')}": final}, run_name=".")
 
 
 class SeedRecorder:
@@ -174,11 +181,12 @@ class SeedRecorder:
                 print(f"logging failed, training continues: {error}", file=sys.stderr)
             self.failed = True
 
-    def close(self, settings: dict[str, Any], final: float | None) -> None:
-        """Add the HParams row, if there is a final evaluation return, and close the files."""
+    def close(self, settings: dict[str, Any], final: float | None,
+              tag: str = "return/eval") -> None:
+        """Add the HParams row, if there is a final return, and close the files."""
         try:
             if final is not None:
-                add_hparams(self.board, settings, final)
+                add_hparams(self.board, settings, final, tag)
             self.board.close()
             self.file.close()
         except OSError as error:

@@ -64,7 +64,7 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     Console().print(summary.table(study.space, rows, len(seeds), declared(options)))
     winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
     kept = ("agent", "env", "env_kwargs", "steps", "action_repeat", "clip_reward", "failure_below",
-            "eval_every", "eval_episodes", "compile", "precision", "cuda")
+            "eval_every", "eval_episodes", "eval_env", "compile", "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
         "options": {key: getattr(options, key) for key in kept}, "config": winner[1],

@@ -19,7 +19,7 @@ from lab.errors import UserError
 from lab.options import Tune, check_source
 from lab.train import describe
 from lab.training import recorder
-from lab.training.job import Job, dry_run, make_jobs
+from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.training.processes import Engine
 from lab.training.ray_processes import open_engine
 from lab.tuning import confirm, space, surrogate
@@ -30,12 +30,12 @@ from lab.tuning.trials import Journal
 TOP = 3  # settings to confirm
 # Options that may change when a study is resumed
 FREE = ("trials", "workers", "engine", "address", "confirm_seeds", "log_every", "checkpoint_every",
-        "name", "runs", "config", "resume", "log", "space")
+        "name", "runs", "config", "resume", "log", "space", "fp32_library")
 
 
 def tune(options: Tune, config: dict[str, Any]) -> int:
     """-> exit code: 0, or 1 if no trial completed or a confirmation failed."""
-    searched, job = check(options, config)
+    options, searched, job = check(options, config)
     with open_engine(options, options.resume or options.runs) as engine:
         return _tune(options, config, searched, job, engine)
 
@@ -61,9 +61,9 @@ def _tune(options: Tune, config: dict[str, Any], searched: Space, job: Job, engi
     return 1 if failures else 0
 
 
-def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
-    """-> the space, and the job of the defaults. UserError if a trial could not start; writes no
-    files."""
+def check(options: Tune, config: dict[str, Any]) -> tuple[Tune, Space, Job]:
+    """-> the options with the library for fp32 products, the space, and the job of the defaults.
+    UserError if a trial could not start; writes no files."""
     [job, *_] = make_jobs(options, config, 1, None)
     if len(options.env) != 1:
         raise UserError(f"a study takes one --env, not {' '.join(options.env)}")
@@ -71,17 +71,21 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Space, Job]:
     if job.eval_every > options.steps:
         raise UserError(f"--steps {options.steps} is less than --eval-every {job.eval_every}: no "
                         "trial would be evaluated")
+    if options.eval_env == "none":
+        raise UserError("a study compares evaluation returns: --eval-env must be own or same")
     if (options.n_warmup_steps or 0) < 0:
         raise UserError(f"--n-warmup-steps must be 0 or more, not {options.n_warmup_steps}")
     if options.trials * options.seeds > HELD_OUT:
         raise UserError(f"--trials {options.trials} x --seeds {options.seeds} reaches the held-out "
                         f"seeds, which start at {HELD_OUT}")
-    spec = dry_run(job)
+    spec, products = dry_run(job)
+    options = choose_fp32_library(options, [job], products)
+    [job] = make_jobs(options, config, 1, None)
     for parameter in searched.parameters:
         for value in parameter.bounds():  # the agent checks them
             build_agent(job.agent_path, config | {parameter.name: value}, spec, [0], 1, 1,
                         "cpu", lambda fn: fn)
-    return searched, job
+    return options, searched, job
 
 
 def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
