@@ -5,8 +5,8 @@
 1. Stub jobs that only send messages, all given at once to a local cluster that runs two at a time.
    Their processes are used again, so that the driver is measured, not the imports.
 2. The driver's own work for each message of a sweep: progress and summary.
-3. The surrogate's ask, with and without its limit on points.
-4. A sweep of eight seeds on two nodes of one CPU, and the same on the local engine.
+3. The driver's work for each trial of a study.
+4. Eight jobs of SAC on Pendulum-v1, two at once: on the local engine, on two nodes of one CPU.
 """
 
 import argparse
@@ -18,24 +18,35 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.tuning import time_of_an_ask  # noqa: E402
-from lab import train  # noqa: E402
+from bench.tuning import read_space, sample  # noqa: E402
+from lab.accelerate import physical_cores  # noqa: E402
 from lab.options import Simple, parse_args, resolve_defaults  # noqa: E402
+from lab.train import RunSummary  # noqa: E402
 from lab.training.job import Emit, Job, make_jobs  # noqa: E402
+from lab.training.loop import train  # noqa: E402
+from lab.training.processes import Engine, Processes, run_jobs  # noqa: E402
+from lab.training.progress import SweepProgress  # noqa: E402
 from lab.training.recorder import versions  # noqa: E402
 from lab.tuning import surrogate  # noqa: E402
+from lab.tuning.pruner import prune  # noqa: E402
+from lab.tuning.trials import Trial  # noqa: E402
 
 JOBS, MESSAGES = (10, 100, 1000), 20  # messages of each job
-TRIALS = (100, 500, 1000)
+TRIALS = (100, 500, 1000, 10_000)
+SPACE = read_space("Hartmann-6")
+REPEATS = 2
 ROW = {f"metric/{number}": 1.0 for number in range(12)}
-SWEEP = ["--env", "Pendulum-v1", "--seeds", "8", "--steps", "2_000", "--processes", "2",
-         "--actor-width", "64", "--qf-width", "64", "--batch-size", "64", "--log"]
+SWEEP = ["--seeds", "8", "--steps", "500", "--batch-size", "64"]
 
 
 def stub(job: Job, emit: Emit) -> None:
@@ -66,12 +77,12 @@ def handle(count: int) -> dict[str, float]:
     """The driver of that many stub jobs."""
     import ray
 
-    from lab.training.ray_processes import RayProcesses
+    from lab.training.ray_processes import RayProcesses, run_job
 
     jobs, senders, received, first = jobs_of(count), [], 0, 0.0
     before, cpu, start = memory(), time.process_time(), time.perf_counter()
     with RayProcesses(stub) as pool:
-        pool.task = pool.task.options(max_calls=0)
+        pool.task = ray.remote(num_cpus=1, max_retries=0)(run_job)
         for key, job in enumerate(jobs):
             pool.start(key)
             pool.give(key, job)
@@ -118,8 +129,8 @@ def own_work() -> dict[str, float]:
                 path = Path(job.group or "", f"seed_{job.seeds[0]}/metrics.jsonl")
                 path.parent.mkdir(parents=True)
                 path.write_text(100 * f"{row}\n")
-            summary = train.RunSummary(jobs, options)
-            with train.SweepProgress(jobs) as progress:
+            summary = RunSummary(jobs, options)
+            with SweepProgress(jobs) as progress:
                 start = time.process_time()
                 for step in range(1, 11):
                     for index, job in enumerate(jobs):
@@ -133,68 +144,115 @@ def own_work() -> dict[str, float]:
     return results
 
 
-def asks() -> dict[str, dict[str, float]]:
-    """CPU seconds."""
-    limit, results = surrogate.POINTS, {}
-    for name, points in (("256 points", limit), ("all points", 10**9)):
-        surrogate.POINTS = points
-        results[name] = {}
-        for trials in TRIALS:
-            results[name][str(trials)] = statistics.median(time_of_an_ask(trials, 1))
-            print(name, trials, "trials:", results[name][str(trials)], flush=True)
-    surrogate.POINTS = limit
+def recorded(count: int) -> list[Trial]:
+    """Trials in six dimensions of ten evaluations; every second is pruned after three to seven."""
+    rng, trials = np.random.default_rng(0), []
+    for number in range(count):
+        settings = SPACE.decode(rng.random(SPACE.size))
+        last = 3 + number % 5 if number % 2 else 10
+        evaluations = {step: [step / 10 * value for value in sample("Hartmann-6", settings, rng)]
+                       for step in range(1, last + 1)}
+        trials.append(Trial(number, settings, "pruned" if number % 2 else "completed", evaluations))
+    return trials
+
+
+def cpu_seconds(do: Callable[..., Any], *args: Any) -> float:
+    start = time.process_time()
+    do(*args)
+    return time.process_time() - start
+
+
+def study() -> dict[str, dict[str, float]]:
+    """CPU seconds of the driver for one trial after that many: the ask, the ranking when it has
+    ended, and the pruner at each of its evaluations."""
+    results: dict[str, dict[str, float]] = {}
+    for count in TRIALS:
+        trials = recorded(count)
+        results[str(count)] = {
+            "ask": cpu_seconds(surrogate.ask, SPACE, trials, 0),
+            "rank": cpu_seconds(surrogate.ranked, SPACE, trials),
+            "prune": cpu_seconds(prune, replace(trials[1], state="running"), trials)}
+        print(count, "trials:", results[str(count)], flush=True)
     return results
 
 
-def sweep(repeats: int) -> dict[str, list[float]]:
-    """Seconds of the local engine, of Ray on two nodes, and of joining and checking them."""
+def train_and_tell(job: Job, emit: Emit) -> None:
+    train(job, emit)
+    emit({"cpu": time.process_time()})  # of its process, with the imports
+
+
+def sweep() -> list[dict[str, float]]:
+    """Eight jobs, two at once, on each engine: seconds, CPU seconds and messages of the jobs, and
+    seconds to join the cluster and check its nodes."""
     from ray.cluster_utils import Cluster
 
-    from lab.training.ray_processes import connected
+    from lab.training.ray_processes import RayProcesses, connected
 
     node = {"num_cpus": 1, "object_store_memory": 100_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={
         **node, "num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(**node)
-    on = ["--engine", "ray", "--address", cluster.address]
-    seconds: dict[str, list[float]] = {"local": [], "ray": [], "start": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(repeats):
-            for engine, flags in (("local", []), ("ray", on)):
-                start = time.perf_counter()
-                assert train.run([*SWEEP, *flags, "--runs", folder]) == 0
-                seconds[engine].append(time.perf_counter() - start)
-            options, _ = parse_args(on)
-            assert isinstance(options, Simple)
+    options, config = parse_args([*SWEEP, "--engine", "ray", "--address", cluster.address])
+    assert isinstance(options, Simple)
+
+    def timed(name: str, processes: type[Processes]) -> dict[str, float]:
+        told: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = make_jobs(options, config, options.seeds, None)
+            jobs = [replace(job, run=folder) for job in jobs]
             start = time.perf_counter()
-            with connected(options, Path(folder)):
-                seconds["start"].append(time.perf_counter() - start)
+            assert not run_jobs(jobs, 2, lambda _, message: told.append(message),
+                                Engine(2, lambda _: processes(train_and_tell)))
+        return {f"{name}_s": time.perf_counter() - start, f"{name}_messages": len(told),
+                f"{name}_cpu_s": sum(message.get("cpu", 0) for message in told)}
+
+    results = []
+    for _ in range(REPEATS):
+        row = timed("local", Processes)
+        start = time.perf_counter()
+        with connected(options, ROOT):
+            row["join_s"] = time.perf_counter() - start
+            results.append(row | timed("ray", RayProcesses))
+        print(results[-1], flush=True)
     cluster.shutdown()
-    print(seconds, flush=True)
-    return seconds
+    return results
 
 
-PARTS = {"drivers": drivers, "own_work": own_work, "asks": asks, "sweep": lambda: sweep(3)}
+PARTS = {"drivers": drivers, "own_work": own_work, "study": study, "sweep": sweep}
+
+
+def table(head: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
+    return [f"| {head} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|",
+            *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()), ""]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    jobs = [str(count) for count in JOBS]
-    drivers, own, asks = result["drivers"], result["own_work"], result["asks"]
-    rows = [
-        ("driver, CPU of a message: Ray", [f"{drivers[n]['driver_cpu_ms_per_message']:.2f} ms"
-                                           for n in jobs]),
-        ("driver, CPU of a message: progress and summary", [f"{own[n]:.2f} ms" for n in jobs]),
-        ("job, CPU of a message", [f"{drivers[n]['job_cpu_ms_per_message']:.2f} ms" for n in jobs]),
-        ("driver, memory for them", [f"{drivers[n]['driver_mib']:.0f} MiB" for n in jobs]),
-        ("giving all of them", [f"{drivers[n]['give_s']:.2f} s" for n in jobs])]
-    lines = ["| jobs at once | " + " | ".join(jobs) + " |", "|---" * (1 + len(jobs)) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows]
-    lines += ["", "| recorded trials | " + " | ".join(map(str, TRIALS)) + " |",
-              "|---" * (1 + len(TRIALS)) + "|"]
-    lines += [f"| an ask, {name} | " + " | ".join(
-        f"{asks[name][str(n)]:.1f} s" for n in TRIALS) + " |" for name in asks]
-    return "\n".join(lines) + "\n"
+    jobs, trials = [str(count) for count in JOBS], [str(count) for count in TRIALS]
+    drivers, own, study, sweep = (result[part] for part in PARTS)
+    cpu = "driver, CPU of a message:"
+    lines = table("jobs", jobs, {
+        f"{cpu} Ray": [f"{drivers[n]['driver_cpu_ms_per_message']:.2f} ms" for n in jobs],
+        f"{cpu} progress and summary": [f"{own[n]:.2f} ms" for n in jobs],
+        "job, CPU of a message": [f"{drivers[n]['job_cpu_ms_per_message']:.2f} ms" for n in jobs],
+        "driver, memory for the jobs": [f"{drivers[n]['driver_mib']:.0f} MiB" for n in jobs],
+        "giving all jobs": [f"{drivers[n]['give_s']:.2f} s" for n in jobs],
+        "first message": [f"{drivers[n]['first_message_s']:.2f} s" for n in jobs],
+        "messages a second": [f"{int(n) * (MESSAGES + 1) / drivers[n]['wall_s']:.0f}"
+                              for n in jobs]})
+    lines += table("recorded trials, half of them pruned", trials, {
+        "the next suggestion": [f"{study[n]['ask']:.1f} s" for n in trials],
+        "ranking, once a trial": [f"{study[n]['rank']:.1f} s" for n in trials],
+        "the pruner, once an evaluation": [f"{1000 * study[n]['prune']:.1f} ms" for n in trials]})
+    lines += table("eight jobs, two at once", [f"repeat {n + 1}" for n in range(len(sweep))], {
+        "local engine": [f"{row['local_s']:.0f} s, CPU {row['local_cpu_s']:.1f} s"
+                         for row in sweep],
+        "Ray, two nodes of one CPU": [f"{row['ray_s']:.0f} s, CPU {row['ray_cpu_s']:.1f} s"
+                                      for row in sweep],
+        "joining the cluster before": [f"{row['join_s']:.1f} s" for row in sweep],
+        "messages of a job": [f"{row['ray_messages'] / 8:.0f}" for row in sweep]})
+    return "\n".join([*lines, f"{result['versions']['processor']}, {result['cores']} cores, which "
+                       "trained other runs meanwhile: CPU times count."]) + "\n"
 
 
 def main() -> None:
@@ -205,7 +263,8 @@ def main() -> None:
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     for part in options.parts:
         result[part] = PARTS[part]()
-        result |= {"command": "python bench/cluster.py", "versions": versions()}
+        result |= {"command": "python bench/cluster.py", "versions": versions(),
+                   "cores": physical_cores()}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if set(PARTS) <= set(result):
         options.out.with_suffix(".md").write_text(markdown(result))
