@@ -143,8 +143,8 @@ def measure(method: str, name: str, repeat: int) -> float:
     return maximum - objective(**settings)
 
 
-def time_of_an_ask(trials: int = 100) -> list[float]:
-    """CPU seconds of an ask with that many completed trials in six dimensions; five times."""
+def time_of_an_ask(trials: int = 100, repeats: int = 5) -> list[float]:
+    """CPU seconds of an ask with that many completed trials in six dimensions."""
     from lab.tuning import surrogate
     from lab.tuning.trials import Trial
 
@@ -154,7 +154,7 @@ def time_of_an_ask(trials: int = 100) -> list[float]:
         settings = searched.decode(rng.random(searched.size))
         recorded.append(Trial(number, settings, "completed",
                               {1: sample("Hartmann-6", settings, rng)}))
-    for seed in range(5):
+    for seed in range(repeats):
         start_time = time.process_time()
         surrogate.ask(searched, recorded, seed)
         seconds.append(time.process_time() - start_time)

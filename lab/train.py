@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class RunSummary:
         self.groups = {job.env_id: job.group for job in jobs if job.group}
         self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
                           for env_id, group in self.groups.items()}
+        self.evaluated = {env_id: defaultdict[int, set[int]](set) for env_id in options.env}
         self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
         self.failures: list[str] = []
 
@@ -97,7 +99,10 @@ class RunSummary:
         if returns and message["step"] >= job.steps:
             self.final[job.env_id].update(returns)
         if returns and self.all_seeds:
-            self.all_seeds[job.env_id].refresh()
+            band, evaluated = self.all_seeds[job.env_id], self.evaluated[job.env_id]
+            evaluated[message["step"]] |= set(returns)
+            if band.alive <= evaluated[message["step"]]:  # it reads the files of all seeds
+                band.refresh()
 
     def add_failure(self, job: Job, seeds: Sequence[int], reason: str) -> None:
         """Seeds that stopped before the last step."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from bench import learning, readme, speed, throughput, tuning
+from bench import cluster, learning, readme, speed, throughput, tuning
 from bench import plan as measured_plans
 from lab import train
 from lab.check import __main__ as check
@@ -161,6 +161,7 @@ TABLES = {
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
     "plan.md": lambda: measured_plans.markdown(result("plan")),
+    "cluster.md": lambda: cluster.markdown(result("cluster")),
 }
 
 
@@ -184,6 +185,19 @@ def ratio(name, one, other):
 
 def ours(algorithm, seeds, mode, peer, name="speed"):
     return ratio(name, (algorithm, "lab", seeds, mode), (algorithm, peer, "1", "fp32"))
+
+
+def test_what_one_driver_of_a_cluster_manages():
+    measured, text = result("cluster"), PAGES["docs/cluster.md"]
+    times = [f"{sum(row[key] for row in measured['sweep']):.0f} s"
+             for key in ("local_s", "ray_s", "local_cpu_s", "ray_cpu_s")]
+    assert "{} on the local engine and {} on Ray over both repeats, and {} and {} of CPU".format(
+        *times) in text
+    work = measured["study"]["10000"]
+    seconds = work["ask"] + work["rank"] + 10 * work["prune"]
+    assert round(seconds) == 7 and "about 7 s of CPU for each trial" in text
+    assert 3600 / seconds == pytest.approx(490, rel=0.01) and "no more than 490 workers" in text
+    assert max(trials["ask"] for trials in measured["study"].values()) < 5
 
 
 def last(name):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -123,6 +123,15 @@ def test_what_each_state_registers_by_hand():
     assert variances[5] == variances[7] == usual < variances[3]
 
 
+def test_the_work_for_a_pruned_trial_does_not_grow_with_the_others(monkeypatch):
+    """A study may have thousands of both."""
+    compared, at = [], Trial.at
+    monkeypatch.setattr(Trial, "at", lambda *args: compared.append(args) or at(*args))
+    pruned = [make(3 + i, {1: [i, i]}, "pruned") for i in range(20)]
+    assert len(surrogate.observe([*COMPLETED, *pruned])) == 23
+    assert len(compared) == len(COMPLETED)
+
+
 def test_nothing_is_registered_before_one_has_completed():
     assert surrogate.observe([make(0, {1: [1, 2]}, "pruned"), make(1, {}, "running")]) == []
 
@@ -149,7 +158,7 @@ def test_the_same_trials_give_the_same_suggestion_and_others_another():
     trials = drawn(searched, lambda s: -abs(math.log10(s["lr"]) + 3), 6, 0.1)
     assert len({json.dumps(trial.settings) for trial in trials}) == 6
     asked = surrogate.ask(searched, trials, 0)
-    assert surrogate.ask(searched, [Trial(**vars(trial)) for trial in trials], 0) == asked
+    assert surrogate.ask(searched, [replace(trial) for trial in trials], 0) == asked
     assert surrogate.ask(searched, trials, 1) != asked
     running = [*trials, Trial(6, asked)]
     again = surrogate.ask(searched, running, 0)

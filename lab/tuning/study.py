@@ -105,7 +105,7 @@ class Study:
         """A resumed trial may repeat evaluations that are already in the journal."""
         if step not in trial.evaluations:
             self.journal.append({"trial": trial.number, "step": step, "returns": returns})
-            trial.evaluations[step] = returns
+            trial.record(step, returns)
         if step >= self.options.steps:
             self.end(trial, "completed")
 

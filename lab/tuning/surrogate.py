@@ -5,6 +5,7 @@ of bayesian-optimization on the encoded space of space.py: Matern 5/2 kernel, on
 axis, and a separate noise variance for each point.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
     noises = np.array([trial.noise() for trial in completed])
     one_seed = bool(np.isnan(noises).all())
     usual = ONE_SEED * float(finals.var()) if one_seed else float(np.nanmean(noises))
+
+    @functools.cache  # trials are pruned at few different steps
+    def gains(step: int) -> np.ndarray:
+        """Of the completed trials from that step to their end."""
+        return np.array([other.final - other.at(step) for other in completed])
+
     result = []
     for trial in trials:
         value, variance = float(finals.mean()), usual
@@ -51,10 +58,9 @@ def observe(trials: Sequence[Trial]) -> list[Observation]:
             if not one_seed:  # shrink: a variance over few seeds is noisy
                 variance = (usual + trial.noise()) / 2
         elif trial.state == "pruned":
-            step = max(trial.evaluations)
-            gains = np.array([other.final - other.at(step) for other in completed])
-            value = min(float(np.median(finals)), trial.final + float(np.median(gains)))
-            variance = 2 * usual + float(gains.var())
+            gain = gains(max(trial.evaluations))
+            value = min(float(np.median(finals)), trial.final + float(np.median(gain)))
+            variance = 2 * usual + float(gain.var())
         elif trial.state == "diverged":
             value = float(finals.min())
         if trial.state != "failed":

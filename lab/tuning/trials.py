@@ -25,9 +25,12 @@ class Trial:
     evaluations: dict[int, list[float]] = field(default_factory=dict)  # step -> each seed's return
     reason: str = ""
 
-    @property
-    def means(self) -> dict[int, float]:
-        return {step: float(np.mean(returns)) for step, returns in self.evaluations.items()}
+    def __post_init__(self) -> None:
+        self.means = {step: float(np.mean(returns)) for step, returns in self.evaluations.items()}
+
+    def record(self, step: int, returns: list[float]) -> None:
+        self.evaluations[step] = returns
+        self.means[step] = float(np.mean(returns))
 
     @property
     def final(self) -> float:
@@ -84,7 +87,7 @@ class Journal:
             if "settings" in event:
                 trials.append(Trial(event["trial"], event["settings"]))
             elif "step" in event:
-                trials[event["trial"]].evaluations[event["step"]] = event["returns"]
+                trials[event["trial"]].record(event["step"], event["returns"])
             else:
                 trials[event["trial"]].state = event["state"]
                 trials[event["trial"]].reason = event["reason"]
