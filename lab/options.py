@@ -24,6 +24,7 @@ from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
 from lab.errors import UserError
 from lab.matmul import Library
+from lab.stopping import stops
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Options:
     eval_env: Literal["own", "same", "none"] = "own"
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
+    # When to stop before the last step, by the mean evaluation of the seeds
+    stop_at: float | None = None  # stop once it is at least this
+    stop_at_evals: int = 1  # in that many evaluations in a row
+    stop_plateau: int | None = None  # stop once that many evaluations bring no new best
+    stop_rtol: float = 0.01  # which has to be this share above the one before
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
@@ -347,7 +353,7 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds", "action_repeat"):
+                 "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -356,6 +362,11 @@ def check_options(options: Options) -> None:
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
         low, high = options.clip_reward
         raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
+    if options.stop_rtol < 0:
+        raise UserError(f"--stop-rtol must be 0 or more, not {options.stop_rtol}")
+    if stops(options) and options.eval_env == "none":
+        raise UserError("--stop-at and --stop-plateau need evaluations: --eval-env must be own or "
+                        "same")
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")

@@ -87,6 +87,7 @@ class RunSummary:
         self.all_seeds = {env_id: recorder.AllSeeds(group, self.seeds)
                           for env_id, group in self.groups.items()}
         self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
+        self.stops: dict[str, dict[str, Any]] = {}  # environment -> step, reason
         self.failures: list[str] = []
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
@@ -94,7 +95,9 @@ class RunSummary:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
         returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
                    if self.tag in row}
-        if returns and message["step"] >= job.steps:
+        if "stopped" in message:
+            self.stops[job.env_id] = {"step": message["step"], "reason": message["stopped"]}
+        if returns and (message["step"] >= job.steps or job.env_id in self.stops):
             self.final[job.env_id].update(returns)
         if returns and self.all_seeds:
             self.all_seeds[job.env_id].refresh()
@@ -106,18 +109,27 @@ class RunSummary:
         if self.all_seeds:
             self.all_seeds[job.env_id].alive -= set(seeds)
 
+    def label(self, env_id: str) -> str:
+        stop = self.stops.get(env_id)
+        return f"{env_id}, stopped at step {stop['step']}" if stop else env_id
+
     def show(self, folder: Path | None) -> None:
         """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
             self.all_seeds[env_id].refresh()
+            if stop := recorder.read_stop(group):
+                self.stops[env_id] = stop
             self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
         agent_name = Path(self.options.agent).stem
-        title = f"{agent_name}: {self.kind} after {self.options.steps} steps of each seed"
+        most = "at most " if self.stops else ""
+        title = f"{agent_name}: {self.kind} after {most}{self.options.steps} steps of each seed"
         title += self.declared
+        for env_id, stop in self.stops.items():
+            title += f"; {self.label(env_id)}: {stop['reason']}"
         Console().print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
-            curves = {env_id: read_curves(group, self.seeds, self.tag)
+            curves = {self.label(env_id): read_curves(group, self.seeds, self.tag)
                       for env_id, group in self.groups.items()}
             try:
                 draw_learning_curves(plot, curves, self.title + self.declared, self.kind)

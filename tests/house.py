@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up. A module imports its own folder and what stands in a line before its own.
 FLOORS = [
-    ("lab.errors", "lab.stats", "lab.inductor", "lab.settings"),
+    ("lab.errors", "lab.stats", "lab.stopping", "lab.inductor", "lab.settings"),
     ("lab.accelerate", "lab.matmul"), ("lab.envs",),
     ("lab.agent",), ("lab.options",), ("lab.training",), ("lab.report", "lab.plan"), ("lab.train",),
     ("lab.tuning", "lab.watch", "lab.check")]
