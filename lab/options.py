@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import json
@@ -66,7 +67,9 @@ class Options:
     # one that computes in fp32 on this processor
     fp32_library: Library | None = None
     cuda: bool = False  # train on the GPU
-    config: Path | None = None  # take the settings of a run's config.json; flags override it
+    # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
+    # flags override it
+    config: Path | None = None
     resume: Path | None = None  # continue the run in this folder from its last checkpoints
 
 
@@ -124,6 +127,7 @@ class Tune(Options):
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
 
+YAML = (".yaml", ".yml")
 NUM_ENVS = 32  # default environments per seed
 LAST_SEED = 2**32  # seeds are below it
 SCRIPTS: dict[type[Options], str] = {
@@ -135,6 +139,7 @@ WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
+    argv = _with_yaml(argv, kind)
     index, values = read_line(argv, kind)
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
@@ -171,6 +176,46 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
     return read_flags(argv, index, *defaults, module.__doc__)
+
+
+def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
+    """The command line with the settings of --config FILE.yaml as flags, unless they are those of a
+    run's config.json. Flags that are given win. UserError on a key that is no flag."""
+    index, values = read_line(argv, kind)
+    path = Path(values.get("config", ""))
+    if path.suffix not in YAML or values.get("resume"):
+        return argv
+    content = _read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no settings: lines such as `gamma: 0.98`")
+    if content.keys() >= {"options", "config"}:
+        return argv
+    content = {str(key).replace("-", "_"): value for key, value in content.items()}
+    named = content.pop("agent", None)
+    agent = str(named or kind.agent) if index is None else argv[index]
+    env = content.get("env", ())
+    _refuse_code_beside(path, {"agent": agent if index is None and named else "",
+                               "env": [env] if isinstance(env, str) else env})
+    known = {field.name for field in dataclasses.fields(kind)}
+    known |= set(settings.names(settings.build(load_agent(agent).Config, {})))
+    for name in content.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f" of {SCRIPTS[kind]} and {agent}"
+        raise UserError(f"{path}: unknown setting {name}{hint}")
+    given = given_flags(argv)
+    flags = [word for name, value in content.items() if name not in given and value is not None
+             for word in _flag(name, value)]
+    at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--config")
+    rest = [*argv[:at], *argv[at + 2 - ("=" in argv[at]):]]
+    return [*([agent] if index is None else []), *rest, *flags]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """The words of a flag with this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
 
 
 class Line(NamedTuple):
@@ -306,15 +351,31 @@ def whole(text: str) -> int:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = _read_file(path)
         options = {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
                    for key, value in dict(content["options"]).items()}
         return {"options": options, "config": dict(content["config"])}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path} is not the config.json of a run: {reason}") from error
+
+
+def _read_file(path: Path) -> Any:
+    """The contents of a JSON or YAML file. UserError if it cannot be read."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if path.suffix not in YAML:
+        return json.loads(text)
+    from ruamel.yaml import YAML as Reader
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        return Reader(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem}") from error
 
 
 def _refuse_code_beside(source: Path, options: dict[str, Any]) -> None:
