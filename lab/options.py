@@ -80,6 +80,7 @@ class Simple(Options):
     processes: int | None = None  # parallel processes; none: one per physical core, or Ray CPU
     engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
     address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
+    track: Literal["mlflow", "wandb"] | None = None  # also send the rows to this tracker
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
@@ -99,6 +100,7 @@ class Vectorised(Options):
     # groups of environments: one steps while the agent acts on the next; none: 1
     groups: int | None = None
     threads: int | None = None  # torch threads on the CPU; none: the cores that the workers leave
+    track: Literal["mlflow", "wandb"] | None = None  # also send the rows to this tracker
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
@@ -428,6 +430,8 @@ def check_options(options: Options) -> None:
     if stops(options) and options.eval_env == "none":
         raise UserError("--stop-at and --stop-plateau need evaluations: --eval-env must be own or "
                         "same")
+    if getattr(options, "track", None) and not options.log:
+        raise UserError("--track sends what a run folder has: give --log, too")
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")

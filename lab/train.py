@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lab import tracking
 from lab.errors import guarded
 from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
@@ -37,6 +38,7 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
 def train(options: Options, config: dict[str, Any]) -> int:
     """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
+    tracking.check(getattr(options, "track", None))
     jobs = make_jobs(options, config, getattr(options, "processes", 1) or 1, options.resume)
     largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
     products = Products()
@@ -62,15 +64,18 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
         print(f"run folder: {folder}\ncurves:     tensorboard --logdir {folder}", flush=True)
 
     summary = RunSummary(jobs, options)
-    with SweepProgress(jobs) as progress:
-        def report_message(index: int, message: dict[str, Any]) -> None:
-            progress.update(index, message)
-            summary.receive(jobs[index], message)
+    with tracking.tracked(getattr(options, "track", None), folder) as tracker:
+        with SweepProgress(jobs) as progress:
+            def report_message(index: int, message: dict[str, Any]) -> None:
+                progress.update(index, message)
+                summary.receive(jobs[index], message)
+                if tracker:
+                    tracker.receive(jobs[index], message)
 
-        failures = run_jobs(jobs, processes, report_message, engine)
-    for index, reason in sorted(failures.items()):
-        summary.add_failure(jobs[index], jobs[index].seeds, reason)
-    summary.show(folder)
+            failures = run_jobs(jobs, processes, report_message, engine)
+        for index, reason in sorted(failures.items()):
+            summary.add_failure(jobs[index], jobs[index].seeds, reason)
+        summary.show(folder)
     return 1 if summary.failures else 0
 
 
