@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: learn test test-all test-ray check results bench throughput clean
+.PHONY: learn test test-all test-ray test-track check results bench throughput clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,17 @@ test-all: check
 test-ray: .ray-venv/installed
 	.ray-venv/bin/python -m pytest tests/test_ray.py
 
+# --track, likewise with MLflow and W&B.
+.track-venv/installed: $(VENV)/installed
+	$(PYTHON) -m venv .track-venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.track-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lab.pth
+	.track-venv/bin/python -m pip install -q mlflow==3.17.2 wandb==0.31.0
+	touch $@
+
+test-track: .track-venv/installed
+	.track-venv/bin/python -m pytest tests/test_tracking.py
+
 # Takes days; resumes where it stopped.
 results: $(VENV)/installed
 	$(BIN)/python bench/learning.py
@@ -53,4 +64,4 @@ throughput: $(VENV)/installed .bench-venv/installed
 	$(BIN)/python bench/throughput.py --peers .bench-venv/bin/python
 
 clean:
-	rm -rf $(VENV) .bench-venv .ray-venv
+	rm -rf $(VENV) .bench-venv .ray-venv .track-venv

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
 from lab.errors import UserError
 from lab.matmul import Library
+from lab.stopping import stops
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Options:
     eval_env: Literal["own", "same", "none"] = "own"
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
+    # When to stop before the last step, by the mean evaluation of the seeds
+    stop_at: float | None = None  # stop once it is at least this
+    stop_at_evals: int = 1  # in that many evaluations in a row
+    stop_plateau: int | None = None  # stop once that many evaluations bring no new best
+    stop_rtol: float = 0.01  # which has to be this share above the one before
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
@@ -60,7 +67,9 @@ class Options:
     # one that computes in fp32 on this processor
     fp32_library: Library | None = None
     cuda: bool = False  # train on the GPU
-    config: Path | None = None  # take the settings of a run's config.json; flags override it
+    # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
+    # flags override it
+    config: Path | None = None
     resume: Path | None = None  # continue the run in this folder from its last checkpoints
 
 
@@ -71,6 +80,7 @@ class Simple(Options):
     processes: int | None = None  # parallel processes; none: one per physical core, or Ray CPU
     engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
     address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
+    track: Literal["mlflow", "wandb"] | None = None  # also send the rows to this tracker
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
@@ -90,6 +100,7 @@ class Vectorised(Options):
     # groups of environments: one steps while the agent acts on the next; none: 1
     groups: int | None = None
     threads: int | None = None  # torch threads on the CPU; none: the cores that the workers leave
+    track: Literal["mlflow", "wandb"] | None = None  # also send the rows to this tracker
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
@@ -118,6 +129,7 @@ class Tune(Options):
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
 
+YAML = (".yaml", ".yml")
 NUM_ENVS = 32  # default environments per seed
 LAST_SEED = 2**32  # seeds are below it
 SCRIPTS: dict[type[Options], str] = {
@@ -129,6 +141,7 @@ WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
+    argv = _with_yaml(argv, kind)
     index, values = read_line(argv, kind)
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
@@ -165,6 +178,46 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
     return read_flags(argv, index, *defaults, module.__doc__)
+
+
+def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
+    """The command line with the settings of --config FILE.yaml as flags, unless they are those of a
+    run's config.json. Flags that are given win. UserError on a key that is no flag."""
+    index, values = read_line(argv, kind)
+    path = Path(values.get("config", ""))
+    if path.suffix not in YAML or values.get("resume"):
+        return argv
+    content = _read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no settings: lines such as `gamma: 0.98`")
+    if content.keys() >= {"options", "config"}:
+        return argv
+    content = {str(key).replace("-", "_"): value for key, value in content.items()}
+    named = content.pop("agent", None)
+    agent = str(named or kind.agent) if index is None else argv[index]
+    env = content.get("env", ())
+    _refuse_code_beside(path, {"agent": agent if index is None and named else "",
+                               "env": [env] if isinstance(env, str) else env})
+    known = {field.name for field in dataclasses.fields(kind)}
+    known |= set(settings.names(settings.build(load_agent(agent).Config, {})))
+    for name in content.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f" of {SCRIPTS[kind]} and {agent}"
+        raise UserError(f"{path}: unknown setting {name}{hint}")
+    given = given_flags(argv)
+    flags = [word for name, value in content.items() if name not in given and value is not None
+             for word in _flag(name, value)]
+    at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--config")
+    rest = [*argv[:at], *argv[at + 2 - ("=" in argv[at]):]]
+    return [*([agent] if index is None else []), *rest, *flags]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """The words of a flag with this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
 
 
 class Line(NamedTuple):
@@ -300,15 +353,31 @@ def whole(text: str) -> int:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = _read_file(path)
         options = {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
                    for key, value in dict(content["options"]).items()}
         return {"options": options, "config": dict(content["config"])}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path} is not the config.json of a run: {reason}") from error
+
+
+def _read_file(path: Path) -> Any:
+    """The contents of a JSON or YAML file. UserError if it cannot be read."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if path.suffix not in YAML:
+        return json.loads(text)
+    from ruamel.yaml import YAML as Reader
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        return Reader(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem}") from error
 
 
 def _refuse_code_beside(source: Path, options: dict[str, Any]) -> None:
@@ -347,7 +416,7 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds", "action_repeat"):
+                 "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -356,6 +425,13 @@ def check_options(options: Options) -> None:
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
         low, high = options.clip_reward
         raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
+    if options.stop_rtol < 0:
+        raise UserError(f"--stop-rtol must be 0 or more, not {options.stop_rtol}")
+    if stops(options) and options.eval_env == "none":
+        raise UserError("--stop-at and --stop-plateau need evaluations: --eval-env must be own or "
+                        "same")
+    if getattr(options, "track", None) and not options.log:
+        raise UserError("--track sends what a run folder has: give --log, too")
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lab import tracking
 from lab.errors import guarded
 from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
@@ -38,6 +39,7 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
 def train(options: Options, config: dict[str, Any]) -> int:
     """Train all jobs, print and plot the results -> exit code."""
     options = resolve_defaults(options)
+    tracking.check(getattr(options, "track", None))
     jobs = make_jobs(options, config, getattr(options, "processes", 1) or 1, options.resume)
     largest = {job.env_id: job for job in sorted(jobs, key=lambda job: job.instances)}
     products = Products()
@@ -63,15 +65,18 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
         print(f"run folder: {folder}\ncurves:     tensorboard --logdir {folder}", flush=True)
 
     summary = RunSummary(jobs, options)
-    with SweepProgress(jobs) as progress:
-        def report_message(index: int, message: dict[str, Any]) -> None:
-            progress.update(index, message)
-            summary.receive(jobs[index], message)
+    with tracking.tracked(getattr(options, "track", None), folder) as tracker:
+        with SweepProgress(jobs) as progress:
+            def report_message(index: int, message: dict[str, Any]) -> None:
+                progress.update(index, message)
+                summary.receive(jobs[index], message)
+                if tracker:
+                    tracker.receive(jobs[index], message)
 
-        failures = run_jobs(jobs, processes, report_message, engine)
-    for index, reason in sorted(failures.items()):
-        summary.add_failure(jobs[index], jobs[index].seeds, reason)
-    summary.show(folder)
+            failures = run_jobs(jobs, processes, report_message, engine)
+        for index, reason in sorted(failures.items()):
+            summary.add_failure(jobs[index], jobs[index].seeds, reason)
+        summary.show(folder)
     return 1 if summary.failures else 0
 
 
@@ -89,6 +94,7 @@ class RunSummary:
                           for env_id, group in self.groups.items()}
         self.evaluated = {env_id: defaultdict[int, set[int]](set) for env_id in options.env}
         self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
+        self.stops: dict[str, dict[str, Any]] = {}  # environment -> step, reason
         self.failures: list[str] = []
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
@@ -96,7 +102,9 @@ class RunSummary:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
         returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
                    if self.tag in row}
-        if returns and message["step"] >= job.steps:
+        if "stopped" in message:
+            self.stops[job.env_id] = {"step": message["step"], "reason": message["stopped"]}
+        if returns and (message["step"] >= job.steps or job.env_id in self.stops):
             self.final[job.env_id].update(returns)
         if returns and self.all_seeds:
             band, evaluated = self.all_seeds[job.env_id], self.evaluated[job.env_id]
@@ -111,18 +119,27 @@ class RunSummary:
         if self.all_seeds:
             self.all_seeds[job.env_id].alive -= set(seeds)
 
+    def label(self, env_id: str) -> str:
+        stop = self.stops.get(env_id)
+        return f"{env_id}, stopped at step {stop['step']}" if stop else env_id
+
     def show(self, folder: Path | None) -> None:
         """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
             self.all_seeds[env_id].refresh()
+            if stop := recorder.read_stop(group):
+                self.stops[env_id] = stop
             self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
         agent_name = Path(self.options.agent).stem
-        title = f"{agent_name}: {self.kind} after {self.options.steps} steps of each seed"
+        most = "at most " if self.stops else ""
+        title = f"{agent_name}: {self.kind} after {most}{self.options.steps} steps of each seed"
         title += self.declared
+        for env_id, stop in self.stops.items():
+            title += f"; {self.label(env_id)}: {stop['reason']}"
         Console().print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
-            curves = {env_id: read_curves(group, self.seeds, self.tag)
+            curves = {self.label(env_id): read_curves(group, self.seeds, self.tag)
                       for env_id, group in self.groups.items()}
             try:
                 draw_learning_curves(plot, curves, self.title + self.declared, self.kind)

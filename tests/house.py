@@ -13,9 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up. A module imports its own folder and what stands in a line before its own.
 FLOORS = [
-    ("lab.errors", "lab.stats", "lab.inductor", "lab.settings"),
+    ("lab.errors", "lab.stats", "lab.stopping", "lab.inductor", "lab.settings"),
     ("lab.accelerate", "lab.matmul"), ("lab.envs",),
-    ("lab.agent",), ("lab.options",), ("lab.training",), ("lab.report", "lab.plan"), ("lab.train",),
+    ("lab.agent",), ("lab.options",), ("lab.training",), ("lab.report", "lab.plan", "lab.tracking"),
+    ("lab.train",),
     ("lab.tuning", "lab.watch", "lab.check")]
 FORKS = {("sac", "droq"): 40, ("sac", "crossq"): 90, ("crossq", "bro"): 60, ("crossq", "cem"): 120,
          ("crossq", "xqc"): 140}

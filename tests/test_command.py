@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from lab import train
 from lab.options import Simple, parse_args
@@ -110,6 +112,14 @@ def finished(tmp_path_factory):
     ("--config {folder}/file", r"file is not the config.json of a run: JSONDecodeError"),
     ("--config {folder}/list.json", r"list.json is not the config.json of a run"),
     ("--config {folder}/empty.json", r"empty.json is not the config.json of a run: KeyError 'o"),
+    ("--config {folder}/gama.yaml", r"gama.yaml: unknown setting gama; did you mean gamma\?"),
+    ("--config {folder}/other.yaml", r"unknown setting other of learn_simple.py and agents/sac.p"),
+    ("--config {folder}/broken.yaml", r"broken.yaml, line 2: expected"),
+    ("--config {folder}/twice.yaml", r'twice.yaml, line 2: found duplicate key "tau"'),
+    ("--config {folder}/list.yaml", r"list.yaml has no settings"),
+    ("--config {folder}/none.yaml", r"cannot read .*none.yaml: No such file"),
+    ("--config {folder}/type.yaml", r"tau"),
+    ("--config {folder}/beside.yaml", r"names code in its own folder, .*mine.py"),
     ("--config {folder}/unknown.json", r"unknown.json does not fit .*sac.py: .*'gama'"),
     ("--config {folder}/type.json", r"type.json does not fit .*sac.py: gamma: str is n"),
 ])
@@ -118,6 +128,10 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, word
     write(tmp_path, "[1]", "list.json")
     write(tmp_path, "{}", "empty.json")
     write(tmp_path, '{"options": {}, "config": {"gama": 0.9}}', "unknown.json")
+    for name, text in {"gama": "gama: 0.9", "other": "other: 1", "broken": "a: [1\nb: 2",
+                       "twice": "tau: 1\ntau: 2", "list": "- tau", "type": "tau: high",
+                       "beside": f"agent: {tmp_path}/mine.py"}.items():
+        write(tmp_path, text, f"{name}.yaml")
     write(tmp_path, '{"options": {}, "config": {"gamma": "0.9"}}', "type.json")
     argv = tiny(tmp_path, "--log", *flags.format(folder=tmp_path).split())
     assert re.search(words, refused(capsys, tmp_path, argv))
@@ -285,6 +299,43 @@ def test_a_config_brings_a_runs_settings_and_flags_win(finished):
     changed, other = parse_args([*given, "--steps", "20", "--gamma", "0.5", "--no-log"])
     assert changed == dataclasses.replace(options, steps=20, log=False)
     assert other == config | {"gamma": 0.5}
+
+
+SETTINGS = """
+# a file of settings
+agent: agents/ppo.py
+env: [Pendulum-v1, HalfCheetah-v5]  # two
+seeds: 3
+clip-reward: [-1, 10]
+log: true
+lr: 3e-4
+num_steps: 1_000
+norm_adv: false
+name: null
+"""
+
+
+def test_a_yaml_file_brings_settings_by_the_names_of_their_flags(tmp_path):
+    path = write(tmp_path, SETTINGS, "settings.yaml")
+    options, config = parse_args(["--config", path, "--seeds", "4", "--gamma", "0.9"])
+    assert (options.agent, options.env) == ("agents/ppo.py", ("Pendulum-v1", "HalfCheetah-v5"))
+    assert (options.seeds, options.clip_reward, options.log) == (4, (-1.0, 10.0), True)
+    assert (config["lr"], config["num_steps"], config["gamma"]) == (3e-4, 1000, 0.9)
+    assert config["norm_adv"] is False and options.name is None and options.config is None
+    options, config = parse_args([f"--config={write(tmp_path, 'tau: 0.1', 'other.yml')}",
+                                  "agents/sac.py"])
+    assert (options.agent, config["tau"]) == ("agents/sac.py", 0.1)
+
+
+def test_a_runs_config_json_written_as_yaml_is_read_back_equal(finished, tmp_path):
+    content = json.loads((finished / "config.json").read_text())
+    text = io.StringIO()
+    YAML(typ="safe").dump(content, text)
+    path = write(tmp_path, f"# by hand\n{text.getvalue()}", "config.yaml")
+    (yaml, config), (written, same) = (
+        parse_args(["--config", given]) for given in (path, str(finished / "config.json")))
+    assert dataclasses.replace(yaml, config=None) == dataclasses.replace(written, config=None)
+    assert config == same
 
 
 def test_a_config_brings_its_agent(tmp_path):

@@ -1,6 +1,7 @@
 """The table and the learning curves of a run, and the report on many."""
 
 import base64
+import csv
 import html.parser
 import io
 import re
@@ -234,3 +235,20 @@ def test_it_is_a_command(tmp_path):
     argv = [sys.executable, "-m", "lab.report", run, "--out", tmp_path / "out"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Report on a\n"), done.stderr
+
+
+def test_all_metrics_are_exported_as_one_value_a_row(tmp_path):
+    run = tmp_path / "a-20260101-000000"
+    for seed in (0, 1):
+        recorder = SeedRecorder(run / f"Pendulum-v1/sac/seed_{seed}", 0)
+        recorder.write({"step": 10, "return/eval": 1.5 + seed})
+        recorder.write({"step": 20, "return/eval": 2.5, "loss/qf": 0.1})
+        recorder.close({}, None)
+    assert report.main([str(run), "--export", "csv", "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    where = {"run": run.name, "env": "Pendulum-v1", "agent": "sac", "seed": "1"}
+    of_one = [row for row in rows if row["seed"] == "1" and row["tag"] != "wall_time"]
+    assert of_one == [where | {"step": step, "tag": tag, "value": value} for step, tag, value in (
+        ("10", "return/eval", "2.5"), ("20", "return/eval", "2.5"), ("20", "loss/qf", "0.1"))]
+    assert sum(row["tag"] == "wall_time" for row in rows) == 4

@@ -121,6 +121,15 @@ def behind(job):
         yield message
 
 
+def stops(job, tells=True):
+    """It ends at step 30, and a kill may keep its last message."""
+    *messages, last = train(job, 30)
+    yield from messages
+    recorder.write_json(job.group / recorder.STOPPED, {"step": 30, "reason": "enough"})
+    if tells:
+        yield last | {"stopped": "enough"}
+
+
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
     for module in (study, processes):
@@ -146,6 +155,16 @@ def contents(folder):
 
 
 # What becomes of a trial
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_trial_that_stopped_early_is_completed(tmp_path, tells):
+    FakeProcesses.fates = {1: lambda job: stops(job, tells)}
+    assert tune(tmp_path, "--trials", "3", "--no-prune", "--stop-plateau", "3") == 0
+    trial = trials(tmp_path)[1]
+    assert (trial.state, trial.reason) == ("completed", "stopped at step 30: enough")
+    assert max(trial.evaluations) == 30
+
 
 
 def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, capsys, monkeypatch):

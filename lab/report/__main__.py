@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lab.errors import UserError, guarded
-from lab.report import contents, page, runs
+from lab.report import contents, export, page, runs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +28,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "the baseline: a method, or one of its run folders"))
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER",
                         help="where report.md, report.html and the plots go (default: report)")
+    parser.add_argument("--export", choices=["csv"], help=(
+        "also write all metrics to metrics.csv: run, env, agent, seed, step, tag, value"))
     return parser.parse_args(argv)
 
 
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         blocks = contents.blocks(methods, baseline, options.out)
         markdown, html = options.out / "report.md", options.out / "report.html"
         markdown.write_text(page.markdown(title, blocks), encoding="utf-8", errors="replace")
+        if options.export:
+            export.write(options.out / "metrics.csv", methods)
         html.write_text(page.page(title, blocks), encoding="utf-8", errors="replace")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     page.show(title, blocks)
     print(f"\nreport: {markdown}\n        {html}")
+    if options.export:
+        print(f"        {options.out / 'metrics.csv'}")
     return 0
 
 

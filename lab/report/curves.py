@@ -16,7 +16,8 @@ Curves = dict[int, list[tuple[int, float]]]  # seed -> (step, return)
 
 def final_returns(group: Path, seeds: Sequence[int], steps: int, tag: str = "return/eval"
                   ) -> dict[int, float]:
-    """The last return of each seed that reached `steps`."""
+    """The last return of each seed that reached `steps`, or the step at which the run stopped."""
+    steps = (recorder.read_stop(group) or {}).get("step", steps)
     curves = read_curves(group, seeds, tag)
     return {seed: curve[-1][1] for seed, curve in curves.items() if curve and curve[-1][0] >= steps}
 

@@ -48,7 +48,8 @@ class Result:
     environment: str
     agent: str
     seeds: dict[int, Seed] = field(default_factory=dict)
-    planned: int = 0  # steps, from config.json
+    planned: int = 0  # steps, from config.json, or up to the stop
+    stops: list[str] = field(default_factory=list)  # where and why runs stopped before their end
 
     @property
     def step(self) -> int:
@@ -158,7 +159,11 @@ def add_run(method: Method, folder: Path) -> None:
                             f"in {folder}")
         tag = recorder.reported_return(options.get("eval_env", ""))
         seed = result.seeds[number] = read_seed(path, tag)
-        result.planned = max(result.planned, options.get("steps", seed.reached))
+        stop = recorder.read_stop(path.parent.parent)
+        planned = stop["step"] if stop else options.get("steps", seed.reached)
+        result.planned = max(result.planned, planned)
+        if stop and (line := f"at step {stop['step']:,}: {stop['reason']}") not in result.stops:
+            result.stops.append(line)
     settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
     if options:
         source = folder / Path(options["agent"]).name

@@ -19,6 +19,8 @@ def find(methods: Sequence[Method]) -> list[str]:
     if few:
         found.append(f"fewer than {FEW} seeds, so the intervals are unreliable: {', '.join(few)}")
     found += [line for result in results for line in unfinished(result)]
+    found += [f"{result.method} in {result.environment} stopped {stop}"
+              for result in results for stop in result.stops]
     found += different_steps(results)
     for method in methods:
         found += different_settings(method)

@@ -21,6 +21,7 @@ from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
+from lab.stopping import stops
 from lab.training.recorder import group_folder, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
@@ -56,6 +57,11 @@ class Job:
     clip_reward: tuple[float, float] | None = None
     failure_below: float | None = None
     env_kwargs: tuple[str, ...] = ()  # NAME=VALUE, for gymnasium.make
+    # when to stop before the last step, see stopping.py
+    stop_at: float | None = None
+    stop_at_evals: int = 1
+    stop_plateau: int | None = None
+    stop_rtol: float = 0.01
     run: str | None = None  # the run folder; None: write no files
     name: str = ""  # of the run, as given by --name
 
@@ -134,7 +140,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         return max(1, options.steps // parts) if steps is None else steps
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    shares = split_seeds(seeds, len(options.env), processes)
+    shares = [tuple(seeds)] if stops(options) else split_seeds(seeds, len(options.env), processes)
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
@@ -143,7 +149,9 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         precision=options.precision,
         fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
         action_repeat=options.action_repeat, clip_reward=options.clip_reward,
-        failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
+        failure_below=options.failure_below, env_kwargs=options.env_kwargs,
+        stop_at=options.stop_at, stop_at_evals=options.stop_at_evals,
+        stop_plateau=options.stop_plateau, stop_rtol=options.stop_rtol, **vectorised,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 

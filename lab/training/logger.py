@@ -14,10 +14,11 @@ from lab.agent import restore_state, save_state
 from lab.envs.base import VectorEnvs
 from lab.envs.shard import TRAINING
 from lab.errors import UserError
+from lab.stopping import reason_to_stop
 from lab.training import checkpoint, plasticity
 from lab.training.evaluation import evaluate
 from lab.training.job import Emit, Job, make_evaluation
-from lab.training.recorder import SeedRecorder, reported_return
+from lab.training.recorder import STOPPED, SeedRecorder, reported_return, write_json
 
 CHECKPOINT_SECONDS = 300
 DIAGNOSTICS = ("value/", "policy/", "plasticity/")  # these may be NaN without failing the seed
@@ -50,6 +51,8 @@ class TrainLogger:
         self.updated = False  # whether there was an update since plasticity was measured
         self.failed: set[int] = set()
         self.last_eval: Sequence[float | None] = []
+        self.means: list[float] = []  # of the evaluations, over the seeds that have not failed
+        self.stopped: str | None = None  # why the run stops before its last step
         # without evaluation, of the episodes since it would have been due: number, sum of returns
         self.recent = [[0.0, 0.0] for _ in job.seeds]
         self.clock = self.last_emit = self.saved = time.perf_counter()
@@ -61,7 +64,8 @@ class TrainLogger:
         self.cut_before_evaluation(0)
 
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
-        """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
+        """Start, or resume from the last checkpoint -> the step (of a complete run, the last one),
+        obs (S, N, O)."""
         self.notes = {"notes": adjusted_settings(agent, self.job)}
         if self.job.group is None or self.job.checkpoints is None:
             return 0, self.training.reset(TRAINING, 0)
@@ -71,20 +75,23 @@ class TrainLogger:
                             "cannot continue; its metrics are kept: start a new run")
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
-        if step < self.job.steps:  # else the run is complete
+        self.stopped = (state or {}).get("stopped")
+        if step < self.job.steps and not self.stopped:  # else the run is complete
+            (self.job.group / STOPPED).unlink(missing_ok=True)  # later than the checkpoint
             self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                               for seed in self.job.seeds]
         if state is None:
             return 0, self.training.reset(TRAINING, 0)
         restore_state(agent, state["agent"])
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
+        self.means = state.get("means", [])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
         self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
-        if step >= self.job.steps:
-            return step, torch.empty(0)
+        if step >= self.job.steps or self.stopped:
+            return self.job.steps, torch.empty(0)
         obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
         if lost:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
@@ -107,7 +114,7 @@ class TrainLogger:
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """Call after every environment step."""
-        job, end, evaluating = self.job, step >= self.job.steps, self.evaluates(step)
+        job, evaluating = self.job, self.evaluates(step)
         self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
@@ -119,6 +126,7 @@ class TrainLogger:
             self.notes = {}
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
+        end = step >= job.steps or self.stopped
         if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
         self.cut_before_evaluation(step)
@@ -190,10 +198,24 @@ class TrainLogger:
                 rows[seed] = row
                 if self.recorders:
                     self.recorders[index].write({"step": step} | row | self.speed)
-        self.emit({"step": step, "rows": rows, **self.speed, **self.notes})
+        if evaluating and self.evaluation:
+            self.decide_to_stop(step)
+        stopped = {"stopped": self.stopped} if self.stopped else {}
+        self.emit({"step": step, "rows": rows, **self.speed, **self.notes, **stopped})
         self.notes = {}
         self.last_emit = time.perf_counter()
         self.clock += self.last_emit - now  # speed leaves out evaluation
+
+    def decide_to_stop(self, step: int) -> None:
+        alive = [value for index, value in enumerate(self.last_eval)
+                 if value is not None and index not in self.failed]
+        if not alive:
+            return
+        self.means.append(statistics.fmean(alive))
+        if step < self.job.steps:
+            self.stopped = reason_to_stop(self.job, self.means)
+        if self.stopped and self.job.group:
+            write_json(self.job.group / STOPPED, {"step": step, "reason": self.stopped})
 
     def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
         for index, value in envs.broken.items():
@@ -220,7 +242,7 @@ class TrainLogger:
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval,
-                    "recent": self.recent})
+                    "recent": self.recent, "means": self.means, "stopped": self.stopped})
             except OSError as error:
                 self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
             if not self.restore_checked:

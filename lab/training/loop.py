@@ -38,6 +38,8 @@ def train(job: Job, emit: Emit) -> None:
             obs = t.obs
             step += job.steps_per_act
             log.step(step, metrics, agent)
+            if log.stopped:
+                break
             if interrupts.received:
                 log.save(step, agent)
                 break

@@ -56,6 +56,10 @@ class SweepProgress:
         if "step" not in message or "failed_seed" in message:
             return
         self.steps[index] = message["step"]
+        if "stopped" in message:
+            self.console.print(f"{job.env_id}: stopped at step {message['step']}: "
+                               f"{message['stopped']}", highlight=False)
+            self.steps[index] = job.steps  # complete
         self.started.setdefault(job.env_id, time.monotonic())
         self.resumed.setdefault(index, message["step"])
         if "rows" in message:

@@ -3,6 +3,7 @@
     runs/<name>-<yyyymmdd-hhmmss>/
         config.json  versions.json  <agent>.py  learning_curves.png
         <env_id>/<agent>/seed_<n>/      metrics.jsonl, TensorBoard events
+        <env_id>/<agent>/stopped.json   if it stopped before the last step: {"step", "reason"}
         <env_id>/<agent>/all_seeds/     TensorBoard: mean and 95% interval of return over the seeds
         <env_id>/<agent>/stack_<a>_<b>/ checkpoints of seeds a to b, which one process trains
 """
@@ -29,6 +30,7 @@ from lab.errors import UserError
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy", "tensorboard", "scipy")
 RETURNS = ("return/train", "return/eval")
+STOPPED = "stopped.json"
 
 
 def reported_return(eval_env: str) -> str:
@@ -122,6 +124,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def read_stop(group: Path) -> dict[str, Any] | None:
+    """The step and the reason of a run that stopped before its last step."""
+    path = group / STOPPED
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def tensorboard(folder: Path, **settings: Any) -> Any:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lab import stats
 from lab.report import curves
+from lab.stopping import stops
 from lab.train import declared
 from lab.training import recorder
 from lab.training.job import Job, split_seeds
@@ -24,7 +25,8 @@ def train(study: Study, best: Sequence[Candidate]) -> list[str]:
     seeds = held_out(study)
     jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
             for run, config in entries(study, best).items()
-            for share in split_seeds(seeds, 1 + len(best), study.workers)]
+            for share in ([tuple(seeds)] if stops(study.options) else
+                          split_seeds(seeds, 1 + len(best), study.workers))]
     jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # the rest are done
     names = ", ".join(candidate.name for candidate in best)
     print(f"training the defaults, {names} on {len(seeds)} held-out seeds:", flush=True)
@@ -64,7 +66,8 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     Console().print(summary.table(study.space, rows, len(seeds), declared(options)))
     winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
     kept = ("agent", "env", "env_kwargs", "steps", "action_repeat", "clip_reward", "failure_below",
-            "eval_every", "eval_episodes", "eval_env", "compile", "precision", "cuda")
+            "eval_every", "eval_episodes", "eval_env", "stop_at", "stop_at_evals", "stop_plateau",
+            "stop_rtol", "compile", "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
         "options": {key: getattr(options, key) for key in kept}, "config": winner[1],

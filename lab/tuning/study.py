@@ -96,18 +96,19 @@ class Study:
             returns = [row["return/eval"] for row in message.get("rows", {}).values()
                        if "return/eval" in row]
             if returns:
-                self.evaluate(trial, message["step"], returns)
+                self.evaluate(trial, message["step"], returns, message.get("stopped"))
                 if trial.state == "running" and self.should_prune(trial, message["step"]):
                     self.end(trial, "pruned")
                     pool.end(trial.number)
 
-    def evaluate(self, trial: Trial, step: int, returns: list[float]) -> None:
+    def evaluate(self, trial: Trial, step: int, returns: list[float],
+                 stopped: str | None = None) -> None:
         """A resumed trial may repeat evaluations that are already in the journal."""
         if step not in trial.evaluations:
             self.journal.append({"trial": trial.number, "step": step, "returns": returns})
             trial.record(step, returns)
-        if step >= self.options.steps:
-            self.end(trial, "completed")
+        if step >= self.options.steps or stopped:
+            self.end(trial, "completed", f"stopped at step {step}: {stopped}" if stopped else "")
 
     def should_prune(self, trial: Trial, step: int) -> bool:
         given, steps = self.options.n_warmup_steps, self.options.steps
@@ -145,8 +146,11 @@ class Study:
         """Read evaluations that a kill kept out of the journal from the trial's metrics.jsonl."""
         job = self.job(trial)
         curves = read_curves(job.group, job.seeds, "return/eval") if job.group else {}
+        stop = recorder.read_stop(job.group) if job.group else None
         for points in zip(*curves.values(), strict=False):
-            self.evaluate(trial, points[0][0], [value for _, value in points])
+            step = points[0][0]
+            self.evaluate(trial, step, [value for _, value in points],
+                          stop["reason"] if stop and step >= stop["step"] else None)
         if trial.state == "running":
             self.end(trial, "failed", "ended before its last evaluation")
 
