@@ -1,6 +1,7 @@
 """The CUDA path without a GPU, on the pretend device: equal to the CPU's results to the bit."""
 
-import json
+import contextlib
+import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,15 @@ import pytest
 import torch
 
 from lab import train as script
-from lab.accelerate import Accelerator, CudaGraph, prepare_process
+from lab.accelerate import Accelerator, CudaGraph
 from lab.agent import load_agent, restore_state, save_state
+from lab.envs import torch_vec
 from lab.envs.make import make_envs
 from lab.envs.torch_tasks import ENVS
-from lab.envs.torch_vec import BLOCK
 from lab.options import Simple, Tune, Vectorised
 from lab.training import checkpoint, evaluation, processes
-from lab.training.loop import train
 from lab.training.plasticity import measure
-from lab.training.processes import Engine, Processes, run_jobs
+from lab.training.processes import Processes
 from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
 from lab.tuning import study
@@ -26,6 +26,7 @@ from lab.watch import __main__ as watch
 from tests.conftest import drive, flat_state, make_spec, make_steps, small_config
 from tests.pretend_device import PretendCuda, device_of
 
+PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
 TINY = ["--batch-size", "8", "--actor-width", "8", "--qf-width", "8", "--learning-starts", "8"]
 PPO = ["agents/ppo.py", "--num-steps", "8", "--num-minibatches", "2", "--width", "8"]
@@ -36,6 +37,20 @@ DOWN, UP = "copy: cuda:0 to cpu", "copy: cpu to cuda:0"
 def cuda():
     with PretendCuda() as cuda:
         yield cuda
+
+
+def on(device):
+    """The context in which it exists; the CPU has no events."""
+    return PretendCuda() if device == "cuda" else contextlib.nullcontext(SimpleNamespace(events=[]))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """No plots, short episodes, no processes that try to draw."""
+    monkeypatch.setattr(script, "draw_learning_curves", lambda *_: None)
+    monkeypatch.setattr(watch.camera, "check", lambda *_: None)
+    monkeypatch.setattr(ENVS["Pendulum-v1"], "max_episode_steps", 20)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
 
 
 @pytest.fixture
@@ -106,24 +121,22 @@ def test_a_graph_forbids_what_cuda_does(message, act):
 # Agents
 
 
-def trained(module, device, accelerate, count=16, **settings):
-    """-> the metrics of each update and of plasticity, the last actions, and the state; on the CPU.
-    """
-    settings = {"replay_ratio": 1.0, "policy_delay": 1, "reset_at": (12,), "target_kl": 1e-4,
-                "micro_batches": 2, "width": 8, "actor_width": 8, "qf_width": 8,
-                "num_steps": 4, "num_minibatches": 2, **settings}
+def trained(module, device, accelerate, count=10, **settings):
+    """-> the agent; and on the CPU the metrics of each update and of plasticity, the last actions
+    and the state."""
+    settings = {"replay_ratio": 1.0, "policy_delay": 1, "micro_batches": 2, "width": 8,
+                "actor_width": 8, "qf_width": 8, "num_steps": 4, "num_minibatches": 2, **settings}
     agent = module.Agent(make_spec(), small_config(module, **settings), [0, 1], num_envs=2,
                          total_steps=80, device=device, accelerate=accelerate)
     steps = [tuple(x.to(device) for x in step) for step in make_steps((0, 1), 2, count)]
-    events = PretendCuda.active.events if device != "cpu" else []
-    events.clear()
+    if device != "cpu":
+        PretendCuda.active.events.clear()
     history = drive(agent, steps)
     history += [measure(agent), {"actions": agent.act(steps[0][0], explore=False)}]
-    assert not events
-    state = {name: value for name, value in flat_state(save_state(agent)).items()
-             if "generator" not in name}
-    return agent, [{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in each.items()}
-                   for each in (*history, state)]
+    waited = PretendCuda.active.events[:] if device != "cpu" else []
+    history += [{name: value for name, value in flat_state(save_state(agent)).items()
+                 if "generator" not in name and isinstance(value, torch.Tensor)}]
+    return agent, [{k: v.cpu() for k, v in each.items()} for each in history], waited
 
 
 def assert_same(ours, theirs):
@@ -131,22 +144,23 @@ def assert_same(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
-            assert same(one[name], value), name
+            assert torch.equal(one[name], value), name
 
 
 def test_every_agent_equals_the_cpu_and_nothing_waits_or_is_copied(module):
-    _, expected = trained(module, "cpu", lambda fn: fn)
+    _, expected, _ = trained(module, "cpu", lambda fn: fn, target_kl=1e-4)
     with PretendCuda():
-        agent, seen = trained(module, "cuda", lambda fn: fn)
+        agent, seen, waited = trained(module, "cuda", lambda fn: fn, target_kl=1e-4)
+        assert not waited
         assert {x.device.type for x in flat_state(save_state(agent)).values()
                 if isinstance(x, torch.Tensor) and x.dtype != torch.uint8} == {"cuda"}
     assert_same(seen, expected)
 
 
 def test_every_agent_equals_the_cpu_as_cuda_graphs_in_bf16(module, uncompiled):
-    """Each function runs to warm up and once to be recorded, then it is replayed."""
-    _, expected = trained(module, "cpu", Accelerator(False, "bf16"), target_kl=None)
+    """Each function runs to warm up and once to be recorded, then it is replayed; also after a
+    reset of BRO, which alone waits."""
+    _, expected, _ = trained(module, "cpu", Accelerator(False, "bf16"), reset_at=(16,))
     with PretendCuda() as cuda:
         ran, accelerate = Counter(), Accelerator(True, "bf16", "cuda")
 
@@ -158,7 +172,8 @@ def test_every_agent_equals_the_cpu_as_cuda_graphs_in_bf16(module, uncompiled):
             run.__name__ = fn.__name__
             return accelerate(run)
 
-        _, seen = trained(module, "cuda", counted, target_kl=None)
+        _, seen, waited = trained(module, "cuda", counted, reset_at=(16,))
+        assert bool(waited) == (module.Agent.name == "bro")
         replayed = sum(accelerate.calls.values()) - CudaGraph.WARM_UP * len(ran)
         assert cuda.replays >= replayed - CudaGraph.WARM_UP > 0  # CEM searches in two shapes
     assert max(ran.values()) <= 2 * (CudaGraph.WARM_UP + 1)
@@ -168,23 +183,22 @@ def test_every_agent_equals_the_cpu_as_cuda_graphs_in_bf16(module, uncompiled):
 def test_a_checkpoint_crosses_devices(module, tmp_path):
     """From CUDA to the CPU and back: weights, optimizers, replay and counters."""
     with PretendCuda():
-        first, _ = trained(module, "cuda", lambda fn: fn, count=8)
+        first, _, _ = trained(module, "cuda", lambda fn: fn, count=6)
         state = flat_state(save_state(first))
         checkpoint.save(tmp_path / "cuda", 1, {"agent": save_state(first)})
     with pytest.raises(RuntimeError, match="CUDA"):  # the file names its device
         torch.load(next((tmp_path / "cuda").glob("*.pt")), weights_only=True)
-    second, _ = trained(module, "cpu", lambda fn: fn, count=6)
+    second, _, _ = trained(module, "cpu", lambda fn: fn, count=6)
     restore_state(second, checkpoint.load_latest(tmp_path / "cuda")["agent"])
     checkpoint.save(tmp_path / "cpu", 1, {"agent": save_state(second)})
     with PretendCuda():
-        third, _ = trained(module, "cuda", lambda fn: fn, count=6)
+        third, _, _ = trained(module, "cuda", lambda fn: fn, count=6)
         restore_state(third, checkpoint.load_latest(tmp_path / "cpu", "cuda")["agent"])
         again = flat_state(save_state(third))
         for name in state:
             if "generator" not in name and isinstance(state[name], torch.Tensor):
                 assert again[name].device == state[name].device, name
                 assert torch.equal(again[name], state[name]), name
-        drive(third, [tuple(x.to("cuda") for x in step) for step in make_steps((0, 1), 2, 2)])
 
 
 # Three planted bugs
@@ -202,18 +216,19 @@ BUGS = {
                               "qf_loss = qf_loss / (1 + self.critic_steps)")}
 
 
-@pytest.mark.parametrize("bug, caught", zip(BUGS, [
+@pytest.mark.parametrize("bug, caught", [*zip(BUGS, [
     "on the same device", "wait: aten._local_scalar_dense", "replaced after the recording",
-    "loss/qf"], strict=True))
+    "loss/qf"], strict=True)])
 def test_planted_bugs_are_caught(tmp_path, uncompiled, bug, caught):
     source, (right, wrong) = Path("agents/sac.py").read_text(), BUGS[bug]
     assert source.count(right) == 1
     path = tmp_path / "sac.py"
     path.write_text(source.replace(right, wrong))
     module = load_agent(path)
-    _, expected = trained(module, "cpu", lambda fn: fn)
+    _, expected, _ = trained(module, "cpu", lambda fn: fn)
     with PretendCuda(), pytest.raises((RuntimeError, AssertionError), match=caught):
-        _, seen = trained(module, "cuda", Accelerator(True, device="cuda"))
+        _, seen, waited = trained(module, "cuda", Accelerator(True, device="cuda"))
+        assert not waited
         assert_same(seen, expected)
 
 
@@ -224,21 +239,24 @@ def test_planted_bugs_are_caught(tmp_path, uncompiled, bug, caught):
     *[(None, f"torch/{name}", []) for name in ENVS],
     ("sync", DIARY, [DOWN, UP]), ("workers", DIARY, [DOWN, UP]),
     ("envpool", "Pendulum-v1", [DOWN, UP])])
-def test_every_backend_steps_as_on_the_cpu_with_a_copy_each_way_at_most(backend, env_id, events):
+def test_every_backend_steps_as_on_the_cpu_with_a_copy_each_way_at_most(
+        monkeypatch, backend, env_id, events):
     """Past the ends of episodes, and past a block of random numbers."""
+    monkeypatch.setattr(torch_vec, "BLOCK", 4)
+    for task in ENVS.values():
+        monkeypatch.setattr(task, "max_episode_steps", 5)
     if backend == "envpool":
         pytest.importorskip("envpool")
     seen = {}
     for device in ("cpu", "cuda"):
-        with PretendCuda() as cuda:
+        with on(device) as cuda:
             envs = make_envs(env_id, [0, 1], 2, backend, device, clip_reward=(-1, 1),
                              **{"workers": 2} if backend == "workers" else {})
             actions = torch.linspace(-1, 1, 4 * envs.spec.action_dim).view(2, 2, -1).to(device)
             steps = [(envs.reset(),)]
             cuda.events.clear()
-            for _ in range(BLOCK + 1):
-                steps.append(envs.step(actions))
-            assert cuda.events == (BLOCK + 1) * events * (device == "cuda")
+            steps += [envs.step(actions) for _ in range(6)]
+            assert cuda.events == 6 * events * (device == "cuda")
             assert {device_of(x).type for step in steps for x in step} == {device}
             seen[device] = [x.cpu() for step in steps for x in step]
             envs.finished()
@@ -247,18 +265,17 @@ def test_every_backend_steps_as_on_the_cpu_with_a_copy_each_way_at_most(backend,
 
 
 def test_an_evaluation_looks_at_the_host_every_25_steps_and_gives_the_same_returns():
-    returns = {}
+    agent, returns, steps = SimpleNamespace(act=lambda obs, explore: obs[..., 2:3].sign()), {}, {}
     for device in ("cpu", "cuda"):
-        with PretendCuda() as cuda:
-            envs = make_envs("torch/ContinuousCartPole-v1", [0, 1], 2, device=device)
-            lengths = []
-            agent = SimpleNamespace(act=lambda obs, explore: obs[..., :1].sign())
-            returns[device] = evaluation.evaluate(agent, envs,
-                                                  on_step=lambda *step: lengths.append(step))
-            steps = len(lengths) - 1
-            assert len(cuda.events) == (steps // 25 + 1) * (device == "cuda")
-            assert steps > 25 and (device == "cpu" or steps % 25 == 0)
+        with on(device) as cuda:
+            envs, steps[device] = make_envs("torch/ContinuousCartPole-v1", [0, 1], 2,
+                                            device=device), []
+            returns[device] = evaluation.evaluate(
+                agent, envs, on_step=lambda *x, seen=steps[device]: seen.append(x))
     assert returns["cuda"] == returns["cpu"]
+    ended, looked = (len(steps[device]) - 1 for device in ("cpu", "cuda"))
+    assert ended > 25 and looked == 25 * math.ceil(ended / 25)
+    assert len(cuda.events) == looked / 25 + 1  # the last one gives the returns
 
 
 # Runs
@@ -273,32 +290,25 @@ def rows_of(folder):
 
 def trains(kind, folder, *words):
     """-> the folder of the run that the command makes."""
-    assert script.run([*words, "--eval-episodes", "2", "--log", "--runs", str(folder), "--name",
+    assert script.run([*words, "--eval-episodes", "1", "--log", "--runs", str(folder), "--name",
                        "run"], kind) == 0
     return next(folder.glob("run-*"))
 
 
-@pytest.mark.parametrize("kind, words", [
-    (Vectorised, [*PPO, "--env", "torch/Pendulum-v1", "--num-envs", "4", "--steps", "128"]),
-    (Vectorised, ["agents/cem.py", "--env", "torch/Pendulum-v1", "--num-envs", "4", "--steps",
-                  "32", *TINY[:2], *TINY[4:]]),
-    (Simple, [*PPO, "--env", "Pendulum-v1", "--steps", "48", "--processes", "1"])])
-def test_a_run_with_cuda_writes_the_rows_of_one_on_the_cpu(tmp_path, kind, words):
-    words = [*words, "--seeds", "2"]
+@pytest.mark.parametrize("words", [
+    [*PPO, "--env", "torch/Pendulum-v1"], [*PPO, "--env", PAINTED, "--backend", "sync"],
+    ["agents/cem.py", "--env", "torch/Pendulum-v1", "--iterations", "1", "--samples", "8",
+     "--target-iterations", "1", "--target-samples", "8", *TINY[:2], *TINY[4:]]])
+def test_a_run_with_cuda_equals_one_on_the_cpu_and_is_watched_without_a_gpu(
+        tmp_path, short, words):
+    kind = Vectorised
+    words = [*words, "--num-envs", "2", "--steps", "48", "--eval-every", "24", "--seeds", "2"]
     plain = trains(kind, tmp_path / "cpu", *words, "--fp32-library", "blas")
     with PretendCuda():
         run = trains(kind, tmp_path / "cuda", *words, "--cuda")
     rows = rows_of(plain)
     assert rows == rows_of(run) and len(rows) == 2
     assert all("return/eval" in each[-1] for each in rows.values())
-
-
-@pytest.mark.parametrize("env_id", ["torch/Pendulum-v1", "Pendulum-v1"])
-def test_a_run_with_cuda_is_watched_without_a_gpu(tmp_path, monkeypatch, env_id):
-    monkeypatch.setattr(watch.camera, "check", lambda *_: None)  # a process of its own: seconds
-    with PretendCuda():
-        run = trains(Vectorised, tmp_path, *PPO, "--env", env_id, "--num-envs", "4", "--steps",
-                     "64", "--cuda")
     assert not torch.cuda.is_available()
     assert watch.run([str(run), "--max-seconds", "0.2"]) == 0
     assert list(run.glob("*/*/watch.gif"))
@@ -326,7 +336,8 @@ class HereProcesses(Processes):
         messages = []
         failure = processes.attempt(self.work, job, messages.append)
         yield from ((key, message) for message in messages)
-        del self.running[key], self.gpus[key]
+        del self.running[key]
+        self.gpus.pop(key, None)
         yield key, failure
 
     def end(self, key):
@@ -341,16 +352,17 @@ def here(monkeypatch):
     return HereProcesses.jobs
 
 
-def test_each_process_takes_the_next_gpu_and_graphs_are_recorded_there(tmp_path, here, uncompiled):
-    words = ["agents/sac.py", "--env", DIARY, "--seeds", "5", "--steps", "40", "--processes", "3",
-             *TINY]
+def test_each_process_takes_the_next_gpu_and_graphs_are_recorded_there(
+        tmp_path, short, here, uncompiled):
+    words = ["agents/sac.py", "--env", DIARY, "--seeds", "3", "--steps", "20", "--processes", "3",
+             "--eval-every", "20", *TINY]
     plain = trains(Simple, tmp_path / "cpu", *words, "--fp32-library", "blas")
     here.clear()
     with PretendCuda(2) as cuda:
         run = trains(Simple, tmp_path / "cuda", *words, "--cuda", "--compile")
         assert cuda.replays
     assert [job.device for job in here] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert rows_of(run) == rows_of(plain) and len(rows_of(run)) == 5
+    assert rows_of(run) == rows_of(plain) and len(rows_of(run)) == 3
     assert "cuda:" not in (run / "config.json").read_text()
 
 
@@ -365,40 +377,12 @@ def test_a_gpu_that_is_free_again_is_taken_first():
     assert [job.device for job in given] == ["cuda:0", "cuda:1", "cuda:1"]
 
 
-def test_a_study_trains_its_trials_on_the_gpus(tmp_path, here):
+def test_a_study_trains_its_trials_on_the_gpus(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(tuning.confirm, "train", lambda *_: [])
+    monkeypatch.setattr(tuning.confirm, "show", lambda *_: None)
     with PretendCuda(2):
         code = script.run(
             ["agents/sac.py", "--env", DIARY, "--steps", "20", "--eval-every", "10",
-             "--eval-episodes", "1", "--trials", "2", "--workers", "2", "--confirm-seeds", "1",
-             "--runs", str(tmp_path), "--space", "gamma=0.9:0.99", "--cuda", *TINY], Tune,
-            tuning.tune)
-    assert code == 0 and [job.device for job in here[:2]] == ["cuda:0", "cuda:1"]
-    best, = tmp_path.glob("studies/*/best.json")
-    assert json.loads(best.read_text())["cuda"] is True
-
-
-def train_pretending(job, emit):
-    """The work of a process with two pretend devices."""
-    torch.compile = lambda fn, options=None: fn
-    with PretendCuda(2) as cuda:
-        prepare_process(device=job.device)
-        train(job, emit)
-        emit({"device": job.device, "current": cuda.current, "replays": cuda.replays})
-
-
-@pytest.mark.slow
-def test_processes_train_on_their_gpus(here, tmp_path):
-    """Real ones: each pretends for itself."""
-    jobs, told = [], {}
-    with PretendCuda(2):
-        options, config = script.parse_args(
-            ["agents/sac.py", "--env", DIARY, "--seeds", "2", "--steps", "40", "--processes", "2",
-             "--cuda", "--compile", *TINY], Simple)
-        jobs = script.make_jobs(options, config, 2, None)
-        failures = run_jobs(
-            jobs, 2, lambda index, message: told.setdefault(index, {}).update(message),
-            Engine(2, lambda number: Processes(train_pretending)))
-    assert not failures
-    for index, device in enumerate(["cuda:0", "cuda:1"]):
-        assert told[index]["device"] == device and told[index]["current"] == index
-        assert told[index]["replays"]
+             "--eval-episodes", "1", "--trials", "2", "--workers", "2", "--runs", str(tmp_path),
+             "--space", "gamma=0.9:0.99", "--cuda", *TINY], Tune, tuning.tune)
+    assert code == 0 and [job.device for job in here] == ["cuda:0", "cuda:1"]
