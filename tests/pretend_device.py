@@ -131,6 +131,7 @@ class PretendCuda(TorchFunctionMode):
         return {"is_available": lambda: True, "device_count": lambda: self.devices,
                 "set_device": lambda device: setattr(self, "current", self.named(device).index),
                 "current_device": lambda: self.current,
+                "is_current_stream_capturing": lambda: self.graph is not None,
                 "synchronize": lambda: self.note("wait: synchronize"),
                 "Stream": lambda: stream, "current_stream": lambda: stream,
                 "stream": lambda stream: stream, "CUDAGraph": Graph, "graph": self._record}

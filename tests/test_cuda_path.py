@@ -26,11 +26,15 @@ from lab.watch import __main__ as watch
 from tests.conftest import drive, flat_state, make_spec, make_steps, small_config
 from tests.pretend_device import PretendCuda, device_of
 
-PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
 TINY = ["--batch-size", "8", "--actor-width", "8", "--qf-width", "8", "--learning-starts", "8"]
 PPO = ["agents/ppo.py", "--num-steps", "8", "--num-minibatches", "2", "--width", "8"]
 DOWN, UP = "copy: cuda:0 to cpu", "copy: cpu to cuda:0"
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
@@ -148,9 +152,9 @@ def assert_same(ours, theirs):
 
 
 def test_every_agent_equals_the_cpu_and_nothing_waits_or_is_copied(module):
-    _, expected, _ = trained(module, "cpu", lambda fn: fn, target_kl=1e-4)
+    _, expected, _ = trained(module, "cpu", lambda fn: fn, count=7, target_kl=1e-4)
     with PretendCuda():
-        agent, seen, waited = trained(module, "cuda", lambda fn: fn, target_kl=1e-4)
+        agent, seen, waited = trained(module, "cuda", lambda fn: fn, count=7, target_kl=1e-4)
         assert not waited
         assert {x.device.type for x in flat_state(save_state(agent)).values()
                 if isinstance(x, torch.Tensor) and x.dtype != torch.uint8} == {"cuda"}
@@ -183,16 +187,16 @@ def test_every_agent_equals_the_cpu_as_cuda_graphs_in_bf16(module, uncompiled):
 def test_a_checkpoint_crosses_devices(module, tmp_path):
     """From CUDA to the CPU and back: weights, optimizers, replay and counters."""
     with PretendCuda():
-        first, _, _ = trained(module, "cuda", lambda fn: fn, count=6)
+        first, _, _ = trained(module, "cuda", lambda fn: fn, count=5)
         state = flat_state(save_state(first))
         checkpoint.save(tmp_path / "cuda", 1, {"agent": save_state(first)})
     with pytest.raises(RuntimeError, match="CUDA"):  # the file names its device
         torch.load(next((tmp_path / "cuda").glob("*.pt")), weights_only=True)
-    second, _, _ = trained(module, "cpu", lambda fn: fn, count=6)
+    second, _, _ = trained(module, "cpu", lambda fn: fn, count=5)
     restore_state(second, checkpoint.load_latest(tmp_path / "cuda")["agent"])
     checkpoint.save(tmp_path / "cpu", 1, {"agent": save_state(second)})
     with PretendCuda():
-        third, _, _ = trained(module, "cuda", lambda fn: fn, count=6)
+        third, _, _ = trained(module, "cuda", lambda fn: fn, count=5)
         restore_state(third, checkpoint.load_latest(tmp_path / "cpu", "cuda")["agent"])
         again = flat_state(save_state(third))
         for name in state:
@@ -296,20 +300,21 @@ def trains(kind, folder, *words):
 
 
 @pytest.mark.parametrize("words", [
-    [*PPO, "--env", "torch/Pendulum-v1"], [*PPO, "--env", PAINTED, "--backend", "sync"],
+    [*PPO, "--env", "torch/Pendulum-v1"], [*PPO, "--env", "Pendulum-v1", "--backend", "sync"],
     ["agents/cem.py", "--env", "torch/Pendulum-v1", "--iterations", "1", "--samples", "8",
      "--target-iterations", "1", "--target-samples", "8", *TINY[:2], *TINY[4:]]])
-def test_a_run_with_cuda_equals_one_on_the_cpu_and_is_watched_without_a_gpu(
+def test_a_run_with_cuda_equals_one_on_the_cpu_is_resumed_and_is_watched_without_a_gpu(
         tmp_path, short, words):
-    kind = Vectorised
-    words = [*words, "--num-envs", "2", "--steps", "48", "--eval-every", "24", "--seeds", "2"]
-    plain = trains(kind, tmp_path / "cpu", *words, "--fp32-library", "blas")
+    words = [*words, "--num-envs", "2", "--steps", "48", "--eval-every", "48", "--seeds", "2"]
+    plain = trains(Vectorised, tmp_path / "cpu", *words, "--fp32-library", "blas")
     with PretendCuda():
-        run = trains(kind, tmp_path / "cuda", *words, "--cuda")
-    rows = rows_of(plain)
-    assert rows == rows_of(run) and len(rows) == 2
-    assert all("return/eval" in each[-1] for each in rows.values())
-    assert not torch.cuda.is_available()
+        run = trains(Vectorised, tmp_path / "cuda", *words, "--cuda")
+        rows = rows_of(plain)
+        assert rows == rows_of(run) and len(rows) == 2
+        assert all("return/eval" in each[-1] for each in rows.values())
+        max(run.glob("*/*/stack_*/step_*.pt")).unlink()
+        assert script.run(["--resume", str(run)], Vectorised) == 0
+    assert rows == rows_of(run)
     assert watch.run([str(run), "--max-seconds", "0.2"]) == 0
     assert list(run.glob("*/*/watch.gif"))
 
