@@ -30,8 +30,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CPU = torch.device("cpu")
-FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 aten = torch.ops.aten
+FROM_HOST = {torch.tensor, torch.as_tensor, Tensor.new_tensor}  # their values
+INDEXING = {aten.index, aten.index_put_, aten._index_put_impl_}
 
 
 def device_of(x):
@@ -66,8 +67,8 @@ class Generator(torch.Generator):
         return self.place
 
     def get_state(self):
-        mark = torch.zeros(16 if self.place.type == "cuda" else 0, dtype=torch.uint8)
-        return torch.cat([super().get_state(), mark])
+        longer = torch.zeros(16 if self.place.type == "cuda" else 0, dtype=torch.uint8)
+        return torch.cat([super().get_state(), longer])
 
     def set_state(self, state):
         if len(state) != len(self.get_state()):
@@ -84,15 +85,13 @@ class PretendCuda(TorchFunctionMode):
         super().__init__()
         self.devices, self.current = devices, 0
         self.events: list[str] = []
-        self.graph: Graph | None = None  # that records
+        self.graph: Graph | None = None  # the one that records
         self.new_on = CPU  # the device that a factory function was asked for
         self.replays = 0
-        attribute = {torch.Tensor.device.__get__: device_of,
-                     torch.Tensor.is_cuda.__get__: lambda x: device_of(x).type == "cuda",
-                     torch.Tensor.is_cpu.__get__: lambda x: device_of(x) == CPU}
-        self.own = attribute | {
+        self.own = {
+            Tensor.device.__get__: device_of,
+            Tensor.is_cuda.__get__: lambda x: device_of(x).type == "cuda",
             Tensor.to: self._to, Tensor.cpu: lambda x: self._to(x, CPU),
-            Tensor.cuda: lambda x, device="cuda": self._to(x, device),
             Tensor.type_as: lambda x, other: self._to(x, device_of(other), other.dtype),
             Tensor.tolist: self._tolist, Tensor.numpy: self._numpy, Tensor.__array__: self._numpy,
             Tensor.__deepcopy__: lambda x, memo: put(Tensor.__deepcopy__(x, memo), device_of(x))}
@@ -194,7 +193,7 @@ class PretendCuda(TorchFunctionMode):
         if self.graph is not None:
             raise RuntimeError("a generator that is not registered with the CUDA graph")
 
-    def _to(self, x, *args, device=None, other=None, **kwargs):
+    def _to(self, x, *args, device=None, **kwargs):
         args = list(args)
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
@@ -267,12 +266,10 @@ class Operations(TorchDispatchMode):
         """RuntimeError if the inputs are on several."""
         if not inputs:
             return self.cuda.new_on
-        if func.overloadpacket in (aten.copy_, aten.index, aten.index_put_, aten._index_put_impl_):
-            # these copy what is elsewhere: a source, or indices
-            target = device_of(args[0])
-            others = tensors_in(args[1]) if func.overloadpacket != aten.copy_ else [args[1]]
+        if func.overloadpacket in INDEXING | {aten.copy_}:  # the source or indices may be elsewhere
+            others = tensors_in(args[1])
             for x in others:
-                self.cuda.copied(device_of(x), target)
+                self.cuda.copied(device_of(x), device_of(args[0]))
             inputs = [x for x in inputs if all(x is not other for other in others)]
         devices = {device_of(x) for x in inputs if x.dim() or device_of(x) != CPU} or {CPU}
         if len(devices) > 1:
@@ -288,7 +285,7 @@ def reads_values(func):
 
 def waits(func, args):
     """Whether the host waits for a value or a shape."""
-    if func.overloadpacket in (aten.index, aten.index_put_, aten._index_put_impl_):
+    if func.overloadpacket in INDEXING:
         masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors_in(args[1]))
         return masks and not (len(args) > 2 and args[2].numel() == 1)  # one value: a masked fill
     return reads_values(func)
@@ -333,7 +330,7 @@ class Graph:
 
     def before(self, func, inputs):
         for storage in (x.untyped_storage() for x in inputs if func._schema.is_mutable):
-            if storage._cdata not in self.memory | self.changed:
+            if storage._cdata not in self.memory and storage._cdata not in self.changed:
                 self.changed[storage._cdata] = storage, storage.clone()
 
     def after(self, func, args, kwargs, result, new):
