@@ -301,8 +301,8 @@ def trains(kind, folder, *words):
 
 @pytest.mark.parametrize("words", [
     [*PPO, "--env", "torch/Pendulum-v1"], [*PPO, "--env", "Pendulum-v1", "--backend", "sync"],
-    ["agents/cem.py", "--env", "torch/Pendulum-v1", "--iterations", "1", "--samples", "8",
-     "--target-iterations", "1", "--target-samples", "8", *TINY[:2], *TINY[4:]]])
+    pytest.param(["agents/cem.py", "--env", "torch/Pendulum-v1", "--iterations", "1", "--samples",
+                  "8", *TINY[:2], *TINY[4:]], marks=pytest.mark.slow)])
 def test_a_run_with_cuda_equals_one_on_the_cpu_is_resumed_and_is_watched_without_a_gpu(
         tmp_path, short, words):
     words = [*words, "--num-envs", "2", "--steps", "48", "--eval-every", "48", "--seeds", "2"]
