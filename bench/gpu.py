@@ -249,8 +249,8 @@ class Program:
 
 
 def tests_section(results: Results, device: str, end: float) -> None:
-    command = ["-m", "pytest", "-k", "cuda or gpu", "--ignore", "tests/test_gpu_bench.py", "-p",
-               "no:cacheprovider"]
+    command = ["-m", "pytest", "-k", "cuda or gpu", "--ignore", "tests/test_gpu_bench.py",
+               "--ignore", "tests/test_cuda_path.py", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "4", "--dist", "worksteal"]
     log = results.out / "tests.log"

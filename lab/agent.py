@@ -195,7 +195,8 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
         with torch.no_grad():
             part.copy_(saved)
     elif isinstance(part, torch.Generator):
-        part.set_state(saved.cpu())
+        if saved.shape == part.get_state().shape:  # it fits only its kind of device
+            part.set_state(saved.cpu())
     elif isinstance(part, Optimizer):
         part.load_state_dict(copy.deepcopy(saved))  # it keeps the tensors that it is given
     elif isinstance(part, nn.Module):

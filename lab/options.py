@@ -66,7 +66,7 @@ class Options:
     # library for fp32 matrix products on a CPU: torch's BLAS or oneDNN; none: measured, the faster
     # one that computes in fp32 on this processor
     fp32_library: Library | None = None
-    cuda: bool = False  # train on the GPU
+    cuda: bool = False  # train on the GPU; with several, each process takes the next
     # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
     # flags override it
     config: Path | None = None

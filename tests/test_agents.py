@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab import accelerate
 from lab.accelerate import Accelerator
@@ -164,46 +163,6 @@ def test_the_agent_trains_on_cuda(module):
         agent.update()
         agent.observe(obs.cuda(), actions, tensors[0], tensors[1], *tensors[2:])
     assert actions.device.type == "cuda" and actions.isfinite().all()
-
-
-class HostReads(TorchDispatchMode):
-    """The operations that give the host a value, or a shape: on CUDA it waits for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten, indices = torch.ops.aten, args[1] if "index" in func.name() else []
-        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select,
-                                   aten.equal) or (
-                isinstance(indices, list) and any(
-                    x is not None and x.dtype == torch.bool for x in indices)):
-            self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_an_update_reads_no_value_on_the_host(module):
-    """It would wait for it on CUDA. A copy to the host is seen there alone, by the test below."""
-    agent = make_agent(module, replay_ratio=1.0, policy_delay=1, target_kl=0.1)
-    steps, update, reads, seen = make_steps((0, 1), 1, 20), agent.update, HostReads(), set()
-
-    def watched():
-        with reads:
-            metrics = update()
-            seen.update(metrics | measure(agent))
-        return metrics
-
-    agent.update = watched
-    assert len(drive(agent, steps)) >= 2 and not reads.seen
-    assert any("plasticity" in name for name in seen) and any("loss" in name for name in seen)
-    x = torch.ones(3)
-    for read in (x.sum().item, lambda: bool(x[0] > 0), lambda: x[x > 0], x.nonzero,
-                 lambda: x.__setitem__(x > 0, torch.ones(3))):
-        reads.seen.clear()
-        with reads:
-            read()
-        assert reads.seen
 
 
 def cuda_agent(module, accelerate=lambda fn: fn):

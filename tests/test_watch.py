@@ -270,7 +270,7 @@ def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
     rows = recorder.read_metrics(group(run) / "seed_0" / "metrics.jsonl")
     assert rows[-1]["step"] == STEPS
     assert returns[:EPISODES].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.051)
-    view = watch.make_view(PAINTED, [0], cuda=False, action_repeat=2)
+    view = watch.make_view(PAINTED, [0], action_repeat=2)
     assert view.fps == probe_envs.Painted.metadata["render_fps"] / 2
     view.close()
 
@@ -288,7 +288,7 @@ def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
                                   "ContinuousCartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
-    view = watch.make_view(f"torch/{name}", [0, 1], False)
+    view = watch.make_view(f"torch/{name}", [0, 1])
     plain = TorchEnvs(view.config)
     view.env.max_episode_steps = plain.env.max_episode_steps = 40
     twin = make_one(view.env.twin, render_mode="rgb_array")

@@ -12,6 +12,7 @@ from lab.errors import UserError
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # (S, N) each: returns so far, still running
 ENDLESS = 10_000  # step limit for environments without max_episode_steps
+LOOK_EVERY = 25  # steps after which the host looks on a GPU whether all episodes have ended
 
 
 def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep = lambda *_: None
@@ -29,13 +30,14 @@ def _evaluate(agent: Any, evaluation: VectorEnvs, stream: Sequence[int], on_step
     running = torch.ones_like(returns, dtype=torch.bool)
     limit = evaluation.spec.max_episode_steps or ENDLESS
     on_step(returns, running)
-    for _ in range(limit):
+    for step in range(1, limit + 1):
         t = evaluation.step(agent.act(obs, explore=False))
         obs = t.obs
         returns += torch.where(running, t.rewards, 0)
         running &= (t.terminations + t.truncations) == 0
         on_step(returns, running)
-        if not running.any():  # the host waits for the device
+        look = step % LOOK_EVERY == 0 or step == limit or obs.device.type == "cpu"
+        if look and not running.any():  # the host waits for the device
             return returns.mean(1).tolist()
     raise UserError(f"{evaluation.spec.id}: an evaluation episode does not end in {limit} steps; "
                     "register the environment with max_episode_steps")

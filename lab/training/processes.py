@@ -1,6 +1,7 @@
 """Run jobs in parallel local processes; restart killed ones."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -64,11 +65,13 @@ class Failure(NamedTuple):
 
 class Processes:
     """One process per job, identified by a key. Leaving the context stops all of them. Each calls
-    `work(job, emit)`, which must be a module-level function."""
+    `work(job, emit)`, which must be a module-level function. With several GPUs, each process takes
+    the next one."""
 
     def __init__(self, work: Callable[[Job, Emit], None] = train) -> None:
         self.work = work
         self.running: dict[int, Any] = {}  # key -> the process and the pipe to it
+        self.gpus: dict[int, str] = {}  # key -> the GPU of its process
         self.failures: dict[int, Failure] = {}
 
     def __enter__(self) -> "Processes":
@@ -84,6 +87,10 @@ class Processes:
         self.running[key] = process, ours
 
     def give(self, key: int, job: Job) -> None:
+        if job.device == "cuda":
+            gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+            self.gpus[key] = min(gpus, key=[*self.gpus.values()].count)  # with the fewest jobs
+            job = dataclasses.replace(job, device=self.gpus[key])
         with contextlib.suppress(OSError):  # the process was killed: receive() reports it
             self.running[key][1].send(job)
 
@@ -100,6 +107,7 @@ class Processes:
                 process.join()
                 pipe.close()
                 del self.running[key]
+                self.gpus.pop(key, None)
                 reason = f"its process ended with code {process.exitcode}"
                 killed = Failure(reason, "killed") if process.exitcode else None
                 yield key, self.failures.pop(key, killed)
@@ -143,7 +151,7 @@ def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit],
 def attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure | None:
     """Run the job -> None, or why it failed. An unexpected exception prints its traceback; the
     reason begins with file and line of the agent if the exception went through its code."""
-    prepare_process(job.threads)
+    prepare_process(job.threads, job.device)
     try:
         with contextlib.chdir(os.curdir):  # back to it: an environment may change it
             work(job, emit)

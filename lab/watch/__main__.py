@@ -136,7 +136,7 @@ def watch(group: Group, trained: Vectorised, config: dict[str, Any], options: Op
     seconds = options.max_seconds or (None if options.window else 5.0)
     output = film.open_output(out)
     with (contextlib.chdir(os.curdir),  # back to it: an environment may change it
-          contextlib.closing(make_view(group.env_id, seeds, trained.cuda, trained.env_kwargs,
+          contextlib.closing(make_view(group.env_id, seeds, trained.env_kwargs,
                                        trained.action_repeat)) as view):
         policies = PolicyStack([
             load(group, stack, [seed for seed in seeds if group.stacks[seed] == stack], view,
@@ -199,13 +199,12 @@ class Part(NamedTuple):
 def load(group: Group, stack: Path, wanted: list[int], view: "Filmed | FilmedTorch",
          trained: Vectorised, config: dict[str, Any]) -> Part:
     """UserError if the last checkpoint is damaged or does not fit the agent."""
-    device = view.config.device
-    state = checkpoint.load_latest(stack, device)
+    state = checkpoint.load_latest(stack)
     if state is None:
         raise UserError(f"{stack} has no intact checkpoint")
     members = seeds_of(stack)
     agent = build_agent(trained.agent, config, view.spec, members, trained.num_envs or 1,
-                        agent_steps(trained), device, lambda fn: fn)
+                        agent_steps(trained), "cpu", lambda fn: fn)
     try:
         restore_state(agent, state["agent"])
     except Exception as error:
@@ -242,17 +241,10 @@ class PolicyStack:
         return text + "".join(f"; seed {seed} failed in training" for seed in failed)
 
 
-def make_view(env_id: str, seeds: Sequence[int], cuda: bool, env_kwargs: Sequence[str] = (),
+def make_view(env_id: str, seeds: Sequence[int], env_kwargs: Sequence[str] = (),
               action_repeat: int = 1) -> "Filmed | FilmedTorch":
-    """One environment per seed, with a camera. UserError if it cannot be rendered."""
-    device = "cuda" if cuda else "cpu"  # the state of a generator fits only its kind of device
-    try:
-        accelerate.check_device(device)
-    except UserError as error:
-        raise UserError("the run was trained on a GPU, but torch sees no CUDA device here"
-                        ) from error
-    config = VecEnvConfig(env_id, seeds, device=device, env_kwargs=env_kwargs,
-                          action_repeat=action_repeat)
+    """One environment per seed on the CPU, with a camera. UserError if it cannot be rendered."""
+    config = VecEnvConfig(env_id, seeds, env_kwargs=env_kwargs, action_repeat=action_repeat)
     if is_torch(env_id):
         return FilmedTorch(config)
     camera.check(env_id, env_kwargs)
