@@ -311,8 +311,7 @@ def learning_section(results: Results, device: str, end: float) -> None:
               str(max(1, cores // 2)), *size, "--eval-episodes", "1"]
     train(results, device, end, {
         "SAC, HalfCheetah-v4": ["learn_vectorised.py", "agents/sac.py", *shared],
-        "CrossQ, HalfCheetah-v4": ["learn_vectorised.py", "agents/crossq.py", *shared,
-                                   "--qf-width", "256"]})
+        "XQC, HalfCheetah-v4": ["learn_vectorised.py", "agents/xqc.py", *shared]})
 
 
 def quadrotor_section(results: Results, device: str, end: float) -> None:

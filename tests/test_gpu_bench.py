@@ -72,6 +72,6 @@ def test_all_sections_write_results_on_a_cpu(tmp_path):
     for name in ("SAC, plain loop", "SAC, LeanRL's way", "SAC, bf16, S=2", "PPO, bf16, 2 x 8",
                  "torch/Pendulum-v1, 2 x 32"):
         assert entries[name]["repeats"] and "error" not in entries[name], entries[name]
-    for name in ("SAC, HalfCheetah-v4", "CrossQ, HalfCheetah-v4", "PPO, torch/Quadrotor-v0"):
+    for name in ("SAC, HalfCheetah-v4", "XQC, HalfCheetah-v4", "PPO, torch/Quadrotor-v0"):
         assert entries[name]["curve"] and entries[name]["repeats"], entries[name]
     assert (tmp_path / "gpu.md").read_text().count("|") > 50
