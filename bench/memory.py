@@ -63,8 +63,8 @@ def main() -> None:
                               capture_output=True, text=True, check=True)
         table[precision][parts] = round(float(done.stdout))
         print(f"{parts} micro-batches, {precision}: {table[precision][parts]} MiB", flush=True)
-    options.out.write_text(json.dumps({
-        "command": "python bench/memory.py", "versions": versions(), "mib": table}, indent=1) + "\n")
+    result = {"command": "python bench/memory.py", "versions": versions(), "mib": table}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(markdown(table))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from bench import cluster, learning, readme, speed, throughput, tuning
+from bench import cluster, learning, memory, readme, speed, throughput, tuning
 from bench import plan as measured_plans
 from lab import train
 from lab.check import __main__ as check
@@ -161,6 +161,7 @@ TABLES = {
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
     "plan.md": lambda: measured_plans.markdown(result("plan")),
+    "memory.md": lambda: memory.markdown(result("memory")["mib"]),
     "cluster.md": lambda: cluster.markdown(result("cluster")),
 }
 
