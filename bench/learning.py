@@ -125,6 +125,25 @@ EXPERIMENTS = {
         "agents/ppo.py --env torch/Pendulum-v1 --num-envs 1024 --seeds 5 --steps 2_000_000 "
         "--num-steps 64 --gamma 0.95 --lr 2e-3 --update-epochs 5 --eval-episodes 50",
         "-172 (PPO at 100 000, tuned)"),
+    "ppo-discrete-torch-cartpole": (
+        "agents/ppo_discrete.py --env torch/CartPole-v1 --num-envs 1024 --seeds 5 --steps 800_000 "
+        "--num-steps 32 --lr 3e-3 --update-epochs 4 --no-norm-obs --no-norm-reward "
+        "--no-clip-vloss --threads 1 --eval-episodes 50", "475 counts as solved"),
+    "ppo-discrete-cartpole": (
+        "agents/ppo_discrete.py --env CartPole-v1 --num-envs 8 --seeds 5 --steps 100_000 "
+        "--num-steps 32 --num-minibatches 1 --update-epochs 20 --gamma 0.98 --gae-lambda 0.8 "
+        "--lr 1e-3 --no-norm-obs --no-norm-reward --no-clip-vloss --threads 1 --eval-episodes 20",
+        "500 (SB3's zoo, one run)"),
+    "ppo-discrete-acrobot": (
+        "agents/ppo_discrete.py --env Acrobot-v1 --num-envs 16 --seeds 5 --steps 1_000_000 "
+        "--num-steps 256 --num-minibatches 64 --update-epochs 4 --gae-lambda 0.94 --threads 1 "
+        "--eval-episodes 20", "-74 (SB3's zoo, one run)"),
+    "ppo-discrete-lunarlander": (
+        "agents/ppo_discrete.py --env LunarLander-v3 --num-envs 16 --seeds 5 --steps 1_000_000 "
+        "--num-steps 1024 --num-minibatches 256 --update-epochs 4 --gamma 0.999 "
+        "--gae-lambda 0.98 --ent-coef 0.01 --no-norm-obs --no-norm-reward --no-clip-vloss "
+        "--threads 1 --eval-episodes 20",
+        "242 (SB3's zoo, one run, LunarLander-v2)"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (

@@ -21,7 +21,6 @@ from tests.conftest import (
     drive,
     flat_state,
     make_agent,
-    make_spec,
     make_steps,
     needs_compiler,
     needs_cuda,
@@ -29,6 +28,7 @@ from tests.conftest import (
     same,
     save_state,
     small_config,
+    spec_for,
 )
 
 
@@ -157,7 +157,7 @@ def test_bf16_learns_close_to_fp32(module):
 
 @needs_cuda
 def test_the_agent_trains_on_cuda(module):
-    agent = module.Agent(make_spec(), module.Config(), [0, 1], total_steps=3000, device="cuda")
+    agent = module.Agent(spec_for(module), module.Config(), [0, 1], total_steps=3000, device="cuda")
     for obs, *rest in make_steps((0, 1), 1, 400):
         tensors = [x.cuda() for x in rest]
         actions = agent.act(obs.cuda())
@@ -208,8 +208,8 @@ def test_an_update_reads_no_value_on_the_host(module):
 
 def cuda_agent(module, accelerate=lambda fn: fn):
     config = small_config(module, replay_ratio=1.0, policy_delay=1)
-    return module.Agent(make_spec(), config, [0, 1], num_envs=2, total_steps=1000, device="cuda",
-                        accelerate=accelerate)
+    return module.Agent(spec_for(module), config, [0, 1], num_envs=2, total_steps=1000,
+                        device="cuda", accelerate=accelerate)
 
 
 def cuda_steps(count):
@@ -289,7 +289,8 @@ def test_functions_of_agents_stay_under_50_lines_and_the_name_is_the_stem():
 # that are named together are equal among themselves.
 DIFFERENT = {
     "Config": "every agent's own", "Agent": "every agent's own", "validate": "the Config's ranges",
-    "Linear": {"ppo": "orthogonal initialisation, and no copies", "xqc": "weights of length 1"},
+    "Linear": {"ppo ppo_discrete ppo_lstm": "orthogonal initialisation, and no copies",
+               "xqc": "weights of length 1"},
     "BatchNorm": {"xqc": "no renormalisation"},
     "MLP": {"crossq bro cem": "batch norm before each layer, so that it must know if it trains",
             "xqc": "batch norm before each ReLU; any depth"},
