@@ -2,7 +2,7 @@
 
 Schulman et al. 2017, arXiv 1707.06347: the clipped objective is eq. 7, the advantages are eq. 11
 (GAE: arXiv 1506.02438, eq. 16). Settings and details follow CleanRL's ppo_continuous_action and
-Huang et al. 2022, "The 37 Implementation Details of PPO". LSTM: Gers et al. 2000, eqs. 1 to 6.
+Huang et al. 2022, "The 37 Implementation Details of PPO".
 Every tensor starts with S, the seeds that train side by side; read it as 1.
 
 Departures from CleanRL, each with its reason
@@ -12,7 +12,7 @@ Departures from CleanRL, each with its reason
    that it acted on. The first rollout is not normalised.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
    Adam's step count is shared and keeps counting, so no seed affects another.
-4. Gradients go back through seq_len steps at most, from the memory that acting had there.
+4. Minibatches are of whole sequences. Gradients end where they begin, at the memory of acting.
 
     python learn_vectorised.py agents/ppo_lstm.py --env torch/CartPoleWithoutVelocity-v1 --log
 """
@@ -31,7 +31,7 @@ class Config:
     # Rollout and schedule
     num_steps: int | None = None  # rollout length of an environment; none: 2048 in all, 16 or more
     seq_len: int = 16  # steps in a sequence; num_steps is a multiple of it
-    num_minibatches: int = 32  # gradient steps in an epoch, on whole sequences
+    num_minibatches: int = 32  # gradient steps in an epoch
     micro_batches: int = 1  # parts of a minibatch, one in memory at a time
     update_epochs: int = 10  # passes over a rollout
     # Optimisation
@@ -58,12 +58,12 @@ RANGES = {  # lowest and highest value, both allowed
     "num_minibatches": (1, math.inf), "micro_batches": (1, math.inf),
     "update_epochs": (1, math.inf), "lr": (0, math.inf), "clip_coef": (0, math.inf),
     "vf_coef": (0, math.inf), "ent_coef": (0, math.inf), "max_grad_norm": (0, math.inf),
-    "target_kl": (0, math.inf), "rpo_alpha": (0, math.inf), "width": (1, math.inf),
-    "seq_len": (1, math.inf), "lstm_width": (1, math.inf)}
+    "seq_len": (1, math.inf), "lstm_width": (1, math.inf),
+    "target_kl": (0, math.inf), "rpo_alpha": (0, math.inf), "width": (1, math.inf)}
 
 
 def rollout_length(config, num_envs):
-    """-> T, steps of each environment. ValueError if sequences do not make equal minibatches."""
+    """-> T, steps of each environment. ValueError if its rows do not make equal minibatches."""
     T, L, parts = config.num_steps, config.seq_len, config.num_minibatches
     if T is None:  # the shortest that num_minibatches divides
         unit = L * parts // math.gcd(parts, num_envs)
@@ -72,16 +72,6 @@ def rollout_length(config, num_envs):
         raise ValueError(f"num_minibatches must divide num_steps / seq_len x num_envs = {T} / {L} "
                          f"x {num_envs}, with norm_adv into two rows or more: {parts} does not")
     return T
-
-
-def to_sequences(x, L):
-    """(S, T, N, ...) -> (S, T N, ...), in which L steps of an environment are neighbours."""
-    return x.unflatten(1, (-1, L)).transpose(2, 3).flatten(1, 3)
-
-
-def from_sequences(x, L, N):
-    """The inverse: (S, T N) -> (S, T, N)."""
-    return x.unflatten(1, (-1, N, L)).transpose(2, 3).flatten(1, 2)
 
 
 def randn(generators, *shape):
@@ -151,29 +141,23 @@ class Network(nn.Module):
 
 
 class LSTM(nn.Module):
-    """H units. Their memory (S, B, 2 H) is their outputs and cells."""
+    """One step of H units with forget gates: Gers et al. 2000, doi 10.1162/089976600300015015."""
 
     def __init__(self, generators, fan_in, units):
         super().__init__()
-        self.gates = Linear(generators, fan_in + units, 4 * units, gain=1.0)
+        self.gates, self.units = Linear(generators, fan_in + units, 4 * units, gain=1.0), units
 
-    def step(self, x, memory):
-        """x (S, B, in) and the memory before it -> the memory after it."""
+    def forward(self, x, memory=None):
+        """x (S, B, in), outputs and cells before it (S, B, 2 H), 0 if none or of another B -> x and
+        outputs (S, B, in + H), outputs and cells after it."""
+        if memory is None or memory.shape[1] != x.shape[1]:
+            memory = x.new_zeros(*x.shape[:2], 2 * self.units)
         output, cell = memory.chunk(2, -1)
-        gates = self.gates(torch.cat([x, output], -1)).type_as(x)  # the cells are never in bf16
+        gates = self.gates(torch.cat([x, output], -1)).type_as(x)  # cells are never in bf16
         keep, write, show, new = gates.chunk(4, -1)
-        cell = (keep + 1).sigmoid() * cell + write.sigmoid() * new.tanh()  # + 1: it keeps at first
-        return torch.cat([show.sigmoid() * cell.tanh(), cell], -1)
-
-    def forward(self, x, memory, starts):
-        """x (S, B L, in) of B sequences, the memory before each, and starts (S, B L), 1 where an
-        episode begins -> the memory after each row, (S, B L, 2 H)."""
-        xs, begins = (y.unflatten(1, (memory.shape[1], -1)).unbind(2) for y in (x, starts))
-        memories = []
-        for x, start in zip(xs, begins, strict=True):
-            memory = self.step(x, memory * (1 - start[..., None]))
-            memories.append(memory)
-        return torch.stack(memories, 2).flatten(1, 2)
+        cell = (keep + 1).sigmoid() * cell + write.sigmoid() * new.tanh()  # + 1: keeps at first
+        output = show.sigmoid() * cell.tanh()
+        return torch.cat([x, output], -1), torch.cat([output, cell], -1)
 
 
 class Normaliser(nn.Module):
@@ -202,7 +186,7 @@ class Normaliser(nn.Module):
 class Agent:
     name = "ppo_lstm"
     STATE = ("actor", "critic", "log_std", "optimizer", "obs_normaliser", "return_normaliser",
-             "returns", "rollout", "filled", "transitions", "generators", "lstm", "memory", "kept")
+             "returns", "rollout", "filled", "transitions", "generators", "lstm", "memory")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):
@@ -215,8 +199,8 @@ class Agent:
         self.actor = Network(self.generators, O + H, config.width, A, gain=0.01)
         self.critic = Network(self.generators, O + H, config.width, 1, gain=1.0)
         self.log_std = torch.zeros(S, 1, A, device=self.device, requires_grad=True)
-        self.parameters = [*self.lstm.parameters(), *self.actor.parameters(),
-                           *self.critic.parameters(), self.log_std]
+        self.parameters = [*self.actor.parameters(), *self.critic.parameters(), self.log_std]
+        self.parameters += self.lstm.parameters()
         # a tensor, so that compiled code follows its change; CUDA's fused Adam takes fp32 alone
         lr = torch.tensor(config.lr, dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=1e-5, fused=True,
@@ -225,16 +209,14 @@ class Agent:
         self.obs_normaliser = Normaliser(S, O, self.device)
         self.return_normaliser = Normaliser(S, 1, self.device)
         self.returns = torch.zeros(S, num_envs, device=self.device)  # discounted, so far
-        # a row: obs, actions, log_probs, next_obs, rewards, terminations, truncations
-        self.rollout = torch.zeros(S, T, num_envs, O + A + 1 + O + 3, device=self.device)
-        self.filled = self.transitions = 0  # steps in the rollout; transitions of one seed
         self.memory = torch.zeros(S, num_envs, 2 * H, device=self.device)
-        # the memory before each sequence of the rollout
-        self.kept = torch.zeros(S, T // config.seq_len, num_envs, 2 * H, device=self.device)
-        # actions as drawn, their log_probs and the memory after them, from act() to observe(); an
-        # update may come between
-        self.acted = torch.zeros(S, 0, A + 1 + 2 * H, device=self.device)
-        self.last_inputs = None  # the last minibatch's: obs, memory, starts
+        self.seen = O + 1 + 2 * H  # columns of a sample: obs, whether an episode begins, memory
+        # a row: memory, obs, actions, log_probs, next_obs, rewards, terminations, truncations
+        self.rollout = torch.zeros(S, T, num_envs, 2 * H + O + A + 1 + O + 3, device=self.device)
+        self.filled = self.transitions = 0  # steps in the rollout; transitions of one seed
+        # actions as drawn and their log_probs from act() to observe(); an update may come between
+        self.acted = torch.zeros(S, 0, A + 1 + 2 * H, device=self.device)  # and the new memory
+        self.last_obs = None  # the last minibatch's, as the networks read them
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
 
     def normalise(self, obs):
@@ -242,38 +224,36 @@ class Agent:
             return obs
         return self.obs_normaliser.scale(obs - self.obs_normaliser.mean)
 
-    def recall(self, x, memories):
-        """Normalised obs (S, B, O) and the memories after them -> inputs of actor and critic."""
-        return torch.cat([x, memories[..., : self.config.lstm_width]], -1)
+    def inputs(self, x):
+        """x (S, B L, seen), L steps of a sequence side by side -> the networks' (S, B L, O + H)."""
+        steps = x.unflatten(1, (-1, self.config.seq_len)).unbind(2)
+        O, memory, inputs = self.spec.obs_dim, steps[0][..., self.spec.obs_dim + 1 :], []
+        for step in steps:
+            x, memory = self.lstm(step[..., :O], memory * (1 - step[..., O : O + 1]))
+            inputs.append(x)
+        return torch.stack(inputs, 2).flatten(1, 2)
 
     def eval_policy(self):
-        """-> a function obs (S, N, O) -> actions (S, N, A), the means. It remembers one episode."""
+        """-> a function for one episode, as act(obs, explore=False), which begins one each time."""
         memory = None
 
         @torch.no_grad()
         def act(obs):
             nonlocal memory
-            if memory is None:
-                memory = obs.new_zeros(*obs.shape[:2], 2 * self.config.lstm_width)
-            x = self.normalise(obs)
-            memory = self.lstm.step(x, memory)
-            return self.actor(self.recall(x, memory)).clamp(self.low, self.high)
+            inputs, memory = self.lstm(self.normalise(obs), memory)
+            return self.actor(inputs).clamp(self.low, self.high)
 
         return act
 
     @torch.no_grad()
     def act(self, obs, explore=True):
-        """obs (S, N, O) -> actions (S, N, A), clipped to the bounds. If not exploring, the means
-        at the first step of an episode."""
+        """obs (S, N, O) -> actions (S, N, A), clipped to the bounds; the mean if not exploring."""
+        first = self.acted.shape[1] % self.num_envs
+        memory = self.memory[:, first : first + obs.shape[1]] if explore else None
+        inputs, memory = self.lstm(self.normalise(obs), memory)
+        mean = self.actor(inputs)
         if not explore:
-            return self.eval_policy()(obs)
-        first, N = self.acted.shape[1] % self.num_envs, obs.shape[1]
-        memory = self.memory[:, first : first + N]
-        if memory.shape[1] < N:  # other environments than those of training
-            memory = obs.new_zeros(len(obs), N, memory.shape[2])
-        x = self.normalise(obs)
-        memory = self.lstm.step(x, memory)
-        mean = self.actor(self.recall(x, memory))
+            return mean.clamp(self.low, self.high)
         noise = randn(self.generators, obs.shape[1], self.spec.action_dim)
         actions = mean + self.log_std.exp() * noise
         log_probs = gaussian_log_probs(actions, mean, self.log_std)
@@ -287,11 +267,9 @@ class Agent:
         if self.acted.shape[1] != self.num_envs:
             raise ValueError("observe needs an act(explore=True) on its environments before it")
         scalars = torch.stack([rewards, terminations, truncations], -1)
-        acted, memory = self.acted.split([self.spec.action_dim + 1, self.memory.shape[2]], -1)
-        self.rollout[:, self.filled] = torch.cat([obs, acted, next_obs, scalars], -1)
-        if self.filled % self.config.seq_len == 0:
-            self.kept[:, self.filled // self.config.seq_len] = self.memory
-        self.memory.copy_(memory * (1 - torch.maximum(terminations, truncations)[..., None]))
+        acted, memory = self.acted.tensor_split([self.spec.action_dim + 1], -1)
+        self.rollout[:, self.filled] = torch.cat([self.memory, obs, acted, next_obs, scalars], -1)
+        self.memory.copy_(memory * (1 - torch.maximum(terminations, truncations))[..., None])
         self.acted = self.acted[:, :0]
         self.filled += 1
         self.transitions += self.num_envs
@@ -325,28 +303,28 @@ class Agent:
     @torch.no_grad()
     def _prepare_rollout(self):
         """-> raw obs (S, T N, O), samples (S, T N, ...), explained variance (S,)."""
-        c, O, A, N = self.config, self.spec.obs_dim, self.spec.action_dim, self.num_envs
-        obs, actions, log_probs, next_obs, _ = self.rollout.split([O, A, 1, O, 3], -1)
+        c, O, A = self.config, self.spec.obs_dim, self.spec.action_dim
+        M = self.memory.shape[2]
+        memory, obs, actions, log_probs, next_obs, _ = self.rollout.split([M, O, A, 1, O, 3], -1)
         rewards, terminations, truncations = self.rollout[..., -3:].unbind(-1)  # (S, T, N)
-        episode_ends = torch.maximum(terminations, truncations)
+        ends = torch.maximum(terminations, truncations)
         if c.norm_reward:
-            rewards = self._normalise_rewards(rewards, episode_ends)
+            rewards = self._normalise_rewards(rewards, ends)
 
-        # Values of each observation and of its true successor, which follows in the same episode
-        starts = torch.cat([torch.zeros_like(rewards[:, :1]), episode_ends[:, :-1]], 1)
-        b_obs, b_next_obs = (to_sequences(self.normalise(x), c.seq_len) for x in (obs, next_obs))
-        memories = self.lstm(b_obs, self.kept.flatten(1, 2), to_sequences(starts, c.seq_len))
-        next_memories = self.lstm.step(b_next_obs, memories)
-        values, next_values = (
-            from_sequences(self.critic(self.recall(*x)).squeeze(-1), c.seq_len, N)
-            for x in ((b_obs, memories), (b_next_obs, next_memories)))
+        # Values of each observation and of its true successor
+        b_obs = self.normalise(obs.flatten(1, 2))
+        inputs, next_memory = self.lstm(b_obs, memory.flatten(1, 2))
+        next_inputs, _ = self.lstm(self.normalise(next_obs.flatten(1, 2)), next_memory)
+        values = self.critic(inputs).view_as(rewards)
+        next_values = self.critic(next_inputs).view_as(rewards)
 
         # Advantages, and the returns that the critic learns to predict
         advantages = gae(rewards, values, next_values, terminations, truncations, c.gamma,
                          c.gae_lambda)
         returns = advantages + values
-        targets = torch.stack([advantages, returns, values, starts], -1)
-        others = to_sequences(torch.cat([actions, log_probs, targets], -1), c.seq_len)
+        targets = torch.stack([advantages, returns, values], -1)
+        starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)[..., None]
+        others = torch.cat([starts, memory, actions, log_probs, targets], -1).flatten(1, 2)
         samples = torch.cat([b_obs, others], -1)
 
         # Share of the returns' variance that the critic explains; NaN where they are constant
@@ -365,38 +343,35 @@ class Agent:
     def _update_epoch(self, samples):
         """Every sequence of every seed once, in minibatches. samples (S, T N, ...)."""
         (S, rows, _), L = samples.shape, self.config.seq_len
-        order = torch.stack([torch.randperm(rows // L, generator=g, device=self.device)
-                             for g in self.generators])
-        order = torch.arange(S, device=self.device)[:, None], order
-        shuffled = samples.unflatten(1, (-1, L))[order].flatten(1, 2)
-        memory = self.kept.flatten(1, 2)[order]
+        sequences = torch.arange(rows, device=self.device).view(-1, L, self.num_envs)
+        sequences = sequences.mT.reshape(-1, L)  # the rows of each
+        order = torch.stack([sequences[torch.randperm(rows // L, generator=g, device=self.device)]
+                             for g in self.generators]).flatten(1)
+        shuffled = samples[torch.arange(S, device=self.device)[:, None], order]
         if self.config.rpo_alpha:  # noise on the mean, taken from the actions instead
-            O, A = self.spec.obs_dim, self.spec.action_dim
+            O, A = self.seen, self.spec.action_dim
             uniform = torch.special.ndtr(randn(self.generators, rows, A))
             shuffled[..., O : O + A] -= self.config.rpo_alpha * (2 * uniform - 1)
 
         size = rows // self.config.num_minibatches
-        for part in zip(shuffled.split(size, 1), memory.split(size // L, 1), strict=True):
-            metrics = self.minibatch_step(*part)
-        self.last_inputs = [x.clone() for x in (
-            part[0][..., : self.spec.obs_dim], part[1], part[0][..., -1])]
+        for part in shuffled.split(size, 1):
+            metrics = self.minibatch_step(part)
+        self.last_obs = self.inputs(part[..., : self.seen]).detach()
         return metrics
 
-    def _update_minibatch(self, samples, memory):
-        """One gradient step on samples (S, B, ...) and the memory before each of their sequences
-        -> metrics, each (S,)."""
-        O, A, rows = self.spec.obs_dim, self.spec.action_dim, samples.shape[1]
-        mb_obs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1, 1], -1)
-        mb_log_probs, mb_advantages, mb_returns, mb_values, starts = (
-            x.squeeze(-1) for x in scalars)
+    def _update_minibatch(self, samples):
+        """One gradient step on samples (S, B, ...) -> metrics, each (S,)."""
+        O, A, rows = self.seen, self.spec.action_dim, samples.shape[1]
+        mb_obs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1], -1)
+        mb_log_probs, mb_advantages, mb_returns, mb_values = (x.squeeze(-1) for x in scalars)
         if self.config.norm_adv:
             centred = mb_advantages - mb_advantages.mean(1, keepdim=True)
             mb_advantages = centred / (centred.std(1, keepdim=True) + 1e-8)
 
         # Gradients, of a micro-batch at a time
-        chunks = (x.split(math.ceil(memory.shape[1] / self.config.micro_batches) * x.shape[1]
-                          // memory.shape[1], 1) for x in (
-            memory, starts, mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values))
+        size = math.ceil(rows / self.config.seq_len / self.config.micro_batches)  # sequences
+        chunks = (x.split(size * self.config.seq_len, 1) for x in (
+            mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values))
         *others, last = zip(*chunks, strict=True)
         metrics = [self._accumulate(part, rows) for part in others]
         loss, last_metrics = self._losses(*last, rows)
@@ -414,13 +389,12 @@ class Agent:
         loss.sum().backward()
         return metrics
 
-    def _losses(self, memory, starts, mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns,
-                mb_values, rows):
+    def _losses(self, mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values, rows):
         """What (S, B, ...) of a minibatch's `rows` add to its loss (S,) and its metrics (S,)."""
         c, (S, B, _) = self.config, mb_obs.shape
 
         # Policy loss: eq. 7
-        inputs = self.recall(mb_obs, self.lstm(mb_obs, memory, starts))
+        inputs = self.inputs(mb_obs)
         mean = self.actor(inputs)
         log_probs = gaussian_log_probs(mb_actions, mean, self.log_std)
         assert log_probs.shape == mb_log_probs.shape == mb_advantages.shape == (S, B), (
@@ -467,7 +441,7 @@ class Agent:
 
     def hidden_activations(self):
         """Of each network's hidden layers, (S, B, width), for the last minibatch of an update."""
-        if self.last_inputs is None:
+        if self.last_obs is None:
             return {}
-        inputs = self.recall(self.last_inputs[0], self.lstm(*self.last_inputs))
-        return {"actor": self.actor.hidden(inputs), "critic": self.critic.hidden(inputs)}
+        return {"actor": self.actor.hidden(self.last_obs),
+                "critic": self.critic.hidden(self.last_obs)}

@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 AGENTS = sorted(Path("agents").glob("*.py"))
 # Small and fast, for the tests; an agent takes those that its Config has.
 SMALL = {"batch_size": 16, "actor_width": 16, "qf_width": 16, "width": 16, "learning_starts": 8,
-         "num_steps": 8, "num_minibatches": 4, "update_epochs": 2}
+         "num_steps": 8, "seq_len": 2, "num_minibatches": 4, "update_epochs": 2, "lstm_width": 16}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

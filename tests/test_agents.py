@@ -55,7 +55,7 @@ def parameters(agent):
             if isinstance(value, torch.Tensor) and value.is_floating_point()
             and "optimizer" not in name
             and name.split("/")[0] not in ("replay", "plans", "returns", "rollout", "held",
-                                           "reward_scale")}
+                                           "reward_scale", "memory")}
 
 
 def test_loading_a_state_leaves_the_agent_that_gave_it_alone(module):

@@ -139,6 +139,11 @@ def _frozen(subject: AgentUnderTest) -> None:
     obs = torch.rand(len(SEEDS), 5, OBS_DIM).to(subject.device)
     first, second = agent.act(obs, explore=False), agent.act(obs, explore=False)
     require(torch.equal(first, second), "two calls with the same obs gave different actions")
+    if hasattr(agent, "eval_policy"):
+        policies = agent.eval_policy(), agent.eval_policy()
+        for _ in range(2):
+            require(torch.equal(*(policy(obs) for policy in policies)),
+                    "two evaluations with the same obs differ")
     require(not first.requires_grad, "the action has a gradient")
     require_same(before, flat_state(save_state(agent)), "it changed {} in the agent's state")
 

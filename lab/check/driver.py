@@ -30,8 +30,8 @@ RING_ROWS = 2 * PROBE_ENVS
 SMALL: dict[str, int | float] = {
     r"(\w+_)?batch_size": 64, r"(\w+_)?(width|units|hidden_(dim|size))": 32,
     r"(\w+_)?(lr|learning_rate)": 3e-3, "gamma": 0.8, "tau": 0.02, "learning_starts": 100,
-    "replay_ratio": 0.25, "policy_delay": 1, "num_steps": 8, "num_minibatches": 4,
-    "update_epochs": 10}
+    "replay_ratio": 0.25, "policy_delay": 1, "num_steps": 8, "seq_len": 4,
+    "num_minibatches": 4, "update_epochs": 10}
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
