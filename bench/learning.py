@@ -166,7 +166,8 @@ PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 CHANGES = r"--(?:action-repeat|clip-reward|failure-below)(?: -?[\d.]+)+"  # of the task
 # README.md's table: every agent, with the results that miss their targets
 SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
-           "ppo-walker2d", "droq-hopper", "xqc-biped", "ppo-biped", "cem-lunarlander")
+           "ppo-walker2d", "ppo-discrete-cartpole", "ppo-lstm-cartpole-hidden", "droq-hopper",
+           "xqc-biped", "ppo-biped", "cem-lunarlander")
 
 
 def missing() -> list[str]:

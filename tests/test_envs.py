@@ -640,9 +640,9 @@ def test_discrete_actions_are_counted_from_0_and_reach_the_environment_as_it_cou
             assert step or (lost == 0 and torch.equal(obs, t.obs))
 
 
-@on("torch")
-def test_discrete_actions_in_torch_are_counted_from_0(make):
-    stack = make("torch/CartPole-v1")
+@on("torch", "envpool")
+def test_discrete_actions_of_the_other_backends_are_counted_from_0(make):
+    stack = make("torch/CartPole-v1" if make.name == "torch" else "CartPole-v1")
     assert stack.spec.num_actions == (2,) and stack.spec.action_high == (1,)
     stack.reset()
     left, right = (stack.step(torch.full((2, 3, 1), a)).next_obs[..., 1] for a in (0.0, 1.0))

@@ -287,7 +287,7 @@ def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
 
 
 @pytest.mark.parametrize("name", ["Pendulum-v1", "MountainCarContinuous-v0",
-                                  "ContinuousCartPole-v1"])
+                                  "ContinuousCartPole-v1", "CartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
     view = watch.make_view(f"torch/{name}", [0, 1], False)
