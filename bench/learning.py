@@ -56,8 +56,9 @@ RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --co
              "--precision bf16")
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
 WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
-POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps 300_000 --num-steps 32 "
+POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
+RAW = " --no-norm-obs --no-norm-reward --no-clip-vloss"
 BIPED_TARGET = "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
 # returns at the same number of steps
@@ -146,11 +147,12 @@ EXPERIMENTS = {
         "--gae-lambda 0.98 --ent-coef 0.01 --no-norm-obs --no-norm-reward --no-clip-vloss "
         "--threads 1 --eval-episodes 20",
         "242 (SB3's zoo, one run, LunarLander-v2)"),
-    "ppo-cartpole": (POLE.format("ppo", "ContinuousCartPole-v1"), "475 counts as solved"),
+    "ppo-cartpole": (
+        POLE.format("ppo", "ContinuousCartPole-v1", "200_000") + RAW, "475 counts as solved"),
     "ppo-cartpole-hidden": (
-        POLE.format("ppo", "CartPoleWithoutVelocity-v1"), "475 counts as solved"),
+        POLE.format("ppo", "CartPoleWithoutVelocity-v1", "200_000") + RAW, "475 counts as solved"),
     "ppo-lstm-cartpole-hidden": (
-        POLE.format("ppo_lstm", "CartPoleWithoutVelocity-v1"), "475 counts as solved"),
+        POLE.format("ppo_lstm", "CartPoleWithoutVelocity-v1", "300_000"), "475 counts as solved"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (

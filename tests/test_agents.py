@@ -289,6 +289,7 @@ def test_functions_of_agents_stay_under_50_lines_and_the_name_is_the_stem():
 # that are named together are equal among themselves.
 DIFFERENT = {
     "Config": "every agent's own", "Agent": "every agent's own", "validate": "the Config's ranges",
+    "rollout_length": {"ppo_lstm": "whole sequences"},
     "Linear": {"ppo ppo_discrete ppo_lstm": "orthogonal initialisation, and no copies",
                "xqc": "weights of length 1"},
     "BatchNorm": {"xqc": "no renormalisation"},
