@@ -2,7 +2,7 @@
 
 Schulman et al. 2017, arXiv 1707.06347: the clipped objective is eq. 7, the advantages are eq. 11
 (GAE: arXiv 1506.02438, eq. 16). Settings and details follow CleanRL's ppo_continuous_action and
-Huang et al. 2022, "The 37 Implementation Details of PPO". RPO: arXiv 2212.07536.
+Huang et al. 2022, "The 37 Implementation Details of PPO".
 Every tensor starts with S, the seeds that train side by side; read it as 1.
 
 Departures from CleanRL, each with its reason
@@ -41,7 +41,7 @@ class Config:
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest gradient norm of a seed
     target_kl: float | None = None  # a seed stops after an epoch with a larger KL; none: never
-    rpo_alpha: float = 0.0  # RPO: uniform noise on the mean in updates, from -this to this
+    rpo_alpha: float = 0.0  # RPO: uniform noise on the mean, -this to this (arXiv 2212.07536)
     # Normalisation
     norm_obs: bool = True  # observations to mean 0 and variance 1, clipped to 10
     norm_reward: bool = True  # rewards by the deviation of the discounted return, clipped to 10
@@ -185,7 +185,7 @@ class Agent:
         # a row: obs, actions, log_probs, next_obs, rewards, terminations, truncations
         self.rollout = torch.zeros(S, T, num_envs, O + A + 1 + O + 3, device=self.device)
         self.filled = self.transitions = 0  # steps in the rollout; transitions of one seed
-        # unclipped actions and their log_probs from act() to observe(); an update may come between
+        # actions as drawn and their log_probs from act() to observe(); an update may come between
         self.acted = torch.zeros(S, 0, A + 1, device=self.device)
         self.last_obs = None  # the last minibatch's, as the networks read them
         self.low, self.high = torch.tensor([spec.action_low, spec.action_high], device=self.device)
@@ -207,10 +207,10 @@ class Agent:
         # environments may be acted in group by group: keep the last num_envs
         acted = torch.cat([actions, log_probs[..., None]], -1)
         self.acted = torch.cat([self.acted, acted], 1)[:, -self.num_envs :]
-        return actions.clamp(self.low, self.high)
+        return actions.clamp(self.low, self.high)  # the environment's; the drawn ones are stored
 
     def observe(self, obs, actions, rewards, next_obs, terminations, truncations):
-        """One step, each (S, N, ...); actions are stored unclipped, as the last acts drew them."""
+        """One step, each (S, N, ...); actions are stored as the last acts drew them."""
         if self.acted.shape[1] != self.num_envs:
             raise ValueError("observe needs an act(explore=True) on its environments before it")
         scalars = torch.stack([rewards, terminations, truncations], -1)
@@ -286,19 +286,18 @@ class Agent:
         order = torch.stack([torch.randperm(rows, generator=g, device=self.device)
                              for g in self.generators])
         shuffled = samples[torch.arange(S, device=self.device)[:, None], order]
-
-        rpo_noise = torch.zeros(S, rows, self.spec.action_dim, device=self.device)
-        if self.config.rpo_alpha:
-            uniform = torch.special.ndtr(randn(self.generators, *rpo_noise.shape[1:]))
-            rpo_noise = self.config.rpo_alpha * (2 * uniform - 1)
+        if self.config.rpo_alpha:  # noise on the mean, taken from the actions instead
+            O, A = self.spec.obs_dim, self.spec.action_dim
+            uniform = torch.special.ndtr(randn(self.generators, rows, A))
+            shuffled[..., O : O + A] -= self.config.rpo_alpha * (2 * uniform - 1)
 
         size = rows // self.config.num_minibatches
-        for part in zip(shuffled.split(size, 1), rpo_noise.split(size, 1), strict=True):
-            metrics = self.minibatch_step(*part)
-        self.last_obs = part[0][..., : self.spec.obs_dim].clone()
+        for part in shuffled.split(size, 1):
+            metrics = self.minibatch_step(part)
+        self.last_obs = part[..., : self.spec.obs_dim].clone()
         return metrics
 
-    def _update_minibatch(self, samples, rpo_noise):
+    def _update_minibatch(self, samples):
         """One gradient step on samples (S, B, ...) -> metrics, each (S,)."""
         O, A, rows = self.spec.obs_dim, self.spec.action_dim, samples.shape[1]
         mb_obs, mb_actions, *scalars = samples.split([O, A, 1, 1, 1, 1], -1)
@@ -309,7 +308,7 @@ class Agent:
 
         # Gradients, of a micro-batch at a time
         chunks = (x.chunk(self.config.micro_batches, 1) for x in (
-            mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values, rpo_noise))
+            mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values))
         *others, last = zip(*chunks, strict=True)
         metrics = [self._accumulate(part, rows) for part in others]
         loss, last_metrics = self._losses(*last, rows)
@@ -327,13 +326,12 @@ class Agent:
         loss.sum().backward()
         return metrics
 
-    def _losses(self, mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values,
-                rpo_noise, rows):
+    def _losses(self, mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values, rows):
         """What (S, B, ...) of a minibatch's `rows` add to its loss (S,) and its metrics (S,)."""
         c, (S, B, _) = self.config, mb_obs.shape
 
         # Policy loss: eq. 7
-        mean = self.actor(mb_obs) + rpo_noise
+        mean = self.actor(mb_obs)
         log_probs = gaussian_log_probs(mb_actions, mean, self.log_std)
         assert log_probs.shape == mb_log_probs.shape == mb_advantages.shape == (S, B), (
             log_probs.shape, mb_log_probs.shape, mb_advantages.shape)

@@ -56,6 +56,9 @@ RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --co
              "--precision bf16")
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
 WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
+POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
+        "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
+RAW = " --no-norm-obs --no-norm-reward --no-clip-vloss"
 BIPED_TARGET = "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
 # returns at the same number of steps
@@ -125,6 +128,31 @@ EXPERIMENTS = {
         "agents/ppo.py --env torch/Pendulum-v1 --num-envs 1024 --seeds 5 --steps 2_000_000 "
         "--num-steps 64 --gamma 0.95 --lr 2e-3 --update-epochs 5 --eval-episodes 50",
         "-172 (PPO at 100 000, tuned)"),
+    "ppo-discrete-torch-cartpole": (
+        "agents/ppo_discrete.py --env torch/CartPole-v1 --num-envs 1024 --seeds 5 --steps 800_000 "
+        "--num-steps 32 --lr 3e-3 --update-epochs 4 --no-norm-obs --no-norm-reward "
+        "--no-clip-vloss --threads 1 --eval-episodes 50", "475 counts as solved"),
+    "ppo-discrete-cartpole": (
+        "agents/ppo_discrete.py --env CartPole-v1 --num-envs 8 --seeds 5 --steps 100_000 "
+        "--num-steps 32 --num-minibatches 1 --update-epochs 20 --gamma 0.98 --gae-lambda 0.8 "
+        "--lr 1e-3 --no-norm-obs --no-norm-reward --no-clip-vloss --threads 1 --eval-episodes 20",
+        "500 (SB3's zoo, one run)"),
+    "ppo-discrete-acrobot": (
+        "agents/ppo_discrete.py --env Acrobot-v1 --num-envs 16 --seeds 5 --steps 1_000_000 "
+        "--num-steps 256 --num-minibatches 64 --update-epochs 4 --gae-lambda 0.94 --threads 1 "
+        "--eval-episodes 20", "-74 (SB3's zoo, one run)"),
+    "ppo-discrete-lunarlander": (
+        "agents/ppo_discrete.py --env LunarLander-v3 --num-envs 16 --seeds 5 --steps 1_000_000 "
+        "--num-steps 1024 --num-minibatches 256 --update-epochs 4 --gamma 0.999 "
+        "--gae-lambda 0.98 --ent-coef 0.01 --no-norm-obs --no-norm-reward --no-clip-vloss "
+        "--threads 1 --eval-episodes 20",
+        "242 (SB3's zoo, one run, LunarLander-v2)"),
+    "ppo-cartpole": (
+        POLE.format("ppo", "ContinuousCartPole-v1", "200_000") + RAW, "475 counts as solved"),
+    "ppo-cartpole-hidden": (
+        POLE.format("ppo", "CartPoleWithoutVelocity-v1", "200_000") + RAW, "475 counts as solved"),
+    "ppo-lstm-cartpole-hidden": (
+        POLE.format("ppo_lstm", "CartPoleWithoutVelocity-v1", "300_000"), "475 counts as solved"),
     "sac-pendulum": (
         "agents/sac.py --env Pendulum-v1 --seeds 8 --steps 20_000", "-157"),
     "ppo-lunarlander-defaults": (
@@ -140,7 +168,8 @@ PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
 CHANGES = r"--(?:action-repeat|clip-reward|failure-below)(?: -?[\d.]+)+"  # of the task
 # README.md's table: every agent, with the results that miss their targets
 SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
-           "ppo-walker2d", "droq-hopper", "xqc-biped", "ppo-biped", "cem-lunarlander")
+           "ppo-walker2d", "ppo-discrete-cartpole", "ppo-lstm-cartpole-hidden", "droq-hopper",
+           "xqc-biped", "ppo-biped", "cem-lunarlander")
 
 
 def missing() -> list[str]:

@@ -61,6 +61,7 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
                 ) -> Any:
     """The Agent at `path`. UserError if it refuses the environment or its settings."""
     module = load_agent(path)
+    check_actions(path, module, spec)
     known = {field.name for field in dataclasses.fields(module.Config)}
     unknown = sorted(set(config) - known)
     if unknown:
@@ -82,6 +83,20 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
                 raise UserError(f"{Path(path).name}: STATE names {name!r}, which Agent() does not "
                                 "set")
     return agent
+
+
+def action_kind(module: ModuleType) -> str:
+    """What the agent's ACTIONS says: "discrete", or "continuous" if it has none."""
+    return str(getattr(module.Agent, "ACTIONS", "continuous"))
+
+
+def check_actions(path: str | Path, module: ModuleType, spec: EnvSpec) -> None:
+    """UserError unless the agent is made for the environment's kind of actions."""
+    takes = action_kind(module)
+    if takes != ("discrete" if spec.num_actions else "continuous"):
+        other = ": use agents/ppo_discrete.py" if spec.num_actions else ""
+        raise UserError(f"{spec.id} has action space {spec.action_space}; {Path(path).name} is for "
+                        f"{takes} actions{other}")
 
 
 def check_ranges(module: ModuleType, config: Any) -> None:

@@ -9,22 +9,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as learn_vectorised.py, b
 
 import torch
 
-from lab.agent import check_ranges, load_agent, restore_state, save_state  # noqa: F401
+from lab.agent import action_kind, check_ranges, load_agent, restore_state, save_state  # noqa: F401
 from lab.check.driver import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
-from lab.envs.spec import EnvSpec
+from lab.envs.spec import EnvSpec, discrete_spec
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 AGENTS = sorted(Path("agents").glob("*.py"))
 # Small and fast, for the tests; an agent takes those that its Config has.
 SMALL = {"batch_size": 16, "actor_width": 16, "qf_width": 16, "width": 16, "learning_starts": 8,
-         "num_steps": 8, "num_minibatches": 4, "update_epochs": 2}
+         "num_steps": 8, "seq_len": 2, "num_minibatches": 4, "update_epochs": 2, "lstm_width": 16}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def make_spec(obs_dim=3, low=(-1.0, 0.0), high=(1.0, 4.0)):
     return EnvSpec("tests", obs_dim, len(low), tuple(low), tuple(high), None)
+
+
+def is_discrete(path):
+    return action_kind(load_agent(path)) == "discrete"
+
+
+def spec_for(module):
+    """Of the kind of actions that the agent takes, two of them."""
+    discrete = action_kind(module) == "discrete"
+    return discrete_spec("tests", 3, (2, 3), None) if discrete else make_spec()
 
 
 @pytest.fixture(params=AGENTS, ids=lambda path: path.stem)
@@ -55,7 +65,7 @@ def make_agent(module, seeds=(0, 1), num_envs=1, total_steps=1000, accelerate=No
                **settings):
     config = small_config(module, **settings)
     check_ranges(module, config)
-    return module.Agent(spec or make_spec(), config, list(seeds), num_envs=num_envs,
+    return module.Agent(spec or spec_for(module), config, list(seeds), num_envs=num_envs,
                         total_steps=total_steps, accelerate=accelerate or (lambda fn: fn))
 
 

@@ -19,7 +19,7 @@ FLOORS = [
     ("lab.train",),
     ("lab.tuning", "lab.watch", "lab.check")]
 FORKS = {("sac", "droq"): 40, ("sac", "crossq"): 90, ("crossq", "bro"): 60, ("crossq", "cem"): 120,
-         ("crossq", "xqc"): 140}
+         ("crossq", "xqc"): 140, ("ppo", "ppo_discrete"): 60, ("ppo", "ppo_lstm"): 120}
 LONGEST = 40  # lines of a function, fewer
 
 Graph = dict[str, set[str]]  # module -> the modules that it imports

@@ -11,7 +11,7 @@ import time
 import gymnasium
 import numpy as np
 
-from lab.envs.probes import Target
+from lab.envs.probes import Discretised, Target
 
 
 class Diary(gymnasium.Env):
@@ -112,7 +112,73 @@ class Ragged(Painted):
         return [1, 2]
 
 
+class Choices(Painted):
+    """Painted with discrete actions that do not begin at 0; the reward is the action."""
+
+    action_space = gymnasium.spaces.Discrete(3, start=-1)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step([action])
+
+
+class ManyChoices(Diary):
+    """The reward names both actions."""
+
+    action_space = gymnasium.spaces.MultiDiscrete([3, 4], start=[0, 10])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step([100 * action[0] + action[1]])
+
+
+class Masked(gymnasium.Env):
+    """Two actions, of 2 and 3 choices; at each step some are forbidden, and may not be chosen."""
+
+    observation_space = gymnasium.spaces.Dict({
+        "action_mask": gymnasium.spaces.MultiBinary(5),
+        "before": gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)})
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.mask[action[0]] and self.mask[2 + action[1]], (action, self.mask)
+        self.steps += 1
+        return self._observe(), float(action[1] == 2), False, self.steps == 10, {}
+
+    def _observe(self):
+        self.mask = np.ones(5, np.int8)
+        self.mask[[self.np_random.integers(2), 2 + self.np_random.integers(3)]] = 0
+        return {"action_mask": self.mask, "before": np.zeros(2, np.float32)}
+
+
+class DiscreteTarget(Discretised):
+    def __init__(self):
+        super().__init__(Target(), [5, 9])
+
+
+class FlatMasked(gymnasium.wrappers.FlattenObservation):
+    def __init__(self):
+        super().__init__(Masked())
+
+
+class WrongMask(gymnasium.wrappers.FlattenObservation):
+    def __init__(self):
+        env = Masked()
+        env.action_space = gymnasium.spaces.Discrete(3)
+        super().__init__(env)
+
+
+class Tables(Diary):
+    action_space = gymnasium.spaces.MultiDiscrete([[2, 2], [2, 2]])
+
+
 for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
-             Unbounded, Frozen, Painted, Crashing, Ragged):
+             Unbounded, Frozen, Painted, Crashing, Ragged, Choices, ManyChoices, DiscreteTarget,
+             FlatMasked, WrongMask, Tables):
     if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

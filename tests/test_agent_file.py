@@ -22,7 +22,7 @@ from lab.agent import (
     save_state,
 )
 from lab.errors import CodeError, UserError, guarded
-from tests.conftest import AGENTS, drive, make_agent, make_spec, make_steps
+from tests.conftest import AGENTS, drive, make_agent, make_spec, make_steps, spec_for
 
 KEEPS_THE_CONTRACT = '''
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def test_the_settings_reach_the_agent(tmp_path):
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_every_agent_keeps_the_contract(path, num_envs):
-    check_contract(path, {}, make_spec(), num_envs, "cpu")
+    check_contract(path, {}, spec_for(load_agent(path)), num_envs, "cpu")
 
 
 def test_a_rehearsal_makes_few_gradient_steps_however_many_are_owed(tmp_path):
@@ -153,7 +153,7 @@ def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
     hook = register_optimizer_step_post_hook(lambda *x: steps.append(x[0]))
     try:
         config = {name: value for name, value in small.items() if name in known}
-        check_contract(path, config, make_spec(), 24, "cpu")
+        check_contract(path, config, spec_for(load_agent(path)), 24, "cpu")
     finally:
         hook.remove()
     assert 1 <= max(Counter(map(id, steps)).values()) <= 2

@@ -20,7 +20,6 @@ from tests.conftest import (
     drive,
     flat_state,
     make_agent,
-    make_spec,
     make_steps,
     needs_compiler,
     needs_cuda,
@@ -28,6 +27,7 @@ from tests.conftest import (
     same,
     save_state,
     small_config,
+    spec_for,
 )
 
 
@@ -54,7 +54,7 @@ def parameters(agent):
             if isinstance(value, torch.Tensor) and value.is_floating_point()
             and "optimizer" not in name
             and name.split("/")[0] not in ("replay", "plans", "returns", "rollout", "held",
-                                           "reward_scale")}
+                                           "reward_scale", "memory")}
 
 
 def test_loading_a_state_leaves_the_agent_that_gave_it_alone(module):
@@ -156,7 +156,7 @@ def test_bf16_learns_close_to_fp32(module):
 
 @needs_cuda
 def test_the_agent_trains_on_cuda(module):
-    agent = module.Agent(make_spec(), module.Config(), [0, 1], total_steps=3000, device="cuda")
+    agent = module.Agent(spec_for(module), module.Config(), [0, 1], total_steps=3000, device="cuda")
     for obs, *rest in make_steps((0, 1), 1, 400):
         tensors = [x.cuda() for x in rest]
         actions = agent.act(obs.cuda())
@@ -167,8 +167,8 @@ def test_the_agent_trains_on_cuda(module):
 
 def cuda_agent(module, accelerate=lambda fn: fn):
     config = small_config(module, replay_ratio=1.0, policy_delay=1)
-    return module.Agent(make_spec(), config, [0, 1], num_envs=2, total_steps=1000, device="cuda",
-                        accelerate=accelerate)
+    return module.Agent(spec_for(module), config, [0, 1], num_envs=2, total_steps=1000,
+                        device="cuda", accelerate=accelerate)
 
 
 def cuda_steps(count):
@@ -248,7 +248,9 @@ def test_functions_of_agents_stay_under_50_lines_and_the_name_is_the_stem():
 # that are named together are equal among themselves.
 DIFFERENT = {
     "Config": "every agent's own", "Agent": "every agent's own", "validate": "the Config's ranges",
-    "Linear": {"ppo": "orthogonal initialisation, and no copies", "xqc": "weights of length 1"},
+    "rollout_length": {"ppo_lstm": "whole sequences"},
+    "Linear": {"ppo ppo_discrete ppo_lstm": "orthogonal initialisation, and no copies",
+               "xqc": "weights of length 1"},
     "BatchNorm": {"xqc": "no renormalisation"},
     "MLP": {"crossq bro cem": "batch norm before each layer, so that it must know if it trains",
             "xqc": "batch norm before each ReLU; any depth"},

@@ -225,7 +225,8 @@ def test_the_script_gives_the_exit_code_and_nothing_but_the_line(tmp_path):
     argv = [sys.executable, "learn_simple.py", *tiny(tmp_path, "--log", "--env", "CartPole-v1")]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert re.fullmatch(r"error: CartPole-v1 has action space Discrete\(2\);.*\n", done.stderr)
+    assert re.fullmatch(r"error: CartPole-v1 has action space Discrete\(2\); sac.py is for "
+                        r"continuous actions: use agents/ppo_discrete.py\n", done.stderr)
 
 
 # Good input

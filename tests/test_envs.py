@@ -4,6 +4,7 @@ episode and the step; a pendulum is compared with its equation of motion."""
 import math
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -575,7 +576,9 @@ def test_mujoco_warns_through_python_and_leaves_no_log(tmp_path, monkeypatch):
     ("HalfCheetah", "has no version; use 'HalfCheetah-v5'"),
     ("nothing-like-it", "cannot make environment 'nothing-like-it'"),
     ("no_such_module:Pendulum-v1", "cannot make environment 'no_such_module:Pendulum-v1'"),
-    ("CartPole-v1", "CartPole-v1 has action space Discrete"),
+    ("tests.probe_envs:lab-tests/Tables-v0", "lab-tests/Tables-v0 has action space MultiDiscrete"),
+    ("tests.probe_envs:lab-tests/WrongMask-v0",
+     "action_mask has 5 numbers, but the actions have 3 choices"),
     ("tests.probe_envs:lab-tests/DictObservations-v0",
      "lab-tests/DictObservations-v0 has observation space Dict"),
     ("CarRacing-v3", "CarRacing-v3 has observation space Box"),
@@ -610,12 +613,47 @@ def test_infinite_action_bounds_are_the_agents_to_refuse():
     assert EnvSpec("own", 3, 1, (-math.inf,), (math.inf,), None).action_high == (math.inf,)
 
 
-@on_each(("envpool", "HalfChetah-v5"), ("envpool", "nothing-like-it"), ("envpool", "CartPole-v1"),
+@on("sync", "workers", "groups")
+@pytest.mark.parametrize("name, sizes, reward", [
+    ("Choices", (3,), lambda a: a[..., 0] - 1), ("ManyChoices", (3, 4),
+                                                 lambda a: 100 * a[..., 0] + a[..., 1] + 10)])
+def test_discrete_actions_are_counted_from_0_and_reach_the_environment_as_it_counts(
+        make, name, sizes, reward):
+    """The environment checks that its action space has them. A resumed one continues its first
+    episode (a later Diary knows its number); where some replay, nothing warns of the others."""
+    env_id = f"tests.probe_envs:lab-tests/{name}-v0"
+    stack, other = make(env_id), make(env_id)
+    spec = stack.spec
+    assert (spec.num_actions, spec.action_dim) == (sizes, len(sizes))
+    assert spec.action_low == (0,) * len(sizes) and spec.action_high == tuple(n - 1 for n in sizes)
+    shape, generator = stack.shape, torch.Generator().manual_seed(0)
+    stack.reset()
+    for step in range(7):
+        actions = torch.stack([torch.randint(n, shape, generator=generator) for n in sizes], -1)
+        t = stack.step(actions.float())
+        assert torch.equal(t.rewards, reward(actions).float())
+        if step in (0, 6):
+            other.reset()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                obs, lost = other.load_state_dict(stack.state_dict())
+            assert step or (lost == 0 and torch.equal(obs, t.obs))
+
+
+@on("torch", "envpool")
+def test_discrete_actions_of_the_other_backends_are_counted_from_0(make):
+    stack = make("torch/CartPole-v1" if make.name == "torch" else "CartPole-v1")
+    assert stack.spec.num_actions == (2,) and stack.spec.action_high == (1,)
+    stack.reset()
+    left, right = (stack.step(torch.full((2, 3, 1), a)).next_obs[..., 1] for a in (0.0, 1.0))
+    assert (left < -0.1).all() and ((right - left) > 0.1).all()
+
+
+@on_each(("envpool", "HalfChetah-v5"), ("envpool", "nothing-like-it"),
          ("torch", "torch/Pendulm-v1"), ("torch", "no_such_module:torch/Pendulum-v1"))
 def test_the_other_backends_name_one_that_cannot_work_as_well(make, env_id):
     words = {"HalfChetah-v5": "envpool has no environment 'HalfChetah-v5'; similar: HalfCheetah-v5",
              "nothing-like-it": "envpool has no environment 'nothing-like-it'; similar: none",
-             "CartPole-v1": "CartPole-v1 has action space Discrete",
              "torch/Pendulm-v1": "environment torch/Pendulm-v1; choose from torch/Pendulum-v1",
              "no_such_module:torch/Pendulum-v1": "cannot make environment 'no_such_module:"}[env_id]
     with pytest.raises(UserError) as caught:

@@ -95,11 +95,11 @@ def test_statistics_stand_still_while_a_rollout_is_collected_and_read():
     ratios = []
     step = agent.minibatch_step
 
-    def spy(samples, shifts):
+    def spy(samples):
         obs, actions, log_probs, _ = samples.split([3, 2, 1, 3], -1)
         new = ppo.gaussian_log_probs(actions, agent.actor(obs), agent.log_std)
         ratios.append((new - log_probs[..., 0]).exp().detach())
-        return step(samples, shifts)
+        return step(samples)
 
     agent.minibatch_step = spy
     for number in range(2):
@@ -140,7 +140,7 @@ def test_evaluating_leaves_the_statistics_alone():
 def test_minibatches_cover_every_sample_of_every_seed_once_an_epoch():
     agent = make_agent(ppo, num_envs=3)
     seen = []
-    agent.minibatch_step = lambda samples, shifts: (seen.append(samples[..., 0]), {})[1]
+    agent.minibatch_step = lambda samples: (seen.append(samples[..., 0]), {})[1]
     numbers = torch.arange(24.0).expand(2, 24)
     agent._update_epoch(numbers[..., None].expand(2, 24, 9).contiguous())
     assert len(seen) == 4
@@ -188,14 +188,20 @@ def test_log_probs_equal_torch_distributions(float64):
     torch.testing.assert_close(ppo.gaussian_log_probs(actions, mean, log_std), reference)
 
 
-def reference_minibatch(agent, place, samples, shift):
+def gaussian(agent, place):
+    """-> log_std, a leaf, and the policy of an output of the actor."""
+    log_std = agent.log_std[place].detach().clone().requires_grad_()
+    return [log_std], lambda mean: Independent(Normal(mean, log_std.exp()), 1)
+
+
+def reference_minibatch(agent, place, samples, make_policy=gaussian):
     """Gradients of one seed's loss, from the paper's terms, clipped by their joint norm."""
     c = agent.config
     names = ("fc1", "fc2", "head")
     weights = {f"{net}.{layer}.{kind}": getattr(getattr(getattr(agent, net), layer), kind)[place]
                .detach().clone().requires_grad_() for net in ("actor", "critic")
                for layer in names for kind in ("weight", "bias")}
-    log_std = agent.log_std[place].detach().clone().requires_grad_()
+    more, policy_of = make_policy(agent, place)
 
     def forward(net, x):
         for layer in names[:2]:
@@ -205,7 +211,7 @@ def reference_minibatch(agent, place, samples, shift):
     obs, actions, *scalars = samples[place].split([3, 2, 1, 1, 1, 1], -1)
     old, advantages, returns, old_values = scalars
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy = Independent(Normal(forward("actor", obs) + shift[place], log_std.exp()), 1)
+    policy = policy_of(forward("actor", obs))
     ratio = (policy.log_prob(actions)[:, None] - old).exp()
     losses = []
     for r, a, v, v_old, goal in zip(ratio, advantages, forward("critic", obs), old_values, returns,
@@ -216,7 +222,7 @@ def reference_minibatch(agent, place, samples, shift):
     entropy = policy.entropy().mean()
     loss = sum(losses) / len(losses) - c.ent_coef * entropy
     loss.backward()
-    leaves = [*weights.values(), log_std]
+    leaves = [*weights.values(), *more]
     torch.nn.utils.clip_grad_norm_(leaves, c.max_grad_norm)
     return [leaf.grad for leaf in leaves]
 
@@ -247,13 +253,13 @@ def test_micro_batches_give_the_update_of_the_whole_minibatch(float64, norm_adv)
 @pytest.mark.parametrize("max_grad_norm", [1e3, 0.05])
 def test_a_minibatch_gives_each_seed_its_own_clipped_gradient(float64, max_grad_norm):
     agent = make_agent(ppo, ent_coef=0.01, max_grad_norm=max_grad_norm)
-    samples, shifts = torch.randn(2, 16, 9), 0.3 * torch.randn(2, 16, 2)
+    samples = torch.randn(2, 16, 9)
     grads = {}
     agent.optimizer.step = lambda: grads.update(
         {i: p.grad.clone() for i, p in enumerate(agent.parameters)})
-    agent._update_minibatch(samples, shifts)
+    agent._update_minibatch(samples)
     for place in (0, 1):
-        reference = reference_minibatch(agent, place, samples, shifts)
+        reference = reference_minibatch(agent, place, samples)
         for i, theirs in enumerate(reference):
             torch.testing.assert_close(grads[i][place], theirs, rtol=1e-4, atol=1e-9)
 
@@ -265,7 +271,7 @@ def test_one_seed_with_a_huge_gradient_does_not_shrink_the_others():
     agent.optimizer.step = lambda: norms.append(torch.stack(
         [p.grad.flatten(1).square().sum(1) for p in agent.parameters]).sum(0).sqrt())
     samples[0, :, -2] = 1e6  # returns
-    agent._update_minibatch(samples, torch.zeros(2, 16, 2))
+    agent._update_minibatch(samples)
     assert norms[0][0] == pytest.approx(0.5, rel=1e-3) and norms[0][1] > 0.05
 
 
@@ -353,12 +359,20 @@ def test_a_minibatch_of_one_row_cannot_be_normalised():
 
 
 def test_rpo_shifts_the_mean_within_its_bounds_and_only_while_updating():
+    """By a shift of the actions the other way, another one in each epoch."""
     agent = make_agent(ppo, rpo_alpha=0.5, num_envs=16)
-    shifts = []
-    step = agent.minibatch_step
-    agent.minibatch_step = lambda samples, shift: (shifts.append(shift), step(samples, shift))[1]
+    seen, epoch, step = [], agent._update_epoch, agent.minibatch_step
+    agent._update_epoch = lambda samples: (seen.append([samples]), epoch(samples))[1]
+    agent.minibatch_step = lambda samples: (seen[-1].append(samples), step(samples))[1]
     drive(agent, make_steps((0, 1), 16, 9))
-    drawn = torch.cat(shifts, 1)
+    shifts = []
+    for samples, *minibatches in seen:
+        before, after = ([x[s][x[s, :, 0].argsort()] for s in (0, 1)]  # by the first observation
+                         for x in (samples, torch.cat(minibatches, 1)))
+        shifts.append(torch.stack(before) - torch.stack(after))
+        assert not shifts[-1][..., :3].any() and not shifts[-1][..., 5:].any()
+    drawn = torch.stack(shifts)[..., 3:5]
+    assert len(seen) == 2 and not torch.equal(*drawn)
     assert drawn.abs().max() <= 0.5 and drawn.abs().max() > 0.45 and drawn.mean().abs() < 0.05
 
 

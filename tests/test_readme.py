@@ -129,6 +129,17 @@ def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
     assert train.run(argv.split(), Vectorised) == 0
 
 
+def test_the_environments_that_are_quoted_train(tmp_path, monkeypatch):
+    """Those that need no other library."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, agent, env_id in (("masked", "ppo_discrete", "masked:MaskedTaxi-v0"),
+                                ("stacked", "ppo", "stacked:Stacked-v0")):
+        (code,) = (code for code in PYTHON if code.startswith(f"# {name}.py"))
+        (tmp_path / f"{name}.py").write_text(code)
+        argv = f"agents/{agent}.py --env {env_id} --steps 64 --num-steps 32 --num-minibatches 4"
+        assert train.run([*argv.split(), "--eval-episodes", "1"]) == 0
+
+
 def test_the_checks_that_are_quoted_are_those_of_the_checker():
     lines = re.findall(r"^(?:passed|FAILED)  ([^:\n]*)", PAGES["docs/own-agent.md"], re.MULTILINE)
     assert len(lines) > 4 and set(lines) <= set(CHECKS)
@@ -368,7 +379,7 @@ def test_a_results_settings_are_its_commands_and_can_be_taken(name):
 # stand in stanzas with a heading each, and XQC has parts of its own: the projection, the rewards'
 # scale, targets of several steps, held noise. A change that adds to one of them fails here.
 COSTS = {("sac", "droq"): 46, ("sac", "crossq"): 96, ("crossq", "bro"): 67, ("crossq", "cem"): 142,
-         ("crossq", "xqc"): 273}
+         ("crossq", "xqc"): 273, ("ppo", "ppo_discrete"): 60, ("ppo", "ppo_lstm"): 120}
 
 
 @pytest.mark.skipif(shutil.which("diff") is None, reason="no diff")

@@ -28,7 +28,7 @@ from lab.training.logger import due
 from lab.training.loop import train
 from lab.training.recorder import read_metrics
 from tests import probe_envs
-from tests.conftest import AGENTS, small_config
+from tests.conftest import AGENTS, is_discrete, small_config
 
 SAC = Path("agents/sac.py").resolve()
 SMALL_SAC = dataclasses.asdict(small_config(load_agent(SAC)))
@@ -435,8 +435,10 @@ def test_a_killed_runs_rows_are_those_of_one_that_was_not_plasticity_too(tmp_pat
     checkpoints every 9. A kill at 15 or 20 resumes between an update and its row, a kill at 30
     between two rows with nothing to report."""
     config = dataclasses.asdict(small_config(load_agent(path), replay_ratio=0.25, num_steps=8))
+    task = TARGET.replace("Target", "DiscreteTarget" if is_discrete(path) else "Target")
     whole, *killed = (make_job(path.resolve(), config, run=str(tmp_path / name), steps=40,
-                               eval_every=20, checkpoint_every=9) for name in "abcd")
+                               eval_every=20, checkpoint_every=9, env_id=task)
+                      for name in "abcd")
     run(whole)
     rows = files_of(whole)
     assert list(rows[1]) == list(range(5, 41, 5))

@@ -25,11 +25,12 @@ from lab.errors import UserError
 from tests.conftest import needs_compiler, needs_cuda
 
 GYMNASIUM = {"Pendulum-v1": "Pendulum-v1", "MountainCarContinuous-v0": "MountainCarContinuous-v0",
-             "ContinuousCartPole-v1": "CartPole-v1"}
+             "ContinuousCartPole-v1": "CartPole-v1", "CartPole-v1": "CartPole-v1"}
+CARTS = "ContinuousCartPole-v1", "CartPole-v1"
 FALL = 12 * 2 * math.pi / 360
 # Largest sizes of the random states' entries, and of the actions; values of every entry at edges.
 RANGES = {"Pendulum-v1": ([20, 8], 4), "MountainCarContinuous-v0": ([1.2, 0.07], 2),
-          "ContinuousCartPole-v1": ([3, 4, 0.3, 4], 1)}
+          **dict.fromkeys(CARTS, ([3, 4, 0.3, 4], 1))}
 EDGES = {
     "Pendulum-v1": ([0, math.pi, -math.pi, math.pi + 1e-9, 3 * math.pi - 1e-9, -101.0],
                     [-8, -7.99, 0, 8], [-5, -2, 0, 2, 5]),
@@ -38,6 +39,7 @@ EDGES = {
     "ContinuousCartPole-v1": ([-2.4 - 1e-9, -2.4, 0, 2.4, 2.4 + 1e-9], [-1e-3, 0, 5],
                               [-FALL - 1e-9, -FALL, 0, FALL, FALL + 1e-9], [-0.1, 0, 4], [-1, 1]),
 }
+EDGES["CartPole-v1"] = (*EDGES["ContinuousCartPole-v1"][:-1], [0, 1])
 
 
 def random_cases(name, count=300):
@@ -47,6 +49,8 @@ def random_cases(name, count=300):
     if name == "MountainCarContinuous-v0":
         states[:, 0] = rng.uniform(-1.2, 0.6, count)
     actions = rng.uniform(-action, action, (count, 1))
+    if name == "CartPole-v1":
+        return states, np.where(actions > 0, 1.0, 0.0)
     return states, np.sign(actions) if name == "ContinuousCartPole-v1" else actions
 
 
@@ -62,7 +66,7 @@ def gymnasium_steps(name, states, actions):
     for state, action in zip(states, actions, strict=True):
         env.state, env.steps_beyond_terminated = state.copy(), None
         obs, reward, terminated, _, _ = env.step(
-            int(action[0] > 0) if name == "ContinuousCartPole-v1" else action)
+            int(action[0] > 0) if name in CARTS else action)
         steps.append((env.state, obs, reward, terminated))
     return [np.array(column) for column in zip(*steps, strict=True)]
 
@@ -105,14 +109,26 @@ def test_a_cart_is_pushed_in_proportion_to_the_action_up_to_its_limit():
     torch.testing.assert_close(state[..., 1] / state[0, 5, 1], forces.squeeze(-1).clamp(-1, 1))
 
 
+def test_a_cart_without_velocity_moves_as_the_other_and_shows_place_and_angle():
+    whole, part = ENVS["ContinuousCartPole-v1"](), ENVS["CartPoleWithoutVelocity-v1"]()
+    states, actions = (torch.tensor(x)[None] for x in random_cases("ContinuousCartPole-v1"))
+    for ours, theirs in zip(part.step(states, actions), whole.step(states, actions), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(part.observe(states), states[..., [0, 2]])
+    assert make_envs("torch/CartPoleWithoutVelocity-v1", [0]).spec.obs_dim == 2
+
+
 @pytest.mark.parametrize("name", GYMNASIUM)
 def test_the_spec_equals_gymnasiums(name):
     env, spec = gymnasium.make(GYMNASIUM[name]), make_envs(f"torch/{name}", [0]).spec
     assert spec.id == f"torch/{name}"
     assert (spec.obs_dim,) == env.observation_space.shape
     assert spec.max_episode_steps == env.spec.max_episode_steps
-    low, high = ((-1,), (1,)) if name == "ContinuousCartPole-v1" else (
-        env.action_space.low, env.action_space.high)
+    if name in CARTS:
+        low, high = ((0,), (1,)) if name == "CartPole-v1" else ((-1,), (1,))
+        assert spec.num_actions == (2,) * (name == "CartPole-v1")
+    else:
+        low, high = env.action_space.low, env.action_space.high
     assert (spec.action_dim, spec.action_low, spec.action_high) == (1, tuple(low), tuple(high))
 
 
@@ -125,7 +141,7 @@ def test_episodes_begin_as_gymnasiums_do(name):
     ours = kind.initial(uniform)[0].numpy()
     low, high = {"Pendulum-v1": ([-math.pi, -1], [math.pi, 1]),
                  "MountainCarContinuous-v0": ([-0.6, 0], [-0.4, 0]),
-                 "ContinuousCartPole-v1": ([-0.05] * 4, [0.05] * 4)}[name]
+                 **dict.fromkeys(CARTS, ([-0.05] * 4, [0.05] * 4))}[name]
     assert ours.shape[1:] == theirs.shape[1:]
     assert (ours >= np.array(low) - 1e-6).all() and (ours <= np.array(high) + 1e-6).all()
     for x, y in zip(ours.T, theirs.T, strict=True):
@@ -695,7 +711,7 @@ def test_an_environment_of_the_users_works_by_name_and_with_its_module(
 
 @pytest.mark.parametrize("env_id, backend, near", [
     ("torch/Pendulum-v0", None, "torch/Pendulum-v1"), ("torch/quadrotor", None, "torch/Quadrotor"),
-    ("torch/CartPole-v1", None, "torch/ContinuousCartPole-v1"), ("torch/", None, "torch/"),
+    ("torch/CartPole-v2", None, "torch/CartPole-v1"), ("torch/", None, "torch/"),
     ("Pendulum-v2", "torch", "torch/Pendulum-v1")])
 def test_an_unknown_id_is_named_in_one_line_with_those_that_exist(env_id, backend, near):
     with pytest.raises(UserError) as caught:

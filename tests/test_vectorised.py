@@ -18,7 +18,7 @@ from lab.training import checkpoint, processes
 from lab.training.job import make_jobs
 from lab.training.loop import train as loop_train
 from lab.training.recorder import read_metrics
-from tests.conftest import AGENTS, SMALL, flat_state, needs_cuda, same
+from tests.conftest import AGENTS, SMALL, flat_state, is_discrete, needs_cuda, same
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
 TARGET = "tests.probe_envs:lab-tests/Target-v0"
@@ -38,6 +38,13 @@ def small(path):
             for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def tasks_for(path):
+    """In torch, and for workers."""
+    if is_discrete(path):
+        return "CartPole-v1", TARGET.replace("Target", "DiscreteTarget")
+    return "Pendulum-v1", TARGET
+
+
 def test_no_argument_is_ppo_on_an_environment_in_torch():
     options, config = parse()
     (job,) = make_jobs(resolve_defaults(options), config, 1, None)
@@ -46,14 +53,17 @@ def test_no_argument_is_ppo_on_an_environment_in_torch():
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("layout", ["--backend torch --env Pendulum-v1",
-                                    f"--env {TARGET} --backend workers --workers 2 --groups 2"])
+@pytest.mark.parametrize("layout", ["--backend torch --env {}",
+                                    "--env {} --backend workers --workers 2 --groups 2"])
 def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
-    assert run(path, *layout.split(), "--num-envs", 4, "--seeds", 2, "--steps", 60, "--log",
-               "--eval-every", 60, "--eval-episodes", 1, "--runs", tmp_path, *small(path)) == 0
+    in_torch, by_workers = tasks_for(path)
+    task = in_torch if "torch" in layout else by_workers
+    flags = [*layout.format(task).split(), "--num-envs", 4, "--seeds", 2, "--steps", 60, "--log",
+             "--eval-every", 60, "--eval-episodes", 1, "--runs", tmp_path]
+    assert run(path, *flags, *small(path)) == 0
     folder, = tmp_path.glob(f"{path.stem}-*")
     env_id = json.loads((folder / "config.json").read_text())["options"]["env"][0]
-    assert env_id == ("torch/Pendulum-v1" if "torch" in layout else TARGET)
+    assert env_id == (f"torch/{task}" if "torch" in layout else task)
     for seed in (0, 1):
         file, = folder.glob(f"*/{path.stem}/seed_{seed}/metrics.jsonl")
         rows = read_metrics(file)
@@ -184,6 +194,7 @@ def test_a_killed_worker_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "graphs"])
 def test_every_agent_trains_on_a_gpu(path, compiled, tmp_path):
-    for layout in ("--env torch/Pendulum-v1", f"--env {TARGET} --backend workers --workers 2"):
+    in_torch, by_workers = tasks_for(path)
+    for layout in (f"--env torch/{in_torch}", f"--env {by_workers} --backend workers --workers 2"):
         assert run(path, *layout.split(), "--num-envs", 4, "--seeds", 2, "--steps", 400, "--cuda",
                    "--eval-episodes", 1, *compiled, *small(path)) == 0

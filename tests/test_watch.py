@@ -28,7 +28,7 @@ from lab.training.job import make_jobs
 from lab.watch import __main__ as watch
 from lab.watch import camera, film
 from tests import probe_envs
-from tests.conftest import AGENTS, SMALL
+from tests.conftest import AGENTS, SMALL, is_discrete
 
 PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
 STEPS, EPISODES = 24, 2  # of training; of each evaluation
@@ -277,15 +277,17 @@ def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
-    run = train(tmp_path, agent=path, processes=1)
+    painted = PAINTED.replace("Painted", "Choices" if is_discrete(path) else "Painted")
+    run = train(tmp_path, agent=path, env=(painted,), processes=1)
     returns, _ = filmed(capsys, run, "--seeds", 2)
-    rows = recorder.read_metrics(run / group(run).parent.name / path.stem / "seed_1/metrics.jsonl")
+    folder = recorder.group_folder(run, painted, path.stem)
+    rows = recorder.read_metrics(folder / "seed_1/metrics.jsonl")
     if path.stem != "cem":  # its search draws numbers for all of a seed's environments at once
         assert returns[:EPISODES, 1].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["Pendulum-v1", "MountainCarContinuous-v0",
-                                  "ContinuousCartPole-v1"])
+                                  "ContinuousCartPole-v1", "CartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
     view = watch.make_view(f"torch/{name}", [0, 1])

@@ -16,20 +16,22 @@ from lab.agent import check_contract, restore_state, save_state
 from lab.check.driver import (
     ACTIONS,
     NUM_ENVS,
+    OBS_DIM,
     RING_ROWS,
     SEEDS,
-    SPEC,
     STEPS,
+    TASKS,
     AgentUnderTest,
     Metrics,
     differing,
     drive,
     flat_state,
+    make_steps,
     seed_slices,
 )
 from lab.envs import probes
 from lab.envs.make import make_envs
-from lab.envs.spec import EnvSpec
+from lab.envs.spec import EnvSpec, discrete_spec
 from lab.training.evaluation import evaluate
 
 Check = Callable[[AgentUnderTest], None]
@@ -73,7 +75,7 @@ def _imports(subject: AgentUnderTest) -> None:
 
 @check("act, observe and update return what the contract says")
 def _contract(subject: AgentUnderTest) -> None:
-    check_contract(subject.path, subject.config, SPEC, NUM_ENVS, subject.device)
+    check_contract(subject.path, subject.config, subject.spec, NUM_ENVS, subject.device)
 
 
 @check("act takes any number of environments")
@@ -81,15 +83,17 @@ def _any_number(subject: AgentUnderTest) -> None:
     agent = subject.make()
     for n in (NUM_ENVS, 1, 7):
         for explore in (True, False):
-            obs = torch.zeros(len(SEEDS), n, SPEC.obs_dim, device=subject.device)
+            obs = torch.zeros(len(SEEDS), n, OBS_DIM, device=subject.device)
             shape = tuple(agent.act(obs, explore=explore).shape)
-            expected = len(SEEDS), n, SPEC.action_dim
+            expected = len(SEEDS), n, subject.spec.action_dim
             require(shape == expected, f"act returned shape {shape}, not {expected}")
 
 
 @check("actions stay within the bounds of each dimension")
 def _bounds(subject: AgentUnderTest) -> None:
     """Before and after updates. In float32, centre + scale can exceed the bound."""
+    if subject.actions == "discrete":
+        return require_allowed(subject)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         edges = torch.rand(2, 50, generator=generator) * 10 - 5
@@ -99,19 +103,47 @@ def _bounds(subject: AgentUnderTest) -> None:
         for steps in (0, 3):
             drive(agent, subject.steps(SEEDS, steps))
             for explore, scale in ((True, 1.0), (True, 1e6), (False, 1.0), (False, 1e6)):
-                obs = scale * torch.randn(len(SEEDS), NUM_ENVS, SPEC.obs_dim, generator=generator)
+                obs = scale * torch.randn(len(SEEDS), NUM_ENVS, OBS_DIM, generator=generator)
                 actions = agent.act(obs.to(subject.device), explore=explore).cpu()
                 beyond = torch.maximum(low - actions, actions - high).amax().item()
                 require(beyond <= 0, f"act(obs, explore={explore}) exceeds them by {beyond:.2g}")
+
+
+def require_allowed(subject: AgentUnderTest) -> None:
+    """Discrete actions are whole numbers, counted from 0, that the mask in obs[1:8] allows."""
+    sizes = (2, 5)
+    agent = subject.make(spec=discrete_spec("check", 9, sizes, None, mask_start=1))
+    generator = torch.Generator().manual_seed(0)
+    for steps in (0, 20):
+        drive(agent, [tuple(x.to(subject.device) for x in step)
+                      for step in make_steps(SEEDS, NUM_ENVS, steps, 9)])
+        for explore in (True, False):
+            obs = torch.randn(len(SEEDS), 50, 9, generator=generator)
+            masks = [torch.rand(len(SEEDS), 50, n, generator=generator).argsort(-1) < 1 + n // 2
+                     for n in sizes]
+            obs[..., 1:8] = torch.cat(masks, -1).float()
+            actions = agent.act(obs.to(subject.device), explore=explore).cpu()
+            for chosen, mask in zip(actions.unbind(-1), masks, strict=True):
+                known = (chosen >= 0) & (chosen < mask.shape[-1]) & (chosen == chosen.round())
+                require(bool(known.all()), f"act(obs, explore={explore}) chose "
+                                           f"{chosen[~known][:1].tolist()} of {mask.shape[-1]}")
+                allowed = mask.gather(-1, chosen[..., None].long())
+                require(bool(allowed.all()), f"act(obs, explore={explore}) chose an action that "
+                                             "the mask in its observation forbids")
 
 
 @check("acting without exploring changes nothing")
 def _frozen(subject: AgentUnderTest) -> None:
     agent, _ = subject.trained(SEEDS)
     before = copy.deepcopy(flat_state(save_state(agent)))
-    obs = torch.rand(len(SEEDS), 5, SPEC.obs_dim).to(subject.device)
+    obs = torch.rand(len(SEEDS), 5, OBS_DIM).to(subject.device)
     first, second = agent.act(obs, explore=False), agent.act(obs, explore=False)
     require(torch.equal(first, second), "two calls with the same obs gave different actions")
+    if hasattr(agent, "eval_policy"):
+        policies = agent.eval_policy(), agent.eval_policy()
+        for _ in range(2):
+            require(torch.equal(*(policy(obs) for policy in policies)),
+                    "two evaluations with the same obs differ")
     require(not first.requires_grad, "the action has a gradient")
     require_same(before, flat_state(save_state(agent)), "it changed {} in the agent's state")
 
@@ -270,13 +302,14 @@ def _ring(subject: AgentUnderTest) -> None:
 @check("learns a task with a known optimum")
 def _learns(subject: AgentUnderTest) -> None:
     """Each seed reaches less than half the cost of the best constant action."""
-    evaluation = make_envs("lab/Target-v0", SEEDS, 20, device=subject.device)
+    task = TASKS[subject.actions][1]
+    evaluation = make_envs(task, SEEDS, 20, device=subject.device)
     reached = [-math.inf]
 
     def learnt(agent: object) -> bool:
         reached[:] = evaluate(agent, evaluation, 1)
         return min(reached) > probes.BEST_CONSTANT / 2
 
-    require(subject.train("lab/Target-v0", learnt),
+    require(subject.train(task, learnt),
             f"the worst seed reached return {min(reached):.3f}; the optimum is 0, the best "
             f"constant action reaches {probes.BEST_CONSTANT:.3f}")

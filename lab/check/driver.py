@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 
-from lab.agent import build_agent, save_state
+from lab.agent import action_kind, build_agent, load_agent, save_state
 from lab.envs import probes
 from lab.envs.make import make_envs
-from lab.envs.spec import EnvSpec
+from lab.envs.spec import EnvSpec, discrete_spec
 
 Metrics = dict[str, torch.Tensor]
 Step = tuple[torch.Tensor, ...]  # obs, rewards, next_obs, terminations, truncations
 
-SPEC = EnvSpec("check", 3, 2, (-1.0, 0.0), (1.0, 4.0), None)
+OBS_DIM = 3
+SPECS = {"continuous": EnvSpec("check", OBS_DIM, 2, (-1.0, 0.0), (1.0, 4.0), None),
+         "discrete": discrete_spec("check", OBS_DIM, (2, 3), None)}
+TASKS = {"continuous": ("lab/Fork-v0", "lab/Target-v0"),
+         "discrete": ("lab/DiscreteFork-v0", "lab/DiscreteTarget-v0")}
 NUM_ENVS, STEPS = 4, 60  # per seed, on random transitions
 ACTIONS = {"the action": False, "the exploring action": True}
 SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # on a probe environment
@@ -26,8 +30,8 @@ RING_ROWS = 2 * PROBE_ENVS
 SMALL: dict[str, int | float] = {
     r"(\w+_)?batch_size": 64, r"(\w+_)?(width|units|hidden_(dim|size))": 32,
     r"(\w+_)?(lr|learning_rate)": 3e-3, "gamma": 0.8, "tau": 0.02, "learning_starts": 100,
-    "replay_ratio": 0.25, "policy_delay": 1, "num_steps": 8, "num_minibatches": 4,
-    "update_epochs": 10}
+    "replay_ratio": 0.25, "policy_delay": 1, "num_steps": 8, "seq_len": 4,
+    "num_minibatches": 4, "update_epochs": 10}
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,11 +48,20 @@ class AgentUnderTest:
     config: dict[str, Any]
     device: str = "cpu"
 
+    @functools.cached_property
+    def actions(self) -> str:
+        return action_kind(load_agent(self.path))
+
+    @property
+    def spec(self) -> EnvSpec:
+        return SPECS[self.actions]
+
     def make(self, seeds: Sequence[int] = SEEDS, num_envs: int = NUM_ENVS,
-             total_steps: int = NUM_ENVS * STEPS, spec: EnvSpec = SPEC, **settings: Any) -> Any:
+             total_steps: int = NUM_ENVS * STEPS, spec: EnvSpec | None = None, **settings: Any
+             ) -> Any:
         """Build an agent without settings that its Config lacks. UserError if it rejects one."""
         config = self.config | {k: v for k, v in settings.items() if k in self.config}
-        return build_agent(self.path, config, spec, seeds, num_envs, total_steps,
+        return build_agent(self.path, config, spec or self.spec, seeds, num_envs, total_steps,
                            self.device, lambda fn: fn)
 
     def steps(self, seeds: Sequence[int], count: int = STEPS) -> list[Step]:
@@ -63,7 +76,7 @@ class AgentUnderTest:
 
     def acts(self, agent: Any, stack: int) -> Metrics:
         """Its actions (S, N, A), with and without exploration, on the same obs for every seed."""
-        obs = torch.linspace(-1, 1, NUM_ENVS * SPEC.obs_dim).view(1, NUM_ENVS, -1)
+        obs = torch.linspace(-1, 1, NUM_ENVS * OBS_DIM).view(1, NUM_ENVS, -1)
         obs = obs.repeat(stack, 1, 1).to(self.device)
         return {name: agent.act(obs, explore=explore) for name, explore in ACTIONS.items()}
 
@@ -91,6 +104,8 @@ class AgentUnderTest:
         """
         space, reached, rows = probes.Fork.action_space, list[float](), 0
         low, high = float(space.low[0]), float(space.high[0])
+        if self.actions == "discrete":
+            low, high = 0.0, 1.0
 
         def decided(agent: Any) -> bool:
             nonlocal rows
@@ -102,7 +117,7 @@ class AgentUnderTest:
             rows = max((x.shape[1] for x in replay if getattr(x, "ndim", 0) > 1), default=0)
             return min(reached) > 0.4
 
-        self.train("lab/Fork-v0", decided, buffer_size=RING_ROWS)
+        self.train(TASKS[self.actions][0], decided, buffer_size=RING_ROWS)
         return reached, rows
 
 

@@ -10,7 +10,14 @@ import gymnasium
 import numpy as np
 
 from lab.envs.generators import generator_states, kept_generators, seed_generators
-from lab.envs.spec import EnvSpec, code_error, make_one, renew_box2d_world, spec_of
+from lab.envs.spec import (
+    EnvSpec,
+    as_env_actions,
+    code_error,
+    make_one,
+    renew_box2d_world,
+    spec_of,
+)
 from lab.errors import UserError, first_line
 
 DRY_STEPS = 10
@@ -85,20 +92,34 @@ def rollout(env: gymnasium.Env, spec: EnvSpec) -> np.ndarray:
         return result
 
     generator = np.random.default_rng(0)
-    low, high = np.array(spec.action_low), np.array(spec.action_high)
-    bounded = np.isfinite(high - low)
     rows = []
     for seed in (0, None):
-        rows.append(np.array([*reset(seed), 0]))
+        obs = reset(seed)
+        rows.append(np.array([*obs, 0]))
         for _ in range(DRY_STEPS):
-            action = np.clip(generator.normal(size=low.shape), low, high)
-            uniform = generator.uniform(np.where(bounded, low, 0), np.where(bounded, high, 1))
-            action = np.where(bounded, uniform, action).astype(env.action_space.dtype)
+            action = random_action(spec, np.asarray(obs), generator)[None]
+            (action,) = as_env_actions(action, env.action_space)
             obs, reward, terminated, truncated, _ = step(action)
             rows.append(np.array([*obs, reward]))
             if terminated or truncated:
-                reset()
+                obs = reset()
     return np.array(rows)
+
+
+def random_action(spec: EnvSpec, obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(A,): uniform within its bounds, normal without; of discrete choices one that is allowed."""
+    if spec.num_actions:
+        mask = np.ones(sum(spec.num_actions))
+        if spec.mask_start is not None:
+            mask = obs[spec.mask_start : spec.mask_start + mask.size]
+        allowed = np.split(mask, np.cumsum(spec.num_actions)[:-1])
+        return np.array([generator.choice(np.flatnonzero(part)) if part.any() else 0
+                         for part in allowed])
+    low, high = np.array(spec.action_low), np.array(spec.action_high)
+    bounded = np.isfinite(high - low)
+    action = np.clip(generator.normal(size=low.shape), low, high)
+    uniform = generator.uniform(np.where(bounded, low, 0), np.where(bounded, high, 1))
+    return np.where(bounded, uniform, action)
 
 
 def check_second_instance(env_id: str, env_kwargs: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from lab.accelerate import physical_cores
 from lab.envs.base import Transition, VecEnvConfig
 from lab.envs.host import HostEnvs
 from lab.envs.shard import TRAINING
-from lab.envs.spec import spec_of
+from lab.envs.spec import as_env_actions, spec_of
 from lab.errors import UserError
 
 
@@ -32,7 +32,7 @@ class EnvpoolEnvs(HostEnvs):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*precision lowered by casting")
             spec = spec_of(self.pool, config.env_id)
-            self.action_dtype = self.pool.action_space.dtype
+            self.action_space = self.pool.action_space
         limit = self.pool.spec.config.max_episode_steps
         super().__init__(config, dataclasses.replace(spec, max_episode_steps=limit))
         self.running = np.zeros((len(self.env_keys), 2))  # return and length of the running episode
@@ -53,7 +53,7 @@ class EnvpoolEnvs(HostEnvs):
 
     def send(self, actions: torch.Tensor, group: int = 0) -> None:
         self.put_actions(actions)
-        self.pool.send(self.actions.astype(self.action_dtype))
+        self.pool.send(as_env_actions(self.actions, self.action_space))
 
     def receive(self) -> Transition:
         obs, rewards, terminated, truncated, info = self.pool.recv()

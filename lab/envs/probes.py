@@ -104,5 +104,21 @@ class Fork(gymnasium.Env):
         return obs
 
 
+class Discretised(gymnasium.ActionWrapper):
+    """With `bins` evenly spaced choices, from the low to the high bound, of each action."""
+
+    def __init__(self, env: gymnasium.Env, bins: list[int]):
+        super().__init__(env)
+        self.box: Any = env.action_space
+        self.bins = np.array(bins)
+        self.action_space = gymnasium.spaces.MultiDiscrete(self.bins)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        share = action / (self.bins - 1)
+        return (self.box.low + share * (self.box.high - self.box.low)).astype(np.float32)
+
+
 for name in ("Target", "Fork"):
     gymnasium.register(f"lab/{name}-v0", f"lab.envs.probes:{name}")
+gymnasium.register("lab/DiscreteTarget-v0", lambda **_: Discretised(Target(), [5, 9]))
+gymnasium.register("lab/DiscreteFork-v0", lambda **_: Discretised(Fork(), [2]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.envs.check import check_reset, check_step
 from lab.envs.generators import seed_generators
-from lab.envs.spec import make_one, renew_box2d_world
+from lab.envs.spec import as_env_actions, make_one, renew_box2d_world
 
 TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
 # first byte of a command; any other byte is the number of a group to step
@@ -43,7 +43,7 @@ class EnvShard:
         self.rows, self.returns, self.origins, self.rules = rows, returns, origins, rules
         self.envs = [make(env_id) for _ in env_keys]
         self.obs_dim = (rows.shape[1] - 3) // 2
-        self.action_dtype = self.envs[0].action_space.dtype if self.envs else actions.dtype
+        self.action_space = self.envs[0].action_space if self.envs else None
         self.running = [[0.0, 0] for _ in env_keys]  # return and frames of the running episode
         self.stream = TRAINING
 
@@ -58,12 +58,12 @@ class EnvShard:
 
     def step(self, indices: Sequence[int] | None = None) -> None:
         """Step these environments; None: all. UserError if one returns something unexpected."""
-        O, actions = self.obs_dim, self.actions.astype(self.action_dtype)
+        which: Any = range(len(self.envs)) if indices is None else indices
+        if not len(which) or self.action_space is None:
+            return
+        O, actions = self.obs_dim, as_env_actions(self.actions, self.action_space)
         outcomes: list[tuple[Any, bool, bool]] = []
         fresh = []
-        which: Any = range(len(self.envs)) if indices is None else indices
-        if not len(which):
-            return
         result: Any = None
         repeat, clip, failure_below = self.rules
         if self.stream == EVALUATION:

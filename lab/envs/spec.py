@@ -32,7 +32,12 @@ MOVED = {"lab.probe_envs": "lab.envs.probes", "lab.torch_envs": "lab.envs.torch_
 @dataclass(frozen=True)
 class EnvSpec:
     """What an agent knows of its environment. Action bounds: (A,), in environment units.
-    UserError unless each low bound is below its high bound; either may be infinite."""
+    UserError unless each low bound is below its high bound; either may be infinite.
+
+    Discrete actions: `num_actions` is the number of choices of each of the A dimensions, which are
+    counted from 0 and are whole float32 numbers, as tensors of actions are. `mask_start`: where
+    the action mask begins in an observation, one number for each choice, 0 if it is not allowed.
+    """
 
     id: str
     obs_dim: int
@@ -40,13 +45,39 @@ class EnvSpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_episode_steps: int | None
+    num_actions: tuple[int, ...] = ()  # () for a Box
+    mask_start: int | None = None  # None: every action is always allowed
 
     def __post_init__(self) -> None:
+        if self.num_actions:
+            return
         for i, (low, high) in enumerate(zip(self.action_low, self.action_high, strict=True)):
             # NaN as well; agents compute in float32
             if not (low < high and np.float32(low) < np.float32(high)):
                 raise UserError(f"{self.id}: action {i} has bounds [{low}, {high}]; the low bound "
                                 "must be below the high one")
+
+    @property
+    def action_space(self) -> str:
+        """In gymnasium's words."""
+        if len(self.num_actions) > 1:
+            return f"MultiDiscrete({list(self.num_actions)})"
+        return f"Discrete({self.num_actions[0]})" if self.num_actions else "Box"
+
+    @property
+    def mask(self) -> slice:
+        """The action mask's place in an observation; empty without one."""
+        start = self.mask_start or 0
+        return slice(start, start + (self.mask_start is not None) * sum(self.num_actions))
+
+
+def discrete_spec(env_id: str, obs_dim: int, num_actions: Sequence[int], limit: int | None,
+                  mask_start: int | None = None) -> EnvSpec:
+    """The spec of an environment with discrete actions; the bounds are the first and last choice.
+    """
+    low, high = (0.0,) * len(num_actions), tuple(float(n - 1) for n in num_actions)
+    return EnvSpec(env_id, obs_dim, len(num_actions), low, high, limit, tuple(num_actions),
+                   mask_start)
 
 
 def make_one(env_id: str, env_kwargs: Sequence[str] = (), **settings: Any) -> gymnasium.Env:
@@ -182,13 +213,14 @@ def renew_box2d_world(env: gymnasium.Env) -> None:
 
 
 def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
-    """UserError unless both spaces are one-dimensional Boxes."""
+    """UserError unless observations are a one-dimensional Box, and actions another or discrete."""
     obs_space, action_space = env.observation_space, env.action_space
-    if (not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1
-            or action_space.dtype.kind != "f"):
+    num_actions = choices(action_space)
+    boxed = isinstance(action_space, gymnasium.spaces.Box) and len(action_space.shape) == 1
+    if not num_actions and not (boxed and np.dtype(action_space.dtype).kind == "f"):
         space = " ".join(str(action_space).split())
-        raise UserError(f"{env_id} has action space {space}; only continuous control is "
-                        "supported: a one-dimensional Box of floats")
+        raise UserError(f"{env_id} has action space {space}; supported are Discrete, "
+                        "MultiDiscrete and a one-dimensional Box of floats")
     if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
         space = " ".join(str(obs_space).split())
         raise UserError(f"{env_id} has observation space {space}; only a one-dimensional Box is "
@@ -198,8 +230,48 @@ def spec_of(env: gymnasium.Env, env_id: str) -> EnvSpec:
         refuse_statistics(wrapper, env_id)
         if isinstance(wrapper, gymnasium.wrappers.TimeLimit):
             limit = min(limit or math.inf, wrapper._max_episode_steps)
-    low, high = (tuple(map(as_bound, bound)) for bound in (action_space.low, action_space.high))
-    return EnvSpec(env_id, obs_space.shape[0], action_space.shape[0], low, high, limit)
+    if num_actions:
+        return discrete_spec(env_id, obs_space.shape[0], num_actions, limit,
+                             find_mask(env, env_id, sum(num_actions)))
+    box: Any = action_space
+    low, high = (tuple(map(as_bound, bound)) for bound in (box.low, box.high))
+    return EnvSpec(env_id, obs_space.shape[0], len(low), low, high, limit)
+
+
+def choices(space: gymnasium.Space) -> tuple[int, ...]:
+    """The number of choices of each dimension of a discrete space; () for other spaces."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete) and len(space.shape) == 1:
+        return tuple(map(int, space.nvec))
+    return ()
+
+
+def as_env_actions(actions: np.ndarray, space: gymnasium.Space) -> np.ndarray:
+    """Float actions (rows, A), discrete ones counted from 0 -> one action of `space` a row. A NaN
+    becomes any action."""
+    if not choices(space):
+        return actions.astype(space.dtype)
+    with np.errstate(invalid="ignore"):
+        numbers = actions.astype(space.dtype) + space.start  # type: ignore[attr-defined]
+    return numbers[:, 0] if isinstance(space, gymnasium.spaces.Discrete) else numbers
+
+
+def find_mask(env: gymnasium.Env, env_id: str, size: int) -> int | None:
+    """Where FlattenObservation put the key "action_mask" of a Dict. UserError if the mask has
+    another size than the actions have choices."""
+    for wrapper in wrappers(env):
+        inner = wrapper.env.observation_space
+        if (isinstance(wrapper, gymnasium.wrappers.FlattenObservation)
+                and isinstance(inner, gymnasium.spaces.Dict) and "action_mask" in inner.spaces):
+            names = list(inner.spaces)
+            sizes = [gymnasium.spaces.flatdim(inner[name]) for name in names]
+            at = names.index("action_mask")
+            if sizes[at] != size:
+                raise UserError(f"{env_id}: action_mask has {sizes[at]} numbers, but the actions "
+                                f"have {size} choices")
+            return sum(sizes[:at])
+    return None
 
 
 def as_bound(value: float) -> float:

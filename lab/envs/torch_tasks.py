@@ -16,6 +16,7 @@ class TorchEnv:
     obs_dim: int
     action_low: Sequence[float]
     action_high: Sequence[float]
+    num_actions: Sequence[int] = ()  # instead of bounds: the choices of each discrete action
     max_episode_steps: int
     randoms: int  # uniform numbers that a new episode needs
     twin: str | None = None  # the gymnasium environment that renders the same state
@@ -110,6 +111,24 @@ class CartPole(TorchEnv):
         return state
 
 
+class DiscreteCartPole(CartPole):
+    """gymnasium's CartPole-v1: action 0 pushes with -10 N, 1 with 10 N."""
+
+    num_actions = [2]
+
+    def step(self, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().step(state, 2 * actions - 1)
+
+
+class CartPoleWithoutVelocity(CartPole):
+    """Only the cart's position and the pole's angle are observed: balancing needs memory."""
+
+    obs_dim = 2
+
+    def observe(self, state: Tensor) -> Tensor:
+        return state[..., ::2]
+
+
 class Quadrotor(TorchEnv):
     """Fly a quadrotor to the origin and hover; every episode samples another body and wind.
 
@@ -199,4 +218,5 @@ def rotation(q: Tensor) -> Tensor:
 
 ENVS: dict[str, type[TorchEnv]] = {
     "Pendulum-v1": Pendulum, "MountainCarContinuous-v0": MountainCar,
-    "ContinuousCartPole-v1": CartPole, "Quadrotor-v0": Quadrotor}
+    "ContinuousCartPole-v1": CartPole, "CartPole-v1": DiscreteCartPole,
+    "CartPoleWithoutVelocity-v1": CartPoleWithoutVelocity, "Quadrotor-v0": Quadrotor}

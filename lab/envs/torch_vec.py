@@ -10,7 +10,7 @@ from lab.accelerate import Accelerator
 from lab.envs import torch_tasks
 from lab.envs.base import TORCH, Finished, Transition, VecEnvConfig, VectorEnvs, summary
 from lab.envs.shard import TRAINING
-from lab.envs.spec import EnvSpec, import_prefix
+from lab.envs.spec import EnvSpec, discrete_spec, import_prefix
 from lab.errors import UserError
 
 BLOCK = 64  # steps per draw of random numbers for new episodes
@@ -28,11 +28,15 @@ class TorchEnvs(VectorEnvs):
             raise UserError(f"unknown environment {TORCH}{name}; choose from "
                             + ", ".join(TORCH + known for known in torch_tasks.ENVS))
         self.env = torch_tasks.ENVS[name]()
-        low, high = (tuple(float(x) for x in bound)
-                     for bound in (self.env.action_low, self.env.action_high))
-        self.spec = EnvSpec(TORCH + name, self.env.obs_dim, len(low), low, high,
-                            self.env.max_episode_steps)
+        self.spec = self._spec(TORCH + name)
         self.advance = Accelerator(config.compile, "fp32", config.device)(self._advance)
+
+    def _spec(self, env_id: str) -> EnvSpec:
+        env = self.env
+        if env.num_actions:
+            return discrete_spec(env_id, env.obs_dim, env.num_actions, env.max_episode_steps)
+        low, high = (tuple(float(x) for x in bound) for bound in (env.action_low, env.action_high))
+        return EnvSpec(env_id, env.obs_dim, len(low), low, high, env.max_episode_steps)
 
     def reset(self, *stream: int) -> Tensor:
         seeds = [np.random.SeedSequence([seed, *(stream or (TRAINING,))]).generate_state(1)[0]

@@ -1,5 +1,6 @@
 """The evaluation loop."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,15 +24,23 @@ def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep =
         return _evaluate(agent, evaluation, stream, on_step)
 
 
+def eval_policy(agent: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """obs (S, N, O) -> deterministic actions (S, N, A), for one episode of each environment."""
+    if hasattr(agent, "eval_policy"):  # an agent with memory
+        policy: Callable[[torch.Tensor], torch.Tensor] = agent.eval_policy()
+        return policy
+    return functools.partial(agent.act, explore=False)
+
+
 def _evaluate(agent: Any, evaluation: VectorEnvs, stream: Sequence[int], on_step: OnStep
               ) -> list[float]:
-    obs = evaluation.reset(EVALUATION, *stream)
+    policy, obs = eval_policy(agent), evaluation.reset(EVALUATION, *stream)
     returns = torch.zeros(evaluation.shape, dtype=torch.float64, device=obs.device)
     running = torch.ones_like(returns, dtype=torch.bool)
     limit = evaluation.spec.max_episode_steps or ENDLESS
     on_step(returns, running)
     for step in range(1, limit + 1):
-        t = evaluation.step(agent.act(obs, explore=False))
+        t = evaluation.step(policy(obs))
         obs = t.obs
         returns += torch.where(running, t.rewards, 0)
         running &= (t.terminations + t.truncations) == 0

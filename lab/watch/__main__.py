@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, first_line, guarded
 from lab.options import Vectorised, parse_args, parse_flags
 from lab.training import checkpoint, recorder
-from lab.training.evaluation import OnStep, evaluate
+from lab.training.evaluation import OnStep, eval_policy, evaluate
 from lab.training.job import agent_steps
 from lab.watch import camera, film
 
@@ -221,17 +221,22 @@ class PolicyStack:
         self.parts = parts
         self.step = max(part.step for part in parts)
 
-    def act(self, obs: torch.Tensor, explore: bool) -> torch.Tensor:
-        """obs (S, N, O) of the wanted seeds -> actions (S, N, A). The other seeds of a stack get
-        zeros, and their actions are discarded."""
-        actions = []
+    def eval_policy(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """-> a function: obs (S, N, O) of the wanted seeds -> actions (S, N, A). The other seeds of
+        a stack get zeros, and their actions are discarded."""
+        policies = [eval_policy(part.agent) for part in self.parts]
         sizes = [len(part.wanted) for part in self.parts]
-        for part, part_obs in zip(self.parts, obs.split(sizes), strict=True):
-            indices = [part.members.index(seed) for seed in part.wanted]
-            padded = obs.new_zeros(len(part.members), *obs.shape[1:])
-            padded[indices] = part_obs
-            actions.append(part.agent.act(padded, explore=explore)[indices])
-        return torch.cat(actions)
+
+        def act(obs: torch.Tensor) -> torch.Tensor:
+            actions = []
+            for part, policy, part_obs in zip(self.parts, policies, obs.split(sizes), strict=True):
+                indices = [part.members.index(seed) for seed in part.wanted]
+                padded = obs.new_zeros(len(part.members), *obs.shape[1:])
+                padded[indices] = part_obs
+                actions.append(policy(padded)[indices])
+            return torch.cat(actions)
+
+        return act
 
     def describe(self, steps: int) -> str:
         reached = sorted({part.step for part in self.parts})
