@@ -23,7 +23,7 @@ from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
 from lab.tuning import study
 from lab.watch import __main__ as watch
-from tests.conftest import drive, flat_state, make_spec, make_steps, small_config
+from tests.conftest import drive, flat_state, make_steps, small_config, spec_for
 from tests.pretend_device import PretendCuda, device_of
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
@@ -130,7 +130,7 @@ def trained(module, device, accelerate, count=10, **settings):
     and the state."""
     settings = {"replay_ratio": 1.0, "policy_delay": 1, "micro_batches": 2, "width": 8,
                 "actor_width": 8, "qf_width": 8, "num_steps": 4, "num_minibatches": 2, **settings}
-    agent = module.Agent(make_spec(), small_config(module, **settings), [0, 1], num_envs=2,
+    agent = module.Agent(spec_for(module), small_config(module, **settings), [0, 1], num_envs=2,
                          total_steps=80, device=device, accelerate=accelerate)
     steps = [tuple(x.to(device) for x in step) for step in make_steps((0, 1), 2, count)]
     if device != "cpu":
