@@ -52,6 +52,9 @@ HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_0
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 XQC = "agents/xqc.py {} --compile --precision bf16"
+# CrossQ's step size at the start: at 10 000 steps of HalfCheetah-v4, 3 seeds of it returned 575, 5 of
+# the default's third -90
+XQC_FAST = XQC + " --lr 1e-3 --lr-end 1e-4"
 RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
              "--precision bf16")
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
@@ -75,11 +78,11 @@ EXPERIMENTS = {
     "crossq-walker2d": (NARROW.format(WALKER) + " --precision bf16", "3914 (wider)"),
     "crossq-ant": (NARROW.format(ANT) + " --precision bf16", "2299 (wider)"),
     "crossq-humanoid": (NARROW.format(HUMANOID) + " --precision bf16", "2603 (wider)"),
-    "xqc-halfcheetah": (XQC.format(CHEETAH), "8597; 9815 (FlashSAC); both wider"),
-    "xqc-hopper": (XQC.format(HOPPER), "2828; 2121 (FlashSAC); both wider"),
-    "xqc-walker2d": (XQC.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
-    "xqc-ant": (XQC.format(ANT), "3018; 3196 (FlashSAC); both wider"),
-    "xqc-humanoid": (XQC.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
+    "xqc-halfcheetah": (XQC_FAST.format(CHEETAH), "8597; 9815 (FlashSAC); both wider"),
+    "xqc-hopper": (XQC_FAST.format(HOPPER), "2828; 2121 (FlashSAC); both wider"),
+    "xqc-walker2d": (XQC_FAST.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
+    "xqc-ant": (XQC_FAST.format(ANT), "3018; 3196 (FlashSAC); both wider"),
+    "xqc-humanoid": (XQC_FAST.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
     "ppo-halfcheetah": (MILLION.format("HalfCheetah-v4"), "3517; 1443 (CleanRL)"),
     "ppo-hopper": (MILLION.format("Hopper-v4"), "3392; 2383 (CleanRL)"),
     "ppo-walker2d": (MILLION.format("Walker2d-v4"), "1621; 2288 (CleanRL)"),
