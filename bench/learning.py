@@ -52,8 +52,7 @@ HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_0
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 XQC = "agents/xqc.py {} --compile --precision bf16"
-# CrossQ's step size at the start: at 10 000 steps of HalfCheetah-v4, 3 seeds of it returned 575, 5 of
-# the default's third -90
+# begins with CrossQ's step size: a run of 100 000 steps is short
 XQC_FAST = XQC + " --lr 1e-3 --lr-end 1e-4"
 RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
              "--precision bf16")

@@ -63,6 +63,12 @@ BROKEN = {
                             (FROZEN, RESUME), {RESUME}),
     "not clamped": ("sac", "return actions.clamp(self.low, self.high)", "return actions", QUICK,
                     {BOUNDS}),
+    "mask ignored": ("ppo_discrete", "if self.spec.mask_start is not None:", "if False:",
+                     (NUMBER, BOUNDS), {BOUNDS}),
+    "evaluation remembers in the agent": (
+        "ppo_lstm", "            inputs, memory = self.lstm(self.normalise(obs), memory)\n"
+        "            return", "            inputs, self.memory = self.lstm(self.normalise(obs), "
+        "memory)\n            return", (BOUNDS, FROZEN), {FROZEN}),
     "noise not clamped": ("cem", "return actions.clamp(self.low, self.high)", "return actions",
                           (NUMBER, BOUNDS), {BOUNDS}),
     "normalised while acting": (
