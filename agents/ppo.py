@@ -19,6 +19,7 @@ Departures from CleanRL, each with its reason
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,10 +36,12 @@ class Config:
     # Optimisation
     lr: float = 3e-4  # Adam step size
     anneal_lr: bool = True  # decrease the step size linearly to 0 over the run
+    lr_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, step size)
     clip_coef: float = 0.2  # largest change of the probability ratio from 1
     clip_vloss: bool = True  # limit the change of the value by clip_coef as well
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, weight)
     max_grad_norm: float = 0.5  # largest gradient norm of a seed
     target_kl: float | None = None  # a seed stops after an epoch with a larger KL; none: never
     rpo_alpha: float = 0.0  # RPO: uniform noise on the mean, -this to this (arXiv 2212.07536)
@@ -178,6 +181,7 @@ class Agent:
         lr = torch.tensor(config.lr, dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=1e-5, fused=True,
                                           capturable=self.device.type == "cuda")
+        self.ent_coef = torch.tensor(config.ent_coef, device=self.device)
         self.minibatch_step = accelerate(self._update_minibatch)
         self.obs_normaliser = Normaliser(S, O, self.device)
         self.return_normaliser = Normaliser(S, 1, self.device)
@@ -225,9 +229,12 @@ class Agent:
         if self.filled < T:
             return {}
         self.filled = 0
+        begun, lr = self.transitions - T * N, self.optimizer.param_groups[0]["lr"]
         if c.anneal_lr:
-            progress = (self.transitions - T * N) / self.total_steps  # when this rollout began
-            self.optimizer.param_groups[0]["lr"].fill_(c.lr * max(0.0, 1 - progress))
+            lr.fill_(c.lr * max(0.0, 1 - begun / self.total_steps))
+        for value, points in ((lr, c.lr_schedule), (self.ent_coef, c.ent_schedule)):
+            if points:  # straight lines between them
+                value.fill_(np.interp(begun, *zip(*points, strict=True)))
         obs, samples, explained_variance = self._prepare_rollout()
 
         stopped, metrics = torch.zeros(S, dtype=torch.bool, device=self.device), {}
@@ -355,7 +362,7 @@ class Agent:
         # Entropy bonus, and their sum
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2))
         assert policy_loss.shape == value_loss.shape == entropy.shape == (S,), entropy.shape
-        loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy
+        loss = policy_loss + c.vf_coef * value_loss - self.ent_coef * entropy
 
         approx_kl = (ratio - 1 - log_ratio).mean(1)  # Schulman's k3, never negative
         metrics = {"loss/policy": policy_loss, "loss/value": value_loss,

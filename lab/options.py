@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -217,7 +217,16 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return [f"--{flag}", *_words(value)]
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Of a number, a text or a list of them, which may hold lists."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _words(each)
+    else:
+        yield str(value)
 
 
 class Line(NamedTuple):

@@ -311,6 +311,7 @@ clip-reward: [-1, 10]
 log: true
 lr: 3e-4
 num_steps: 1_000
+lr-schedule: [[0, 3e-4], [1e6, 0]]
 norm_adv: false
 name: null
 """
@@ -322,6 +323,7 @@ def test_a_yaml_file_brings_settings_by_the_names_of_their_flags(tmp_path):
     assert (options.agent, options.env) == ("agents/ppo.py", ("Pendulum-v1", "HalfCheetah-v5"))
     assert (options.seeds, options.clip_reward, options.log) == (4, (-1.0, 10.0), True)
     assert (config["lr"], config["num_steps"], config["gamma"]) == (3e-4, 1000, 0.9)
+    assert config["lr_schedule"] == ((0.0, 3e-4), (1e6, 0.0))
     assert config["norm_adv"] is False and options.name is None and options.config is None
     options, config = parse_args([f"--config={write(tmp_path, 'tau: 0.1', 'other.yml')}",
                                   "agents/sac.py"])

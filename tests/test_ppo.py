@@ -285,6 +285,34 @@ def test_the_step_size_falls_linearly_to_zero():
     assert sorted(set(rates), reverse=True) == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_schedules_set_the_step_size_and_the_entropys_weight_of_each_rollout():
+    """Straight lines between points in transitions of a seed; two points at one place: a step."""
+    agent = make_agent(ppo, total_steps=32, lr_schedule=((0, 1.0), (16, 0.5), (16, 0.1)),
+                       ent_schedule=((8, 0.0), (24, 0.4)))
+    used = []
+    step = agent.minibatch_step
+    agent.minibatch_step = lambda *x: (used.append((
+        agent.optimizer.param_groups[0]["lr"].item(), agent.ent_coef.item())), step(*x))[1]
+    drive(agent, make_steps((0, 1), 1, 33))
+    assert sorted(set(used), reverse=True) == [
+        pytest.approx(pair) for pair in [(1.0, 0.0), (0.75, 0.0), (0.1, 0.4), (0.1, 0.2)]]
+
+
+def test_the_entropys_weight_scales_its_gradient():
+    gradients = []
+    for weight in (0.0, 0.5):
+        agent = make_agent(ppo, ent_schedule=((0, weight),))
+        drive(agent, make_steps((0, 1), 1, 9))
+        agent.optimizer.step = lambda: None
+        agent.optimizer.zero_grad = lambda: None
+        agent.log_std.grad = None
+        loss, _ = agent._losses(*(torch.zeros(2, 4, n) for n in (3, 2)),
+                                *torch.zeros(4, 2, 4), 4)
+        loss.sum().backward()
+        gradients.append(agent.log_std.grad.clone())
+    assert torch.allclose(gradients[0] - gradients[1], torch.tensor(0.5))  # d entropy / d log_std
+
+
 def test_a_seed_past_target_kl_stops_and_the_other_goes_on(float64):
     """Alone or stacked: a stopped seed's weights are those after the epoch that passed."""
     steps = make_steps((0, 1), 1, 9)
