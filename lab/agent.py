@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.optim import Optimizer
 
@@ -50,7 +51,7 @@ def load_agent(path: str | Path) -> ModuleType:
     if missing:
         raise UserError(f"agent file {path}: Agent has no {missing[0]}(); it needs "
                         f"{', '.join(VERBS)}")
-    if not _saves_itself(agent) and not isinstance(getattr(agent, "STATE", None), tuple):
+    if not saves_itself(agent) and not isinstance(getattr(agent, "STATE", None), tuple):
         raise UserError(f"agent file {path}: Agent needs STATE, a tuple with the names of the "
                         "attributes to save in a checkpoint")
     return module
@@ -76,7 +77,7 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
         place = place_of(path, error) or path
         raise CodeError(f"{place}: Agent() failed: {type(error).__name__}: "
                         f"{first_line(error)}") from error
-    if not _saves_itself(agent):
+    if not saves_itself(agent):
         for name in agent.STATE:
             if not hasattr(agent, name):
                 raise UserError(f"{Path(path).name}: STATE names {name!r}, which Agent() does not "
@@ -151,7 +152,7 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
 def save_state(agent: Any) -> dict[str, Any]:
     """What the attributes named in STATE hold, by reference: for a checkpoint. An agent's own
     state_dict() comes first, where it has one. TypeError for an attribute of another type."""
-    if _saves_itself(agent):
+    if saves_itself(agent):
         state: dict[str, Any] = agent.state_dict()
         return state
     return {name: _save(name, getattr(agent, name)) for name in agent.STATE}
@@ -174,13 +175,14 @@ def _save(name: str, part: Any) -> Any:
                     "optimizers, tensors, generators, numbers, objects with a STATE, lists of them")
 
 
-def restore_state(agent: Any, state: dict[str, Any]) -> None:
-    """Restore what save_state() returned, in place. ValueError if an entry or a shape differs."""
-    if _saves_itself(agent):
+def restore_state(agent: Any, state: dict[str, Any], names: Sequence[str] | None = None) -> None:
+    """Restore what save_state() returned, in place; only these names of STATE, if given. ValueError
+    if an entry or a shape differs."""
+    if saves_itself(agent):
         agent.load_state_dict(state)
         return
     state = from_five_methods(agent, state)
-    for name in agent.STATE:
+    for name in agent.STATE if names is None else names:
         if name not in state:
             raise ValueError(f"the checkpoint has no {name}, which STATE names")
         setattr(agent, name, _restore(name, getattr(agent, name), state[name]))
@@ -219,6 +221,47 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
     return part
 
 
+def needed_to_act(agent: Any) -> list[str]:
+    """The names of STATE that act() may read: all but the replay, optimizers and generators."""
+    return [name for name in getattr(agent, "STATE", ()) if name != "replay"
+            and not _made_of(getattr(agent, name), Optimizer | torch.Generator)]
+
+
+def weights(agent: Any) -> dict[str, Any]:
+    """What the agent learned, by reference: the modules and the tensors with a gradient in STATE.
+    {} for an agent that saves itself."""
+    if saves_itself(agent):
+        return {}
+    return {name: _save(name, part) for name in agent.STATE
+            if _made_of(part := getattr(agent, name), nn.Module)
+            or (isinstance(part, torch.Tensor) and part.requires_grad)}
+
+
+def _made_of(part: Any, kind: Any) -> bool:
+    """Whether it is of this type, or a list of such."""
+    parts = part if isinstance(part, list | tuple) else [part]
+    return bool(parts) and all(isinstance(x, kind) for x in parts)
+
+
+def restore_weights(agent: Any, saved: dict[str, Any]) -> None:
+    """Restore what weights() returned, in place. ValueError if a shape differs."""
+    for name, part in saved.items():
+        setattr(agent, name, _restore(name, getattr(agent, name), part))
+
+
+def seed_slice(x: torch.Tensor, stack: int, index: int) -> torch.Tensor:
+    """A seed's share of one of the weights of a stack: each has equal ones, seed after seed. A
+    tensor that has not, such as a counter, is the same for all."""
+    return x if x.dim() == 0 or len(x) % stack else x.chunk(stack)[index]
+
+
+def copy_seed(target: Any, source: Any, stack: int, index: int) -> None:
+    """Copy the weights of one seed of a stack, in place."""
+    for new, old in zip(pytree.tree_leaves(target), pytree.tree_leaves(source), strict=True):
+        if isinstance(new, torch.Tensor):
+            seed_slice(new, stack, index).copy_(seed_slice(old, stack, index))
+
+
 def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's state from before STATE, when agents saved themselves: their counters and
     tensors lay in groups, and the temperature belonged to the actor's optimizer."""
@@ -239,7 +282,7 @@ def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _saves_itself(agent: Any) -> bool:
+def saves_itself(agent: Any) -> bool:
     return all(callable(getattr(agent, verb, None)) for verb in ("state_dict", "load_state_dict"))
 
 

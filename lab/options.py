@@ -47,6 +47,7 @@ class Options:
     name: str | None = None  # name of the run folder; none: the agent's name
     runs: Path = Path("runs")  # parent folder of the run folders
     eval_every: int | None = None  # steps between evaluations; none: ten per run
+    keep_best: bool = True  # keep each seed's weights at its best evaluation, for --which best
     eval_episodes: int = 5  # deterministic episodes per seed and evaluation
     # environments of evaluation: their own, those of training (its episodes are truncated for it;
     # for a simulator that runs once), or no evaluation (tables show training returns)
@@ -259,7 +260,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     """tyro.cli, but an error is a UserError of one line instead of a box."""
     stderr, script = io.StringIO(), Path(sys.argv[0])
-    prog = f"python -m lab.{script.parent.name}" if script.match("lab/*/__main__.py") else None
+    module = script.parent.name if script.name == "__main__.py" else script.stem
+    prog = f"python -m lab.{module}" if "lab" in script.parts else None
     try:
         with contextlib.redirect_stderr(stderr), INTEGERS:
             return tyro.cli(kind, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,),

@@ -23,6 +23,7 @@ from lab.envs.spec import make_one, probe
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
 from lab.options import Simple, parse_args
+from lab.policy import Part, PolicyStack
 from lab.training import checkpoint, loop, recorder
 from lab.training.job import make_jobs
 from lab.watch import __main__ as watch
@@ -258,8 +259,8 @@ def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_dry_run):
 
 
 def test_a_seed_that_failed_is_named():
-    cast = watch.PolicyStack([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
-                              watch.Part(None, range(1), [0], 9, [])])
+    cast = PolicyStack([Part(None, range(2, 5), [2, 4], dict.fromkeys((2, 3, 4), 7), [3, 4], {}),
+                        Part(None, range(1), [0], {0: 9}, [], {})])
     assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
 
 
@@ -270,7 +271,7 @@ def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
     rows = recorder.read_metrics(group(run) / "seed_0" / "metrics.jsonl")
     assert rows[-1]["step"] == STEPS
     assert returns[:EPISODES].mean() == pytest.approx(rows[-1]["return/eval"], abs=0.051)
-    view = watch.make_view(PAINTED, [0], cuda=False, action_repeat=2)
+    view = watch.make_view(PAINTED, [0], "cpu", action_repeat=2)
     assert view.fps == probe_envs.Painted.metadata["render_fps"] / 2
     view.close()
 
@@ -288,7 +289,7 @@ def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
                                   "ContinuousCartPole-v1"])
 def test_a_torch_environment_is_drawn_by_its_twin(name):
     """From the same state, the last of an episode too."""
-    view = watch.make_view(f"torch/{name}", [0, 1], False)
+    view = watch.make_view(f"torch/{name}", [0, 1], "cpu")
     plain = TorchEnvs(view.config)
     view.env.max_episode_steps = plain.env.max_episode_steps = 40
     twin = make_one(view.env.twin, render_mode="rgb_array")

@@ -84,8 +84,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return final
 
 
-def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
-    """The newest intact checkpoint, or None. A corrupt one is reported on stderr and skipped."""
+def load_latest(folder: Path, device: str = "cpu", replay: bool = True) -> dict[str, Any] | None:
+    """The newest intact checkpoint, or None; `replay`: with the agent's replay. A corrupt one is
+    reported on stderr and skipped."""
     for path in _newest_first(folder):
         try:
             with open(path, "rb") as file:
@@ -95,6 +96,8 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
                     raise ValueError("its hash does not match")
                 file.seek(0)
                 state: Any = torch.load(file, map_location=device, weights_only=True)
+            if not replay:
+                state["agent"].pop("replay", None)
             return pytree.tree_map(
                 lambda x: _get(folder / "blocks", x, device) if _in_blocks(x) else x, state,
                 is_leaf=_in_blocks)

@@ -42,6 +42,7 @@ class Job:
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
     eval_episodes: int = 5  # per seed and evaluation
     eval_env: str = "own"  # own, same: training's, none
+    keep_best: bool = True  # each seed's weights at its best evaluation
     num_envs: int = 1
     backend: str | None = None  # None: torch for a torch/ id, else sync
     workers: int | None = None  # processes or threads of the backend; None: physical cores
@@ -139,8 +140,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
-        eval_env=options.eval_env, device=device, compile=options.compile,
-        precision=options.precision,
+        eval_env=options.eval_env, keep_best=options.keep_best, device=device,
+        compile=options.compile, precision=options.precision,
         fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
         action_repeat=options.action_repeat, clip_reward=options.clip_reward,
         failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,

@@ -1,5 +1,6 @@
 """Logging, evaluation and checkpoints of a run, kept out of the loop in loop.py."""
 
+import copy
 import math
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from lab.accelerate import Accelerator
-from lab.agent import restore_state, save_state
+from lab.agent import copy_seed, restore_state, save_state, weights
 from lab.envs.base import VectorEnvs
 from lab.envs.shard import TRAINING
 from lab.errors import UserError
@@ -50,6 +51,7 @@ class TrainLogger:
         self.updated = False  # whether there was an update since plasticity was measured
         self.failed: set[int] = set()
         self.last_eval: Sequence[float | None] = []
+        self.best: dict[str, Any] = {}  # of each seed: steps, returns, weights; {}: none yet
         # without evaluation, of the episodes since it would have been due: number, sum of returns
         self.recent = [[0.0, 0.0] for _ in job.seeds]
         self.clock = self.last_emit = self.saved = time.perf_counter()
@@ -80,6 +82,7 @@ class TrainLogger:
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
+        self.best = state.get("best", {})
         self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
@@ -165,6 +168,7 @@ class TrainLogger:
             self.last_eval = self.mean_returns(step, agent)
             if self.evaluation:
                 self.fail_broken(step, self.evaluation, " in evaluation")
+                self.note_best(step, agent)
         self.measure_plasticity(agent)
         columns = {}
         if self.metrics:
@@ -195,6 +199,19 @@ class TrainLogger:
         self.last_emit = time.perf_counter()
         self.clock += self.last_emit - now  # speed leaves out evaluation
 
+    def note_best(self, step: int, agent: Any) -> None:
+        """Copy the weights of each seed whose evaluation is its best so far."""
+        S, now = len(self.job.seeds), weights(agent)
+        if not (now and self.job.keep_best and self.job.checkpoints):
+            return
+        if not self.best:
+            self.best = {"steps": [step] * S, "returns": [-math.inf] * S,
+                         "weights": copy.deepcopy(now)}
+        for index, value in enumerate(self.last_eval):
+            if value is not None and value > self.best["returns"][index]:
+                self.best["steps"][index], self.best["returns"][index] = step, value
+                copy_seed(self.best["weights"], now, S, index)
+
     def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
         for index, value in envs.broken.items():
             self.fail(index, step, f"the environment returned {value}{where} at step {step}")
@@ -220,7 +237,7 @@ class TrainLogger:
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval,
-                    "recent": self.recent})
+                    "recent": self.recent, "best": self.best})
             except OSError as error:
                 self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
             if not self.restore_checked:

@@ -1,0 +1,171 @@
+"""Trained policies from run folders, for films, evaluation, export and your own program.
+
+    policy = load_policy("runs/sac-20260101-120000", seed=3)
+    action = policy(obs)
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from lab.agent import build_agent, needed_to_act, restore_state, restore_weights, saves_itself
+from lab.envs.spec import EnvSpec
+from lab.errors import UserError, first_line
+from lab.options import Vectorised, parse_args
+from lab.training import checkpoint, recorder
+from lab.training.job import agent_steps
+
+Which = Literal["last", "best"]  # checkpoint, or each seed's weights at its best evaluation
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one agent on one environment."""
+
+    folder: Path  # of this agent on this environment, or of its only seed
+    env_id: str
+    stacks: dict[int, Path]  # seed -> folder of the checkpoints that contain it
+
+
+class TrainedRun(NamedTuple):
+    folder: Path
+    options: Vectorised  # of runs of learn_simple.py too
+    config: dict[str, Any]  # the agent's
+    groups: list[Group]
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.options.cuda and torch.cuda.is_available() else "cpu"
+
+
+def open_run(path: Path, agent: Path | None = None) -> TrainedRun:
+    """The run that contains `path`: a run folder, or one environment, agent or seed in it. `agent`:
+    the file to load if the run's has changed. UserError if it has no checkpoints."""
+    folder = find_run(path)
+    named = [str(agent)] if agent else []
+    options, config = parse_args(["--config", str(folder / "config.json"), *named], Vectorised)
+    assert isinstance(options, Vectorised)
+    if not named:
+        check_source(folder, Path(options.agent))
+    return TrainedRun(folder, options, config, find(path, folder, options.env))
+
+
+def find_run(path: Path) -> Path:
+    """The run folder that contains `path`."""
+    if not os.path.isdir(path):  # False, too, if the name is too long
+        raise UserError(f"no folder {path}")
+    for folder in [path, *path.parents][:4]:
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path} is not in a run folder: found no config.json")
+
+
+def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
+    """The groups with checkpoints in `path`. UserError if there are none."""
+    one = re.fullmatch(r"seed_(\d+)", path.name)
+    stacks: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
+    for stack in run.glob("*/*/stack_*_*"):
+        if stack.is_relative_to(path.parent if one else path) and any(stack.glob("step_*.pt")):
+            stacks[stack.parent] |= dict.fromkeys(members_of(stack), stack)
+    groups = []
+    for folder, by_seed in sorted(stacks.items()):
+        for env_id in env_ids:
+            if recorder.group_folder(run, env_id, folder.name) == folder:
+                chosen = {s: by_seed[s] for s in sorted(by_seed) if not one or s == int(one[1])}
+                groups += [Group(path if one else folder, env_id, chosen)] if chosen else []
+    if not groups:
+        raise UserError(f"{path} has no checkpoint yet")
+    return groups
+
+
+def members_of(stack: Path) -> range:
+    """The seeds of a folder stack_<first>_<last>."""
+    first, last = map(int, stack.name.split("_")[1:])
+    return range(first, last + 1)
+
+
+def check_source(folder: Path, agent: Path) -> None:
+    """UserError if the agent file has changed since the run: the weights may no longer fit it."""
+    copy = folder / agent.name
+    if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
+        raise UserError(f"{agent} has changed since {folder} started: choose the file to load, for "
+                        f"example --agent {copy}")
+
+
+class Part(NamedTuple):
+    """The agent of one stack, and which of its seeds are wanted."""
+
+    agent: Any
+    members: range  # all seeds of the stack
+    wanted: list[int]
+    steps: dict[int, int]  # seed -> step of its weights
+    failed: list[int]  # seeds that failed in training
+    best: dict[int, float]  # seed -> the evaluation by which the best weights were picked
+
+
+class PolicyStack:
+    """The agents of several stacks as one policy for the wanted seeds."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+        self.seeds = [seed for part in parts for seed in part.wanted]
+        self.steps = {seed: part.steps[seed] for part in parts for seed in part.wanted}
+        self.best = {seed: part.best[seed] for part in parts for seed in part.wanted if part.best}
+        self.failed = [seed for part in parts for seed in part.wanted if seed in part.failed]
+
+    def act(self, obs: torch.Tensor, explore: bool) -> torch.Tensor:
+        """obs (S, N, O) of the wanted seeds -> actions (S, N, A). The other seeds of a stack get
+        zeros, and their actions are discarded."""
+        actions = []
+        sizes = [len(part.wanted) for part in self.parts]
+        for part, part_obs in zip(self.parts, obs.split(sizes), strict=True):
+            indices = [part.members.index(seed) for seed in part.wanted]
+            padded = obs.new_zeros(len(part.members), *obs.shape[1:])
+            padded[indices] = part_obs
+            actions.append(part.agent.act(padded, explore=explore)[indices])
+        return torch.cat(actions)
+
+    def describe(self, steps: int) -> str:
+        reached = sorted(set(self.steps.values()))
+        text = f"after {' and '.join(map(str, reached))} steps"
+        text += f" of {steps}" if reached[0] < steps else ""
+        text += ", each seed at its best evaluation" if self.best else ""
+        return text + "".join(f"; seed {seed} failed in training" for seed in self.failed)
+
+
+def load_stack(run: TrainedRun, group: Group, seeds: Sequence[int], spec: EnvSpec,
+               which: Which = "last") -> PolicyStack:
+    """The policies of these seeds of a group. UserError if a checkpoint is damaged or does not fit
+    the agent."""
+    return PolicyStack([
+        load(run, stack, [seed for seed in seeds if group.stacks[seed] == stack], spec, which)
+        for stack in dict.fromkeys(group.stacks[seed] for seed in seeds)])
+
+
+def load(run: TrainedRun, stack: Path, wanted: list[int], spec: EnvSpec, which: Which) -> Part:
+    members, path = members_of(stack), run.options.agent
+    agent = build_agent(path, run.config, spec, members, run.options.num_envs or 1,
+                        agent_steps(run.options), run.device, lambda fn: fn)
+    state = checkpoint.load_latest(stack, run.device, replay=saves_itself(agent))
+    if state is None:
+        raise UserError(f"{stack} has no intact checkpoint")
+    best = state.get("best", {})
+    if which == "best" and not best:
+        raise UserError(f"{stack} has no best weights: no evaluation yet, or --no-keep-best")
+    try:
+        restore_state(agent, state["agent"], needed_to_act(agent))
+        if which == "best":
+            restore_weights(agent, best["weights"])
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(f"{stack} does not fit {path}: {type(error).__name__}: {reason}") from error
+    steps = best["steps"] if which == "best" else [state["step"]] * len(members)
+    picked_on = best["returns"] if which == "best" else []
+    return Part(agent, members, wanted, dict(zip(members, steps, strict=True)),
+                [members[i] for i in state["failed"]], dict(zip(members, picked_on, strict=False)))
