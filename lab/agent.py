@@ -250,16 +250,26 @@ def restore_weights(agent: Any, saved: dict[str, Any]) -> None:
 
 
 def seed_slice(x: torch.Tensor, stack: int, index: int) -> torch.Tensor:
-    """A seed's share of one of the weights of a stack: each has equal ones, seed after seed. A
-    tensor that has not, such as a counter, is the same for all."""
+    """A seed's share of one of the weights of a stack: equal ones, seed after seed. A tensor
+    without shares, such as a counter, is the same for all."""
     return x if x.dim() == 0 or len(x) % stack else x.chunk(stack)[index]
 
 
-def copy_seed(target: Any, source: Any, stack: int, index: int) -> None:
-    """Copy the weights of one seed of a stack, in place."""
-    for new, old in zip(pytree.tree_leaves(target), pytree.tree_leaves(source), strict=True):
-        if isinstance(new, torch.Tensor):
-            seed_slice(new, stack, index).copy_(seed_slice(old, stack, index))
+def copy_seed(target: dict[str, Any], to: tuple[int, int], source: dict[str, Any],
+              of: tuple[int, int]) -> None:
+    """Copy the weights of one seed, in place; `to`, `of`: the seeds in a stack, the seed's index.
+    ValueError if the stacks do not hold the same networks."""
+    theirs = {path: x for path, x in pytree.tree_flatten_with_path(source)[0]}
+    for path, mine in pytree.tree_flatten_with_path(target)[0]:
+        if not isinstance(mine, torch.Tensor):
+            continue
+        name = "".join(map(str, path))
+        if not isinstance(theirs.get(path), torch.Tensor):
+            raise ValueError(f"the weights have no {name}")
+        new, old = seed_slice(mine, *to), seed_slice(theirs[path], *of)
+        if new.shape != old.shape:
+            raise ValueError(f"{name} is {tuple(new.shape)} for a seed, not {tuple(old.shape)}")
+        new.copy_(old)
 
 
 def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:

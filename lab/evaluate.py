@@ -31,9 +31,10 @@ from lab.envs.spec import make_one
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
 from lab.options import parse_flags
-from lab.policy import Group, PolicyStack, TrainedRun, Which, load_stack, open_run
+from lab.policy import Group, PolicyStack, TrainedRun, load_stack, open_run
 from lab.report.fitted import Fitted
 from lab.training import recorder
+from lab.training.checkpoint import Which
 from lab.training.evaluation import run_episodes
 
 AT_ONCE = 25  # episodes of a seed that run side by side

@@ -35,6 +35,9 @@ class Options:
     seeds: int = 1  # number of seeds
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
+    # start from the weights of this run, each seed from its own, or all from one seed's folder;
+    # tables declare it
+    init_from: Path | None = None
     # What to change about the task; tables and plots declare it
     action_repeat: int = 1  # environment steps that each action is held for; rewards are summed
     # clip the training reward of each environment step to [LOW, HIGH]
@@ -159,6 +162,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     try:
         kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", kind.runs))
+        if kept.get("init_from"):
+            kept["init_from"] = Path(kept["init_from"])
         defaults = kind(**kept), settings.build(module.Config, before["config"])
         for default in defaults:
             for name, hint in get_type_hints(type(default)).items():

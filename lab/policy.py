@@ -4,24 +4,24 @@
     action = policy(obs)
 """
 
+import contextlib
 import os
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lab.agent import build_agent, needed_to_act, restore_state, restore_weights, saves_itself
+from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError, first_line
 from lab.options import Vectorised, parse_args
 from lab.training import checkpoint, recorder
+from lab.training.checkpoint import Which
 from lab.training.job import agent_steps
-
-Which = Literal["last", "best"]  # checkpoint, or each seed's weights at its best evaluation
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TrainedRun(NamedTuple):
 def open_run(path: Path, agent: Path | None = None) -> TrainedRun:
     """The run that contains `path`: a run folder, or one environment, agent or seed in it. `agent`:
     the file to load if the run's has changed. UserError if it has no checkpoints."""
-    folder = find_run(path)
+    folder = recorder.find_run(path)
     named = [str(agent)] if agent else []
     options, config = parse_args(["--config", str(folder / "config.json"), *named], Vectorised)
     assert isinstance(options, Vectorised)
@@ -56,38 +56,17 @@ def open_run(path: Path, agent: Path | None = None) -> TrainedRun:
     return TrainedRun(folder, options, config, find(path, folder, options.env))
 
 
-def find_run(path: Path) -> Path:
-    """The run folder that contains `path`."""
-    if not os.path.isdir(path):  # False, too, if the name is too long
-        raise UserError(f"no folder {path}")
-    for folder in [path, *path.parents][:4]:
-        if (folder / "config.json").is_file():
-            return folder
-    raise UserError(f"{path} is not in a run folder: found no config.json")
-
-
 def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
     """The groups with checkpoints in `path`. UserError if there are none."""
-    one = re.fullmatch(r"seed_(\d+)", path.name)
-    stacks: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
-    for stack in run.glob("*/*/stack_*_*"):
-        if stack.is_relative_to(path.parent if one else path) and any(stack.glob("step_*.pt")):
-            stacks[stack.parent] |= dict.fromkeys(members_of(stack), stack)
     groups = []
-    for folder, by_seed in sorted(stacks.items()):
+    for folder, stacks in recorder.find_stacks(path).items():
         for env_id in env_ids:
             if recorder.group_folder(run, env_id, folder.name) == folder:
-                chosen = {s: by_seed[s] for s in sorted(by_seed) if not one or s == int(one[1])}
-                groups += [Group(path if one else folder, env_id, chosen)] if chosen else []
+                own = path if recorder.is_seed(path) else folder
+                groups.append(Group(own, env_id, stacks))
     if not groups:
         raise UserError(f"{path} has no checkpoint yet")
     return groups
-
-
-def members_of(stack: Path) -> range:
-    """The seeds of a folder stack_<first>_<last>."""
-    first, last = map(int, stack.name.split("_")[1:])
-    return range(first, last + 1)
 
 
 def check_source(folder: Path, agent: Path) -> None:
@@ -149,23 +128,69 @@ def load_stack(run: TrainedRun, group: Group, seeds: Sequence[int], spec: EnvSpe
 
 
 def load(run: TrainedRun, stack: Path, wanted: list[int], spec: EnvSpec, which: Which) -> Part:
-    members, path = members_of(stack), run.options.agent
+    members, path = recorder.members_of(stack), run.options.agent
     agent = build_agent(path, run.config, spec, members, run.options.num_envs or 1,
                         agent_steps(run.options), run.device, lambda fn: fn)
     state = checkpoint.load_latest(stack, run.device, replay=saves_itself(agent))
     if state is None:
         raise UserError(f"{stack} has no intact checkpoint")
-    best = state.get("best", {})
-    if which == "best" and not best:
-        raise UserError(f"{stack} has no best weights: no evaluation yet, or --no-keep-best")
+    best = checkpoint.best_of(state, stack) if which == "best" else {}
     try:
         restore_state(agent, state["agent"], needed_to_act(agent))
-        if which == "best":
+        if best:
             restore_weights(agent, best["weights"])
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{stack} does not fit {path}: {type(error).__name__}: {reason}") from error
-    steps = best["steps"] if which == "best" else [state["step"]] * len(members)
-    picked_on = best["returns"] if which == "best" else []
+    steps = best.get("steps") or [state["step"]] * len(members)
     return Part(agent, members, wanted, dict(zip(members, steps, strict=True)),
-                [members[i] for i in state["failed"]], dict(zip(members, picked_on, strict=False)))
+                [members[i] for i in state["failed"]],
+                dict(zip(members, best.get("returns", ()), strict=False)))
+
+
+class Policy:
+    """One seed's policy, without exploration: obs (O,) -> action (A,), or (N, O) -> (N, A). Takes
+    what numpy takes, gives float32 arrays in environment units."""
+
+    def __init__(self, run: TrainedRun, group: Group, seed: int, which: Which, device: str):
+        self.run, self.env_id, self.seed, self.which = run, group.env_id, seed, which
+        self.spec = spec_of(run, group.env_id)
+        self.device = torch.device(device)
+        num_envs = run.options.num_envs or 1
+        self.agent = build_agent(run.options.agent, run.config, self.spec, [seed], num_envs,
+                                 num_envs, device, lambda fn: fn)
+        if saves_itself(self.agent):
+            raise UserError(f"{run.options.agent} saves itself: a single seed needs an agent with "
+                            "STATE")
+        self.step, self.evaluation = checkpoint.load_seed(
+            group.stacks[seed], seed, which, self.agent, (1, 0))
+
+    def __call__(self, obs: Any) -> np.ndarray:
+        x = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
+        actions = self.agent.act(x.reshape(1, -1, self.spec.obs_dim), explore=False)
+        return actions.reshape(*x.shape[:-1], -1).cpu().numpy()
+
+
+def load_policy(path: str | Path, seed: int | None = None, which: Which = "last",
+                agent: str | Path | None = None, device: str = "cpu") -> Policy:
+    """The policy of one seed of a run; `path` may be the folder of an environment, agent or seed in
+    it. `agent`: its file, if the run's has changed or lies elsewhere. UserError if there is no such
+    policy."""
+    run = open_run(Path(path), Path(agent) if agent else None)
+    if len(run.groups) > 1:
+        folders = " or ".join(str(group.folder) for group in run.groups)
+        raise UserError(f"{path} has several environments: give {folders}")
+    (group,) = run.groups
+    seeds = list(group.stacks)
+    if (seed is None and len(seeds) > 1) or seed not in (None, *seeds):
+        raise UserError(f"{path} has checkpoints of seeds {', '.join(map(str, seeds))}: choose one "
+                        "of them")
+    return Policy(run, group, seeds[0] if seed is None else seed, which, device)
+
+
+def spec_of(run: TrainedRun, env_id: str) -> EnvSpec:
+    """What the agent knew of its environment, which is made for it."""
+    rules = {name: getattr(run.options, name) for name in ("action_repeat", "env_kwargs")}
+    with (contextlib.chdir(os.curdir),
+          contextlib.closing(make_envs(env_id, [0], **rules)) as envs):
+        return envs.spec

@@ -21,7 +21,7 @@ from lab.training import recorder
 
 # Options that change learning or evaluation, besides the agent's settings; older runs lack some
 SHARED = {"clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
-          "action_repeat": 1, "failure_below": None, "eval_env": "own"}
+          "action_repeat": 1, "failure_below": None, "eval_env": "own", "init_from": None}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
@@ -185,6 +185,8 @@ def changes(options: Mapping[str, Any]) -> list[str]:
         found.append("trained on rewards clipped to [{}, {}]".format(*clip))
     if (bound := options.get("failure_below")) is not None:
         found.append(f"trained with terminations only where the last reward is below {bound}")
+    if source := options.get("init_from"):
+        found.append(f"started from the weights of {source}")
     return found
 
 

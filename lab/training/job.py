@@ -14,13 +14,14 @@ import torch
 
 from lab import matmul
 from lab.accelerate import check_device, physical_cores
-from lab.agent import check_contract
+from lab.agent import build_agent, check_contract
 from lab.envs import check
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
+from lab.training import checkpoint
 from lab.training.recorder import group_folder, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
@@ -57,6 +58,7 @@ class Job:
     clip_reward: tuple[float, float] | None = None
     failure_below: float | None = None
     env_kwargs: tuple[str, ...] = ()  # NAME=VALUE, for gymnasium.make
+    init_from: str | None = None  # run, or folder of a seed, whose weights it starts from
     run: str | None = None  # the run folder; None: write no files
     name: str = ""  # of the run, as given by --name
 
@@ -135,6 +137,8 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         return max(1, options.steps // parts) if steps is None else steps
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
+    if options.init_from and not folder:
+        checkpoint.find_sources(options.init_from, seeds)
     shares = split_seeds(seeds, len(options.env), processes)
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
@@ -145,6 +149,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
         action_repeat=options.action_repeat, clip_reward=options.clip_reward,
         failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
+        init_from=str(options.init_from) if options.init_from else None,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id in options.env for share in shares]
 
@@ -194,6 +199,10 @@ def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
         stack = make_envs(job.env_id, [0], 1, job.eval_backend, device)
         with contextlib.closing(stack) as one:
             spec = one.spec
+    if job.init_from and not job.run:
+        checkpoint.init_agent(build_agent(
+            job.agent_path, job.config, spec, job.seeds, job.num_envs, job.num_envs, device,
+            lambda fn: fn), job.seeds, Path(job.init_from))
     products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
     return spec, products
 

@@ -66,7 +66,7 @@ class TrainLogger:
         """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
         self.notes = {"notes": adjusted_settings(agent, self.job)}
         if self.job.group is None or self.job.checkpoints is None:
-            return 0, self.training.reset(TRAINING, 0)
+            return self.start(agent)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
         if state is None and checkpoint.exist(self.job.checkpoints):
             raise UserError(f"no checkpoint in {self.job.checkpoints} can be read, so this run "
@@ -77,7 +77,7 @@ class TrainLogger:
             self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                               for seed in self.job.seeds]
         if state is None:
-            return 0, self.training.reset(TRAINING, 0)
+            return self.start(agent)
         restore_state(agent, state["agent"])
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.metrics, self.logged_step = state["metrics"], step
@@ -93,6 +93,12 @@ class TrainLogger:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
                        "again: their environment cannot be restored"})
         return step, obs
+
+    def start(self, agent: Any) -> tuple[int, torch.Tensor]:
+        """-> step 0, the first obs."""
+        if self.job.init_from:
+            checkpoint.init_agent(agent, self.job.seeds, Path(self.job.init_from))
+        return 0, self.training.reset(TRAINING, 0)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """UserError if the run was started with other settings."""
@@ -210,7 +216,7 @@ class TrainLogger:
         for index, value in enumerate(self.last_eval):
             if value is not None and value > self.best["returns"][index]:
                 self.best["steps"][index], self.best["returns"][index] = step, value
-                copy_seed(self.best["weights"], now, S, index)
+                copy_seed(self.best["weights"], (S, index), now, (S, index))
 
     def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
         for index, value in envs.broken.items():

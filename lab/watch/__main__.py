@@ -28,7 +28,8 @@ from lab.envs.host import SyncEnvs
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
 from lab.options import parse_flags
-from lab.policy import Group, PolicyStack, TrainedRun, Which, load_stack, open_run
+from lab.policy import Group, PolicyStack, TrainedRun, load_stack, open_run
+from lab.training.checkpoint import Which
 from lab.training.evaluation import OnStep, evaluate
 from lab.watch import camera, film
 
