@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,23 @@ class Policy:
                             "STATE")
         self.step, self.evaluation = checkpoint.load_seed(
             group.stacks[seed], seed, which, self.agent, (1, 0))
+
+        self.folder = group.folder if recorder.is_seed(group.folder) else (
+            group.folder / f"seed_{seed}")
+
+    def describe(self) -> str:
+        value = "" if self.evaluation is None else f", evaluated at {self.evaluation:.1f}"
+        return (f"{Path(self.run.options.agent).stem} on {self.env_id}, seed {self.seed} of "
+                f"{self.run.folder.name}, {self.which} weights, step {self.step}{value}")
+
+    def about(self) -> dict[str, Any]:
+        """The same for a program, with the spaces and the number of steps an action is held."""
+        options = self.run.options
+        return {"agent": Path(options.agent).stem, "environment": self.env_id,
+                "env_kwargs": list(options.env_kwargs), "run": self.run.folder.name,
+                "seed": self.seed, "which": self.which, "step": self.step,
+                "evaluation": self.evaluation, "action_repeat": options.action_repeat,
+                "spaces": dataclasses.asdict(self.spec)}
 
     def __call__(self, obs: Any) -> np.ndarray:
         x = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
