@@ -185,6 +185,8 @@ def restore_state(agent: Any, state: dict[str, Any], names: Sequence[str] | None
     for name in agent.STATE if names is None else names:
         if name not in state:
             raise ValueError(f"the checkpoint has no {name}, which STATE names")
+        if name == "replay":
+            state["replay"] = grown(agent.replay, state["replay"])
         setattr(agent, name, _restore(name, getattr(agent, name), state[name]))
 
 
@@ -219,6 +221,25 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
     else:
         return saved
     return part
+
+
+def grown(replay: Any, saved: Any) -> Any:
+    """The saved state of a replay with as many rows as `replay` has: a run that is made longer has
+    more. ValueError if the replay does not say where its next row goes."""
+    tensors = {name: x for name, x in saved.items()
+               if isinstance(x, torch.Tensor) and x.dim() > 1}
+    fewer = {name: x for name, x in tensors.items()
+             if x.shape[1] < getattr(replay, name).shape[1]}
+    if not fewer:
+        return saved
+    full = saved.get("size") == max(x.shape[1] for x in fewer.values())
+    if not full or saved.get("position") != 0:
+        raise ValueError("the replay cannot grow: it needs a size, its rows in use, and a "
+                         "position, that of the next row, which is 0 when it is full")
+    longer = {name: getattr(replay, name) for name in fewer}
+    for name, x in fewer.items():
+        longer[name][:, : x.shape[1]] = x
+    return saved | longer | {"position": saved["size"]}
 
 
 def needed_to_act(agent: Any) -> list[str]:

@@ -65,7 +65,10 @@ class Options:
     fp32_library: Library | None = None
     cuda: bool = False  # train on the GPU
     config: Path | None = None  # take the settings of a run's config.json; flags override it
-    resume: Path | None = None  # continue the run in this folder from its last checkpoints
+    # continue the run in this folder from its last checkpoints; with --steps or --seeds above its
+    # own, make a finished run longer or give it more seeds
+    resume: Path | None = None
+    extended: tyro.conf.Suppress[tyro.conf.Fixed[tuple[int, ...]]] = ()  # steps of the run before
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ SCRIPTS: dict[type[Options], str] = {
 # options that a study does not take from the --config of a run
 NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
+TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
@@ -137,11 +141,12 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and any(word.split("=")[0] not in WITH_RESUME for i, word in enumerate(argv)
-                      if i != index and not (i and argv[i - 1] in WITH_RESUME)):
-        raise UserError("--resume takes all settings from the run; give no other flag but --engine "
-                        "and --address")
-    machine = () if resume else ("processes", "threads", "fp32_library", "engine")
+    allowed = WITH_RESUME if kind is Tune else WITH_RESUME + TO_EXTEND
+    if resume and any(word.split("=")[0] not in allowed for i, word in enumerate(argv)
+                      if i != index and not (i and argv[i - 1] in allowed)):
+        raise UserError("--resume takes all settings from the run; give no other flag but "
+                        + " and ".join(flag for flag in allowed if flag != "--resume"))
+    machine = () if resume else ("processes", "threads", "fp32_library", "engine", "extended")
     dropped = ["config", "resume", "autotune", "address", *machine,
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
@@ -170,7 +175,19 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    return read_flags(argv, index, *defaults, module.__doc__)
+    options, config = read_flags(argv, index, *defaults, module.__doc__)
+    return (extend(options, kept) if resume and kind is not Tune else options), config
+
+
+def extend(options: Options, before: dict[str, Any]) -> Options:
+    """The options of a resumed run, which may be longer or have more seeds than `before`."""
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < before[name]:
+            raise UserError(f"{options.resume} has {before[name]} {name}: --{name} "
+                            f"{getattr(options, name)} would be fewer")
+    if options.steps == before["steps"]:
+        return options
+    return dataclasses.replace(options, extended=(*options.extended, before["steps"]))
 
 
 class Line(NamedTuple):

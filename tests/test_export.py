@@ -180,7 +180,7 @@ def test_a_search_does_not_export(tmp_path, capsys):
 @pytest.mark.parametrize("code", [
     "torch.cat([x, 2 * x], -1).neg()", "x[..., 1:] / (1 + x[..., :-1].abs())",
     "torch.sigmoid(x).permute(1, 0).sqrt()", "x.clamp(min=0) ** 2 + x.clamp(max=1)",
-    "x[:, None].expand(-1, 4, -1).flatten(1)", "(1 + x.abs()).log()[:, -2:]",
+    "(1 + x.abs()).log()[:, -2:]",
     "x @ torch.ones(3, 2)", "(1 + x.exp()).rsqrt()[:, 1]", "x[:, None].squeeze(1).relu()",
     "x.mean(1) + x.sum(-1)"])
 def test_every_operation_is_torchs(tmp_path, code):

@@ -127,10 +127,9 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "sum": reduced("sum"), "mean": reduced("mean"),
     "full": lambda shape, value: f"np.full({shape}, {value}, np.float32)",
     "view": lambda x, shape: f"{x}.reshape({shape})",
-    "expand": lambda x, shape: f"np.broadcast_to({x}, {shape})",
     "unsqueeze": function("np.expand_dims"),
     "squeeze": lambda x, dims: f"np.squeeze({x}, tuple({dims}))",
-    "clone": lambda x, *memory_format: x, "permute": function("np.transpose"), "cat": function("np.concatenate"),
+    "permute": function("np.transpose"), "cat": function("np.concatenate"),
     "select": indexed, "slice": cut, "split_with_sizes": split,
     "getitem": lambda x, index: f"{x}[{index}]", "sym_size": lambda x, dim: f"{x}.shape[{dim}]",
 }

@@ -164,6 +164,12 @@ def best_of(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {name: state["best"][name] for name in ("weights", "steps", "returns")}
 
 
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint, intact or not; 0 if there is none."""
+    newest = [path.name.split("-")[0] for path in _newest_first(folder)[:1]]
+    return int(newest[0].removeprefix("step_")) if newest else 0
+
+
 def exist(folder: Path) -> bool:
     """Whether the folder holds checkpoints, intact or not."""
     return bool(_newest_first(folder))

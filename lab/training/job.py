@@ -22,7 +22,7 @@ from lab.envs.spec import EnvSpec
 from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
 from lab.training import checkpoint
-from lab.training.recorder import group_folder, printable, safe_name
+from lab.training.recorder import group_folder, members_of, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
@@ -139,7 +139,7 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     if options.init_from and not folder:
         checkpoint.find_sources(options.init_from, seeds)
-    shares = split_seeds(seeds, len(options.env), processes)
+    stacks = {env_id: stacks_of(options, env_id, seeds, processes) for env_id in options.env}
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
@@ -151,7 +151,20 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         failure_below=options.failure_below, env_kwargs=options.env_kwargs, **vectorised,
         init_from=str(options.init_from) if options.init_from else None,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
-    ) for env_id in options.env for share in shares]
+    ) for env_id, shares in stacks.items() for share in shares]
+
+
+def stacks_of(options: Options, env_id: str, seeds: range, processes: int
+              ) -> list[tuple[int, ...]]:
+    """The seeds in stacks. A resumed run keeps its own, unless these are among the new ones, and
+    gets others for its new seeds."""
+    new = split_seeds(seeds, len(options.env), processes)
+    group = group_folder(options.resume or Path(), env_id, Path(options.agent).stem)
+    old = [tuple(members_of(stack)) for stack in group.glob("stack_*_*")] if options.resume else []
+    if set(old) <= set(new):
+        return new
+    rest = [seed for seed in seeds if not any(seed in stack for stack in old)]
+    return sorted(old) + (split_seeds(rest, len(options.env), processes) if rest else [])
 
 
 def check_names(options: Options) -> None:

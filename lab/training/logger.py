@@ -64,7 +64,6 @@ class TrainLogger:
 
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
         """Start, or resume from the last checkpoint -> the step, obs (S, N, O)."""
-        self.notes = {"notes": adjusted_settings(agent, self.job)}
         if self.job.group is None or self.job.checkpoints is None:
             return self.start(agent)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
@@ -79,6 +78,7 @@ class TrainLogger:
         if state is None:
             return self.start(agent)
         restore_state(agent, state["agent"])
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
@@ -98,6 +98,7 @@ class TrainLogger:
         """-> step 0, the first obs."""
         if self.job.init_from:
             checkpoint.init_agent(agent, self.job.seeds, Path(self.job.init_from))
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
         return 0, self.training.reset(TRAINING, 0)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
