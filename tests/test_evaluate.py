@@ -16,6 +16,7 @@ from lab.envs.shard import FRESH, seed_of
 from lab.envs.spec import make_one, probe
 from lab.errors import guarded
 from lab.options import Simple, parse_args
+from lab.report import __main__ as report
 from lab.training import checkpoint, logger, loop, recorder
 from lab.training.job import make_jobs
 from tests.conftest import SMALL
@@ -236,6 +237,26 @@ def test_no_keep_best_keeps_none(tmp_path, capsys):
     run = train(tmp_path, ("keep_best", False), seeds=1)
     assert best_of(run, "stack_0_0") == {}
     assert "has no best weights" in refused(capsys, run, "--which", "best")
+
+
+def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsys, tmp_path):
+    out = tmp_path / "report"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    assert "Fresh episodes" not in (out / "report.md").read_text()
+    results = [evaluated(capsys, run, "--episodes", 4, "--which", which)[0]
+               for which in ("last", "best")]
+    assert report.main([str(run), "--out", str(out)]) == 0
+    told = (out / "report.md").read_text()
+    for result, picked in zip(results, (None, results[1]["mean"]["picked on"]), strict=True):
+        (row,) = (line for line in told.splitlines() if f"| {result['which']} |" in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[3:6] == ["3", "4", f"{result['mean']['return']:.1f}"]
+        assert cells[-1] == ("-" if picked is None else f"{picked:.1f}")
+    assert "is the largest of many and so optimistic" in told
+    (group(run) / "evaluation_mine.json").write_text("{}")
+    capsys.readouterr()
+    assert report.main([str(run), "--out", str(out)]) == 2
+    assert "evaluation_mine.json is not of python -m lab.evaluate" in capsys.readouterr().err
 
 
 # Bad input

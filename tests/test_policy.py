@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,22 @@ def test_what_cannot_be_started_from_is_one_line(run, capsys, tmp_path, flags, w
     err = capsys.readouterr().err
     assert words.format(**names) in err and err.count("\n") == 1, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
+    """A client asks the server; the loop at 50 Hz sends each action."""
+    run = train(tmp_path, env="Pendulum-v1")
+    page = Path("docs/policy.md").read_text().replace("runs/walk", str(run))
+    names, sent = {}, []
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    policy, obs = names["policy"], [0.5, 0.5, 1.0]
+    assert policy.seed == 1 and names["over"] and names["score"] < 0
+    names["control"](lambda: obs, sent.append, seconds=0.06)
+    assert len(sent) == 3 and np.array_equal(sent[0], policy(obs))
+    with names["server"] as server:
+        threading.Thread(target=server.handle_request).start()
+        with socket.create_connection(server.server_address, timeout=60) as client:
+            client.sendall(json.dumps(obs).encode() + b"\n")
+            answer = client.makefile().readline()
+    assert json.loads(answer) == policy(obs).tolist()

@@ -169,6 +169,20 @@ def add_run(method: Method, folder: Path) -> None:
     method.runs.append(Run(folder, options, config, settings))
 
 
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """What python -m lab.evaluate wrote into the run's folder. UserError if a file is no such
+    thing."""
+    found = []
+    for path in sorted(run.folder.glob("*/*/**/evaluation_*.json")):
+        try:
+            content = json.loads(path.read_text())
+            float(content["mean"]["return"]), len(content["seeds"]), content["which"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not of python -m lab.evaluate: {error!r}") from error
+        found.append(content)
+    return found
+
+
 def label(environment: str, options: dict[str, Any]) -> str:
     """The id with its --env-kwargs, since other kwargs make another environment, and whether the
     returns are those of training, since they are not comparable."""
