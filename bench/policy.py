@@ -6,6 +6,7 @@ agent in torch, and each export of python -m lab.export.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lab.accelerate import physical_cores  # noqa: E402
 from lab.export.__main__ import FORMATS  # noqa: E402
 from lab.policy import load_policy  # noqa: E402
 from lab.training import recorder  # noqa: E402
@@ -66,6 +68,7 @@ def measure(path: Path, seed: int | None) -> dict[str, Any]:
         for name, act in acts.items():
             rows[name] = {"decision_us": decision_us(act, obs), "late_ms": lateness_ms(act, obs)}
     about = {name: policy.about()[name] for name in ("agent", "environment", "step", "spaces")}
+    about |= {"cores": physical_cores(), "load": round(os.getloadavg()[0], 1)}
     return about | {"versions": recorder.versions(), "rows": rows}
 
 
@@ -77,6 +80,11 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [name, *(f"{decision[part]:.0f} us" for part in ("median", "p99")),
                  *(f"{late[part]:.2f} ms" for part in ("median", "p99", "largest"))]
         lines.append(f"| {' | '.join(cells)} |")
+    versions, spaces = result["versions"], result["spaces"]
+    lines += ["", f"{result['agent'].upper()} on {result['environment']} ({spaces['obs_dim']} "
+              f"observations, {spaces['action_dim']} actions), one thread, torch "
+              f"{versions['torch']}, {versions['processor']}, {result['cores']} cores with a load "
+              f"of {result['load']} from other processes."]
     return "\n".join(lines) + "\n"
 
 
