@@ -162,7 +162,7 @@ def test_tables_and_reports_declare_it(run, tmp_path):
     options, _ = parse_args(["--config", str(new / "config.json")])
     assert options.init_from == run
     assert f", started from the weights of {run}" in script.declared(options)
-    assert reported.changes(reported.read_config(new)[0]) == [
+    assert reported.origins(reported.read_config(new)[0]) == [
         f"started from the weights of {run}"]
 
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_started_from_is_one_line(run, capsys, tmp_path, flags, w
 
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     """A client asks the server; the loop at 50 Hz sends each action."""
-    run = train(tmp_path, env="Pendulum-v1")
+    run = train(tmp_path, ("eval_every", STEPS), ("eval_episodes", 1), env="Pendulum-v1")
     page = Path("docs/policy.md").read_text().replace("runs/walk", str(run))
     names, sent = {}, []
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

@@ -100,7 +100,7 @@ def test_the_loop_that_is_quoted_is_the_loop_that_runs():
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """For the commands that need a run."""
-    return str(trained(tmp_path_factory.mktemp("runs"), env="Pendulum-v1"))
+    return str(trained(tmp_path_factory.mktemp("runs"), ("eval_env", "none"), env="Pendulum-v1"))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
