@@ -185,7 +185,7 @@ def restore_state(agent: Any, state: dict[str, Any], names: Sequence[str] | None
     for name in agent.STATE if names is None else names:
         if name not in state:
             raise ValueError(f"the checkpoint has no {name}, which STATE names")
-        if name == "replay":
+        if name == "replay" and isinstance(state["replay"], dict):
             state["replay"] = grown(agent.replay, state["replay"])
         setattr(agent, name, _restore(name, getattr(agent, name), state[name]))
 
@@ -223,23 +223,26 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
     return part
 
 
-def grown(replay: Any, saved: Any) -> Any:
+def grown(replay: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state of a replay with as many rows as `replay` has: a run that is made longer has
     more. ValueError if the replay does not say where its next row goes."""
-    tensors = {name: x for name, x in saved.items()
-               if isinstance(x, torch.Tensor) and x.dim() > 1}
-    fewer = {name: x for name, x in tensors.items()
-             if x.shape[1] < getattr(replay, name).shape[1]}
+    fewer = {name: x for name, x in saved.items() if has_fewer(x, getattr(replay, name, None))}
     if not fewer:
         return saved
-    full = saved.get("size") == max(x.shape[1] for x in fewer.values())
-    if not full or saved.get("position") != 0:
+    rows = {x.shape[1] for x in fewer.values()}
+    if {saved.get("size")} != rows or saved.get("position") != 0:
         raise ValueError("the replay cannot grow: it needs a size, its rows in use, and a "
                          "position, that of the next row, which is 0 when it is full")
     longer = {name: getattr(replay, name) for name in fewer}
     for name, x in fewer.items():
         longer[name][:, : x.shape[1]] = x
     return saved | longer | {"position": saved["size"]}
+
+
+def has_fewer(x: Any, y: Any) -> bool:
+    """Whether they are tensors of shape (S, rows, ...) that differ in rows alone, x with fewer."""
+    return (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dim() > 1
+            and x.shape[:1] + x.shape[2:] == y.shape[:1] + y.shape[2:] and len(x[0]) < len(y[0]))
 
 
 def needed_to_act(agent: Any) -> list[str]:

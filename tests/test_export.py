@@ -192,7 +192,7 @@ def test_every_operation_is_torchs(tmp_path, code):
     with torch.no_grad():
         program = torch.export.export(Module(), (obs[:2],), dynamic_shapes=(
             {0: torch.export.Dim("batch")},), strict=False).run_decompositions()
-    numpy_code.write_numpy(program, tmp_path, code)
+    numpy_code.write_numpy(program, tmp_path, code + '"""\n1 / 0\n"""\\')
     actions = without_torch("from policy import act; actions = act(obs)", tmp_path)
     assert actions == pytest.approx(Module()(obs).numpy().reshape(actions.shape), abs=1e-6)
 

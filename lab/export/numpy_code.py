@@ -63,7 +63,9 @@ def write_numpy(program: torch.export.ExportedProgram, folder: Path, about: str)
             lines.append(f"    return {written(result)}.reshape(*obs.shape[:-1], -1)")
     arrays: dict[str, Any] = stored  # numpy's types take the names for its own settings
     np.savez(folder / "policy.npz", **arrays)
-    (folder / "policy.py").write_text(HEAD.format(about=about) + "\n".join(lines) + "\n")
+    about = " ".join(about.split()).replace("\\", "/").replace('"', "'")  # a name may hold any
+    text = HEAD.format(about=about) + "\n".join(lines) + "\n"
+    (folder / "policy.py").write_text(text, encoding="utf-8", errors="replace")
 
 
 def constants(program: torch.export.ExportedProgram) -> dict[Node, Any]:
