@@ -170,6 +170,7 @@ def test_what_numpy_does_not_know_is_one_line(run, capsys, monkeypatch):
         capsys, run, "--seed", 0, "--format", "numpy")
 
 
+@pytest.mark.slow
 def test_a_search_does_not_export(tmp_path, capsys):
     run = train(tmp_path, agent="agents/cem.py", seeds=1)
     for kind in ("numpy", "torchscript"):

@@ -78,6 +78,7 @@ def test_a_longer_run_is_the_one_that_began_with_its_steps(tmp_path, capsys):
                 k: v for k, v in other.items() if not k.startswith(("perf/", "wall"))}
 
 
+@pytest.mark.slow
 def test_it_says_so_and_can_be_extended_again_stopped_and_resumed(tmp_path, capsys):
     path = run(tmp_path, SAC + " --steps 40 --seeds 2")
     assert resumed(path, "--steps 80") == 0 and resumed(path, "--steps 120") == 0

@@ -149,6 +149,7 @@ def test_all_seeds_start_from_one(run, tmp_path):
         assert all(torch.equal(x.chunk(3)[index], old[name].chunk(2)[1]) for index in range(3))
 
 
+@pytest.mark.slow
 def test_statistics_of_the_observations_come_along(tmp_path):
     run = train(tmp_path, agent="agents/ppo.py", seeds=2, processes=1)
     new, _ = started(tmp_path, run, agent="agents/ppo.py")
