@@ -183,7 +183,7 @@ class Replay:
 class Agent:
     name = "cem"
     STATE = ("qf", "qf_optimizer", "plans",
-             "replay", "generators", "transitions", "critic_steps")
+             "replay", "generators", "transitions", "critic_steps", "learning_starts")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):

@@ -212,7 +212,7 @@ class Agent:
     name = "droq"
     STATE = ("actor", "qf", "log_alpha", "actor_optimizer", "qf_optimizer", "alpha_optimizer",
              "qf_target",
-             "replay", "generators", "transitions", "critic_steps")
+             "replay", "generators", "transitions", "critic_steps", "learning_starts")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):

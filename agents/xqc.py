@@ -283,7 +283,7 @@ class Agent:
     name = "xqc"
     STATE = ("actor", "qf", "log_alpha", "actor_optimizer", "qf_optimizer", "alpha_optimizer",
              "qf_target", "reward_scale", "held",
-             "replay", "generators", "transitions", "critic_steps")
+             "replay", "generators", "transitions", "critic_steps", "learning_starts")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
                  accelerate=lambda fn: fn):

@@ -8,7 +8,8 @@
 Missing are experiments without a result, or with a run in runs/ that has not ended. An interrupted
 run is resumed; one that fails does not stop the others. `--run` stores a run as far as it got,
 without training. Stored are config, versions, learning curves, and every evaluation of every seed
-in scores.csv. From scores.csv, learning.md, summary.md, bf16.md and curves.png are made.
+in scores.csv; of BipedalWalkerHardcore also 100 unseen terrains of each seed, in fresh.json. From
+these, learning.md, summary.md, bf16.md and curves.png are made.
 `python bench/readme.py` puts the tables into the docs.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import stats  # noqa: E402
+from lab import evaluate, stats  # noqa: E402
 from lab.errors import Terminated, guarded  # noqa: E402
 from lab.options import (  # noqa: E402
     SCRIPTS,
@@ -41,6 +42,7 @@ from lab.report import curves, published  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
+FRESH = "fresh"  # name of the evaluation on unseen terrains
 SCORES = RESULTS / "scores.csv"
 Scores = dict[str, dict[tuple[int, int], float]]  # experiment -> (seed, step) -> evaluation return
 CHEETAH, HOPPER, WALKER, ANT, HUMANOID, BIPED = (
@@ -259,6 +261,39 @@ def keep(name: str, run: Path) -> None:
                          for (seed, step), value in scores[name].items())
 
 
+def evaluate_fresh(name: str, run: Path) -> None:
+    """Store the returns on 100 unseen terrains a seed, for a task with a terrain of its own in each
+    episode."""
+    if "Hardcore" not in EXPERIMENTS[name][0]:
+        return
+    for path in evaluate.files_of(RESULTS / name / FRESH):
+        path.unlink(missing_ok=True)
+    agent = run / Path(settings(name)[0].agent).name  # as it was then
+    evaluate.run([str(run), "--agent", str(agent), "--out", str(RESULTS / name / FRESH)])
+
+
+def read_fresh(name: str) -> tuple[list[float], float] | None:
+    """-> the mean return of each seed on unseen terrains, and the share of finished courses: those
+    that end, but not in a fall, which costs 100. None without such an evaluation."""
+    path = RESULTS / name / f"{FRESH}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    finished = [row["terminated"] and row["last_reward"] > -99 for row in result["episodes"]
+                if row["seed"] not in result["failed_seeds"]]
+    return [row["return"] for seed, row in result["seeds"].items()
+            if int(seed) not in result["failed_seeds"]], statistics.fmean(finished)
+
+
+def final(name: str, scores: Scores) -> tuple[int, list[float], str]:
+    """The last step, the returns of the seeds there, and a note on how they were evaluated."""
+    end, values = last(scores[name])
+    if fresh := read_fresh(name):
+        values, finished = fresh
+        return end, values, f" on 100 unseen terrains a seed, {finished:.0%} finished"
+    return end, values, ""
+
+
 def read() -> Scores:
     scores: Scores = {}
     with SCORES.open() as file:
@@ -303,13 +338,13 @@ def table(scores: Scores) -> str:
     for name, (flags, others) in EXPERIMENTS.items():
         if name not in scores:
             continue
-        end, final = last(scores[name])
-        mean, low, high = stats.t_interval(final)
+        end, values, note = final(name, scores)
+        mean, low, high = stats.t_interval(values)
         stopped = ", stopped" * (end < settings(name)[0].steps)
-        lines.append(f"| `{flags}` | {len(final)} | {end}{stopped} "
-                     f"| {mean:.0f} | {low:.0f} to {high:.0f} "
-                     f"| {stats.iqm(final):.0f} "
-                     f"| {' '.join(f'{value:.0f}' for value in final)} | {others} |")
+        lines.append(f"| `{flags}` | {len(values)} | {end}{stopped} "
+                     f"| {mean:.0f}{note} | {low:.0f} to {high:.0f} "
+                     f"| {stats.iqm(values):.0f} "
+                     f"| {' '.join(f'{value:.0f}' for value in values)} | {others} |")
     return "\n".join(lines) + "\n"
 
 
@@ -319,13 +354,13 @@ def summary(scores: Scores) -> str:
              "|---|---|---|---|---|---|---|"]
     for name in SUMMARY:
         options, _ = settings(name)
-        end, final = last(scores[name])
-        mean, low, high = stats.t_interval(final)
+        end, values, note = final(name, scores)
+        mean, low, high = stats.t_interval(values)
         steps = f"{end:,}".replace(",", " ")
         flags = " ".join(re.findall(CHANGES, EXPERIMENTS[name][0]))
         task = options.env[0] + f" `{flags}`" * bool(flags)
-        lines.append(f"| {Path(options.agent).stem} | {task} | {steps} | {len(final)} "
-                     f"| {mean:.0f} | {low:.0f} to {high:.0f} | {EXPERIMENTS[name][1]} |")
+        lines.append(f"| {Path(options.agent).stem} | {task} | {steps} | {len(values)} "
+                     f"| {mean:.0f}{note} | {low:.0f} to {high:.0f} | {EXPERIMENTS[name][1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -402,6 +437,7 @@ def main(argv: Sequence[str]) -> int:
         run = options.run or train(name)
         if run:
             keep(name, run)
+            evaluate_fresh(name, run)
             write_tables()
         else:
             failed.append(name)

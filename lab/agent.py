@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.optim import Optimizer
 
@@ -50,7 +51,7 @@ def load_agent(path: str | Path) -> ModuleType:
     if missing:
         raise UserError(f"agent file {path}: Agent has no {missing[0]}(); it needs "
                         f"{', '.join(VERBS)}")
-    if not _saves_itself(agent) and not isinstance(getattr(agent, "STATE", None), tuple):
+    if not saves_itself(agent) and not isinstance(getattr(agent, "STATE", None), tuple):
         raise UserError(f"agent file {path}: Agent needs STATE, a tuple with the names of the "
                         "attributes to save in a checkpoint")
     return module
@@ -77,7 +78,7 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
         place = place_of(path, error) or path
         raise CodeError(f"{place}: Agent() failed: {type(error).__name__}: "
                         f"{first_line(error)}") from error
-    if not _saves_itself(agent):
+    if not saves_itself(agent):
         for name in agent.STATE:
             if not hasattr(agent, name):
                 raise UserError(f"{Path(path).name}: STATE names {name!r}, which Agent() does not "
@@ -166,7 +167,7 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
 def save_state(agent: Any) -> dict[str, Any]:
     """What the attributes named in STATE hold, by reference: for a checkpoint. An agent's own
     state_dict() comes first, where it has one. TypeError for an attribute of another type."""
-    if _saves_itself(agent):
+    if saves_itself(agent):
         state: dict[str, Any] = agent.state_dict()
         return state
     return {name: _save(name, getattr(agent, name)) for name in agent.STATE}
@@ -189,15 +190,18 @@ def _save(name: str, part: Any) -> Any:
                     "optimizers, tensors, generators, numbers, objects with a STATE, lists of them")
 
 
-def restore_state(agent: Any, state: dict[str, Any]) -> None:
-    """Restore what save_state() returned, in place. ValueError if an entry or a shape differs."""
-    if _saves_itself(agent):
+def restore_state(agent: Any, state: dict[str, Any], names: Sequence[str] | None = None) -> None:
+    """Restore what save_state() returned, in place; only these names of STATE, if given. ValueError
+    if an entry or a shape differs."""
+    if saves_itself(agent):
         agent.load_state_dict(state)
         return
     state = from_five_methods(agent, state)
-    for name in agent.STATE:
+    for name in agent.STATE if names is None else names:
         if name not in state:
             raise ValueError(f"the checkpoint has no {name}, which STATE names")
+        if name == "replay" and isinstance(state["replay"], dict):
+            state["replay"] = grown(agent.replay, state["replay"])
         setattr(agent, name, _restore(name, getattr(agent, name), state[name]))
 
 
@@ -235,6 +239,79 @@ def _restore(name: str, part: Any, saved: Any) -> Any:
     return part
 
 
+def grown(replay: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state of a replay with as many rows as `replay` has: a run that is made longer has
+    more. ValueError if the replay does not say where its next row goes."""
+    fewer = {name: x for name, x in saved.items() if has_fewer(x, getattr(replay, name, None))}
+    if not fewer:
+        return saved
+    rows = {x.shape[1] for x in fewer.values()}
+    if {saved.get("size")} != rows or saved.get("position") != 0:
+        raise ValueError("the replay cannot grow: it needs a size, its rows in use, and a "
+                         "position, that of the next row, which is 0 when it is full")
+    longer = {name: getattr(replay, name) for name in fewer}
+    for name, x in fewer.items():
+        longer[name][:, : x.shape[1]] = x
+    return saved | longer | {"position": saved["size"]}
+
+
+def has_fewer(x: Any, y: Any) -> bool:
+    """Whether they are tensors of shape (S, rows, ...) that differ in rows alone, x with fewer."""
+    return (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dim() > 1
+            and x.shape[:1] + x.shape[2:] == y.shape[:1] + y.shape[2:] and len(x[0]) < len(y[0]))
+
+
+def needed_to_act(agent: Any) -> list[str]:
+    """The names of STATE that act() may read: all but the replay, optimizers and generators."""
+    return [name for name in getattr(agent, "STATE", ()) if name != "replay"
+            and not _made_of(getattr(agent, name), Optimizer | torch.Generator)]
+
+
+def weights(agent: Any) -> dict[str, Any]:
+    """What the agent learned, by reference: the modules and the tensors with a gradient in STATE.
+    {} for an agent that saves itself."""
+    if saves_itself(agent):
+        return {}
+    return {name: _save(name, part) for name in agent.STATE
+            if _made_of(part := getattr(agent, name), nn.Module)
+            or (isinstance(part, torch.Tensor) and part.requires_grad)}
+
+
+def _made_of(part: Any, kind: Any) -> bool:
+    """Whether it is of this type, or a list of such."""
+    parts = part if isinstance(part, list | tuple) else [part]
+    return bool(parts) and all(isinstance(x, kind) for x in parts)
+
+
+def restore_weights(agent: Any, saved: dict[str, Any]) -> None:
+    """Restore what weights() returned, in place. ValueError if a shape differs."""
+    for name, part in saved.items():
+        setattr(agent, name, _restore(name, getattr(agent, name), part))
+
+
+def seed_slice(x: torch.Tensor, stack: int, index: int) -> torch.Tensor:
+    """A seed's share of one of the weights of a stack: equal ones, seed after seed. A tensor
+    without shares, such as a counter, is the same for all."""
+    return x if x.dim() == 0 or len(x) % stack else x.chunk(stack)[index]
+
+
+def copy_seed(target: dict[str, Any], to: tuple[int, int], source: dict[str, Any],
+              of: tuple[int, int]) -> None:
+    """Copy the weights of one seed, in place; `to`, `of`: the seeds in a stack, the seed's index.
+    ValueError if the stacks do not hold the same networks."""
+    theirs = {path: x for path, x in pytree.tree_flatten_with_path(source)[0]}
+    for path, mine in pytree.tree_flatten_with_path(target)[0]:
+        if not isinstance(mine, torch.Tensor):
+            continue
+        name = "".join(map(str, path))
+        if not isinstance(theirs.get(path), torch.Tensor):
+            raise ValueError(f"the weights have no {name}")
+        new, old = seed_slice(mine, *to), seed_slice(theirs[path], *of)
+        if new.shape != old.shape:
+            raise ValueError(f"{name} is {tuple(new.shape)} for a seed, not {tuple(old.shape)}")
+        new.copy_(old)
+
+
 def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's state from before STATE, when agents saved themselves: their counters and
     tensors lay in groups, and the temperature belonged to the actor's optimizer."""
@@ -255,7 +332,7 @@ def from_five_methods(agent: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _saves_itself(agent: Any) -> bool:
+def saves_itself(agent: Any) -> bool:
     return all(callable(getattr(agent, verb, None)) for verb in ("state_dict", "load_state_dict"))
 
 

@@ -37,6 +37,9 @@ class Options:
     seeds: int = 1  # number of seeds
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
+    # start from the weights of this run, each seed from its own, or all from one seed's folder;
+    # tables declare it
+    init_from: Path | None = None
     # What to change about the task; tables and plots declare it
     action_repeat: int = 1  # environment steps that each action is held for; rewards are summed
     # clip the training reward of each environment step to [LOW, HIGH]
@@ -49,6 +52,7 @@ class Options:
     name: str | None = None  # name of the run folder; none: the agent's name
     runs: Path = Path("runs")  # parent folder of the run folders
     eval_every: int | None = None  # steps between evaluations; none: ten per run
+    keep_best: bool = True  # keep each seed's weights at its best evaluation, for --which best
     eval_episodes: int = 5  # deterministic episodes per seed and evaluation
     # environments of evaluation: their own, those of training (its episodes are truncated for it;
     # for a simulator that runs once), or no evaluation (tables show training returns)
@@ -70,7 +74,10 @@ class Options:
     # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
     # flags override it
     config: Path | None = None
-    resume: Path | None = None  # continue the run in this folder from its last checkpoints
+    # continue the run in this folder from its last checkpoints; with --steps or --seeds above its
+    # own, make a finished run longer or give it more seeds
+    resume: Path | None = None
+    extended: tyro.conf.Suppress[tyro.conf.Fixed[tuple[int, ...]]] = ()  # steps of the run before
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ SCRIPTS: dict[type[Options], str] = {
 # options that a study does not take from the --config of a run
 NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
+TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
 
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
@@ -146,11 +154,12 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
-    if resume and any(word.split("=")[0] not in WITH_RESUME for i, word in enumerate(argv)
-                      if i != index and not (i and argv[i - 1] in WITH_RESUME)):
-        raise UserError("--resume takes all settings from the run; give no other flag but --engine "
-                        "and --address")
-    machine = () if resume else ("processes", "threads", "fp32_library", "engine")
+    allowed = WITH_RESUME if kind is Tune else WITH_RESUME + TO_EXTEND
+    if resume and any(word.split("=")[0] not in allowed for i, word in enumerate(argv)
+                      if i != index and not (i and argv[i - 1] in allowed)):
+        raise UserError("--resume takes all settings from the run; give no other flag but "
+                        + " and ".join(flag for flag in allowed if flag != "--resume"))
+    machine = () if resume else ("processes", "threads", "fp32_library", "engine", "extended")
     dropped = ["config", "resume", "autotune", "address", *machine,
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
@@ -171,13 +180,27 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     try:
         kept["agent"] = path
         kept["runs"] = Path(kept.get("runs", kind.runs))
+        if kept.get("init_from"):
+            kept["init_from"] = Path(kept["init_from"])
         defaults = kind(**kept), settings.build(module.Config, before["config"])
         for default in defaults:
             for name, hint in get_type_hints(type(default)).items():
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    return read_flags(argv, index, *defaults, module.__doc__)
+    options, config = read_flags(argv, index, *defaults, module.__doc__)
+    return (extend(options, kept) if resume and kind is not Tune else options), config
+
+
+def extend(options: Options, before: dict[str, Any]) -> Options:
+    """The options of a resumed run, which may be longer or have more seeds than `before`."""
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < before[name]:
+            raise UserError(f"{options.resume} has {before[name]} {name}: --{name} "
+                            f"{getattr(options, name)} would be fewer")
+    if options.steps == before["steps"]:
+        return options
+    return dataclasses.replace(options, extended=(*options.extended, before["steps"]))
 
 
 def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
@@ -321,7 +344,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 def parse_flags(kind: Any, argv: Sequence[str], description: str | None) -> Any:
     """tyro.cli, but an error is a UserError of one line instead of a box."""
     stderr, script = io.StringIO(), Path(sys.argv[0])
-    prog = f"python -m lab.{script.parent.name}" if script.match("lab/*/__main__.py") else None
+    module = script.parent.name if script.name == "__main__.py" else script.stem
+    prog = f"python -m lab.{module}" if "lab" in script.parts else None
     try:
         with contextlib.redirect_stderr(stderr), INTEGERS:
             return tyro.cli(kind, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,),

@@ -1,6 +1,7 @@
 """The main function of the scripts: from the command line to the table of results."""
 
 import dataclasses
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,13 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from lab import tracking
-from lab.errors import guarded
+from lab.errors import UserError, guarded
 from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
-from lab.report.runs import changes
-from lab.training import recorder
+from lab.report.runs import changes, origins
+from lab.training import checkpoint, recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.training.processes import Engine, run_jobs
 from lab.training.progress import SweepProgress
@@ -57,6 +58,8 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
     processes = getattr(options, "processes", 1)
     jobs = make_jobs(options, config, processes, options.resume)
     folder = options.resume
+    if folder:
+        extend(folder, options)
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
                                             describe(options, config, jobs[0].name))
@@ -78,6 +81,30 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
             summary.add_failure(jobs[index], jobs[index].seeds, reason)
         summary.show(folder)
     return 1 if summary.failures else 0
+
+
+def extend(folder: Path, options: Options) -> None:
+    """Note in its config.json that a run is longer or has more seeds than before. UserError if it
+    has not finished."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    before = content["options"]
+    if (options.steps, options.seeds) == (before["steps"], before["seeds"]):
+        return
+    for group, stacks in recorder.find_stacks(folder).items():
+        if stop := recorder.read_stop(group):
+            raise UserError(f"{group} stopped at step {stop['step']} by its rule: it gets no "
+                            "more steps or seeds: start a new run with --config")
+        for stack in dict.fromkeys(stacks.values()):
+            if (step := checkpoint.last_step(stack)) < before["steps"]:
+                raise UserError(f"{stack} is at step {step} of {before['steps']}: finish the run "
+                                "first, with --resume alone")
+    content["options"] = before | {"steps": options.steps, "seeds": options.seeds,
+                                   "extended": options.extended}
+    with recorder.writable(folder):
+        temporary = path.with_suffix(".tmp")
+        recorder.write_json(temporary, content)
+        temporary.replace(path)
 
 
 class RunSummary:
@@ -159,7 +186,8 @@ def declared(options: Options) -> str:
     if options.eval_env != "own":
         text += {"same": ", evaluated in the environments of training", "none": ", no evaluation"
                  }[options.eval_env]
-    return text + "".join(f", {change}" for change in changes(vars(options)))
+    told = changes(vars(options)) + origins(vars(options))
+    return text + "".join(f", {each}" for each in told)
 
 
 def describe(options: Options, config: dict[str, Any], name: str) -> dict[str, Any]:

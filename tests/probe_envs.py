@@ -177,6 +177,33 @@ class Tables(Diary):
     action_space = gymnasium.spaces.MultiDiscrete([[2, 2], [2, 2]])
 
 
+class Courses(gymnasium.Env):
+    """Of three courses, one ends in a fall, one at its goal and one at the time limit, unless that
+    comes first. The info says which was a success."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-0.5, 2.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.kind = 0, int(self.np_random.integers(3))
+        self.length, self.start = int(self.np_random.integers(3, 8)), self.np_random.uniform()
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        end = self.steps == self.length and self.kind != 2
+        fall = end and self.kind == 0
+        reward = -10.0 if fall else float(action[0]) + self.start
+        return self._observe(), reward, end, False, {"is_success": end and not fall}
+
+    def _observe(self):
+        return np.array([self.steps, self.kind, self.start], np.float32)
+
+
+for name, limit in (("Courses", 9), ("LongCourses", 15)):
+    if f"lab-tests/{name}-v0" not in gymnasium.registry:
+        gymnasium.register(f"lab-tests/{name}-v0", Courses, max_episode_steps=limit)
 for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
              Unbounded, Frozen, Painted, Crashing, Ragged, Choices, ManyChoices, DiscreteTarget,
              FlatMasked, WrongMask, Tables):

@@ -19,7 +19,8 @@ from tests.test_agent_file import KEEPS_THE_CONTRACT
 TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-5:]
 TRAINING = TRUNCATION, TERMINATION, SUCCESSOR, RING
 QUICK = list(check.CHECKS)[:-5]
-IMPORTS, VERBS, NUMBER, BOUNDS, FROZEN, METRICS, WEIGHTS, SEEDS, ALONE, NAN, RESUME = QUICK
+(IMPORTS, VERBS, NUMBER, BOUNDS, FROZEN, METRICS, WEIGHTS, SEEDS, ALONE, NAN, RESUME,
+ POLICY) = QUICK
 
 ADDED = "self.rows[:, self.position : end] = torch.cat([obs, actions, next_obs, flags], -1)"
 # The row before gets the next observation that is acted on for its successor.
@@ -132,6 +133,20 @@ def changed_sac(folder, *changes):
     path = folder / "mine.py"
     path.write_text(text)
     return check.parse([str(path)])
+
+
+def test_statistics_outside_a_module_are_caught(tmp_path):
+    """Mean observations in a tensor without a gradient: in a checkpoint, but no weights."""
+    subject = changed_sac(
+        tmp_path, ("        self.batch = None", "        self.seen = torch.zeros(len(seeds), 1, "
+                   "spec.obs_dim)\n        self.batch = None"),
+        ('STATE = ("actor",', 'STATE = ("seen", "actor",'),
+        ("actions, _ = self.actor(obs, noise)", "actions, _ = self.actor(obs - self.seen, noise)"),
+        ("        self.transitions += obs", "        self.seen.lerp_(obs.mean(1)[:, None], 0.1)\n"
+         "        self.transitions += obs"))
+    reasons = {each: check.failure(check.CHECKS[each], subject) for each in (RESUME, POLICY)}
+    assert reasons[RESUME] is None
+    assert re.match(r"with the weights of seed 0, a new agent acts \S+ off", reasons[POLICY])
 
 
 @pytest.mark.parametrize("name", ["critic_steps", "qf_target", "log_alpha"])

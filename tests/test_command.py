@@ -178,8 +178,8 @@ def test_resuming_what_is_no_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--resume", "{run}", "--steps", "500"], ["--steps=500", "--resume", "{run}"],
-    ["--resume={run}", "--steps", "500"], ["--resume={run}", "--steps=500"]])
+    ["--resume", "{run}", "--tau", "0.1"], ["--log-every=500", "--resume", "{run}"],
+    ["--resume={run}", "--steps", "500", "--log-every", "5"], ["--resume={run}", "--log-every=5"]])
 def test_a_run_is_resumed_with_no_other_flag(finished, tmp_path, capsys, flags):
     run = shutil.copytree(finished, tmp_path / "run")
     argv = [flag.format(run=run) for flag in flags]

@@ -60,6 +60,33 @@ def test_a_run_that_stopped_is_kept_as_far_as_all_seeds_got(run):
     assert (learning.RESULTS / NAME / learning.PICTURE).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_hardcore_row_is_of_unseen_terrains(run, monkeypatch):
+    """Its seeds' returns there, without the failed one, and the share of courses with an end that
+    is no fall."""
+    for seed in range(SEEDS):
+        evaluate(run, seed, STEPS)
+    learning.keep(NAME, run)
+    called = []
+
+    def evaluated(argv):
+        called.append(argv)
+        ends = [(True, -100.0), (True, 0.3), (False, 0.1), (True, 0.2)]
+        result = {"failed_seeds": [3], "seeds": {str(n): {"return": 100.0 + n} for n in range(4)},
+                  "episodes": [{"seed": n, "terminated": end, "last_reward": last}
+                               for n in range(4) for end, last in ends[:4 if n < 3 else 1]]}
+        recorder.write_json(learning.RESULTS / NAME / "fresh.json", result)
+
+    monkeypatch.setattr(learning.evaluate, "run", evaluated)
+    for _ in range(2):  # again in the place of the first
+        learning.evaluate_fresh(NAME, run)
+    assert called[0] == [str(run), "--agent", str(run / "crossq.py"),
+                         "--out", str(learning.RESULTS / NAME / "fresh")]
+    row = f"| 3 | {STEPS} | 101 on 100 unseen terrains a seed, 50% finished | 99 to 103 |"
+    assert row in learning.table(learning.read())
+    learning.evaluate_fresh("sac-pendulum", run)
+    assert len(called) == 2
+
+
 def test_a_run_without_an_evaluation_is_not_kept(run):
     for seed in range(SEEDS):
         evaluate(run, seed, 100_000 if seed else 0)

@@ -14,9 +14,11 @@ from scipy import stats
 
 from bench import cluster, learning, memory, readme, speed, throughput, tuning
 from bench import plan as measured_plans
-from lab import train
+from bench import policy as measured_policies
+from lab import evaluate, train
 from lab.check import __main__ as check
 from lab.check.checks import CHECKS
+from lab.export import __main__ as export
 from lab.options import SCRIPTS, Tune, Vectorised, parse_args, parse_flags, resolve_defaults
 from lab.plan import __main__ as plan
 from lab.plan import candidates
@@ -25,6 +27,7 @@ from lab.training.job import make_jobs
 from lab.tuning import run as tuning_run
 from lab.watch import __main__ as watch
 from tests import house
+from tests.test_evaluate import train as trained
 
 PAGES = {str(path.relative_to(readme.ROOT)): path.read_text() for path in readme.PAGES}
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
@@ -37,7 +40,8 @@ LOOP = Path("lab/training/loop.py")
 
 def test_the_pages_are_read():
     assert len(PAGES) > 10 and len(COMMANDS) > 6
-    assert {module for module, _ in MODULES} == {"plan", "check", "report", "watch"}
+    assert {module for module, _ in MODULES} == {
+        "plan", "check", "report", "watch", "evaluate", "export"}
     assert all(any(line.startswith(f"python {name}") for line in README.splitlines())
                for name in ("learn_simple.py", "learn_vectorised.py", "hypertune.py"))
 
@@ -93,8 +97,15 @@ def test_the_loop_that_is_quoted_is_the_loop_that_runs():
     assert code in LOOP.read_text()
 
 
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """For the commands that need a run."""
+    return str(trained(tmp_path_factory.mktemp("runs"), ("eval_env", "none"), env="Pendulum-v1"))
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_can_be_read(line, tmp_path):
+def test_every_command_can_be_read(line, tmp_path, walk):
+    line = line.replace("runs/walk", walk)
     mine = shutil.copy("agents/sac.py", tmp_path / "mine.py")
     script, *argv = [str(mine) if arg == "../mine.py" else arg
                      for arg in shlex.split(line, comments=True)]
@@ -118,7 +129,8 @@ def test_every_module_that_is_called_can_read_its_flags(module, words, tmp_path,
     elif module == "report":
         assert report.parse(argv).runs
     else:
-        assert module == "watch" and parse_flags(watch.Options, argv, "").path
+        options = {"watch": watch, "evaluate": evaluate, "export": export}[module].Options
+        assert parse_flags(options, argv, "").path
 
 
 def test_the_environment_that_is_quoted_trains(tmp_path, monkeypatch):
@@ -174,6 +186,7 @@ TABLES = {
     "plan.md": lambda: measured_plans.markdown(result("plan")),
     "memory.md": lambda: memory.markdown(result("memory")["mib"]),
     "cluster.md": lambda: cluster.markdown(result("cluster")),
+    "policy.md": lambda: measured_policies.markdown(result("policy")),
 }
 
 

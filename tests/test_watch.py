@@ -23,6 +23,7 @@ from lab.envs.spec import make_one, probe
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
 from lab.options import Simple, parse_args
+from lab.policy import Part, PolicyStack
 from lab.training import checkpoint, loop, recorder
 from lab.training.job import make_jobs
 from lab.watch import __main__ as watch
@@ -258,8 +259,8 @@ def test_an_unfinished_run_says_how_far_it_is(run, capsys, no_dry_run):
 
 
 def test_a_seed_that_failed_is_named():
-    cast = watch.PolicyStack([watch.Part(None, range(2, 5), [2, 4], 7, [3, 4]),
-                              watch.Part(None, range(1), [0], 9, [])])
+    cast = PolicyStack([Part(None, range(2, 5), [2, 4], dict.fromkeys((2, 3, 4), 7), [3, 4], {}),
+                        Part(None, range(1), [0], {0: 9}, [], {})])
     assert cast.describe(9) == "after 7 and 9 steps of 9; seed 4 failed in training"
 
 

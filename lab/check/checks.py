@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lab.agent import check_contract, restore_state, save_state
+from lab.agent import check_contract, copy_seed, restore_state, save_state, weights
 from lab.check.driver import (
     ACTIONS,
     NUM_ENVS,
@@ -251,6 +251,22 @@ def _resume(subject: AgentUnderTest) -> None:
     ours, theirs = (subject.acts(x, len(SEEDS)) | flat_state(save_state(x)) for x in agents)
     hint = f"; STATE lacks {', '.join(forgotten)}, which changed" if forgotten else ""
     require_same(ours, theirs, f"{{}} differs after restoring a checkpoint{hint}")
+
+
+@check("its weights alone are its policy")
+def _policy(subject: AgentUnderTest) -> None:
+    """As --which best, --init-from and an export take them: one seed's, without the rest of STATE.
+    """
+    trained, S = subject.trained(SEEDS)[0], len(SEEDS)
+    if not weights(trained):  # it saves itself
+        return
+    stacked = subject.acts(trained, S)["the action"]
+    for index, seed in enumerate(SEEDS):
+        alone = subject.make([seed])
+        copy_seed(weights(alone), (1, 0), weights(trained), (S, index))
+        gap = (subject.acts(alone, 1)["the action"][0] - stacked[index]).abs().amax().item()
+        require(gap < 1e-3, f"with the weights of seed {seed}, a new agent acts {gap:.2g} off: "
+                "what act reads must be in STATE, in a module or a tensor with a gradient")
 
 
 def not_in_state(agent: Any, fresh: Any) -> list[str]:

@@ -13,7 +13,8 @@ from lab.envs.check import check_reset, check_step
 from lab.envs.generators import seed_generators
 from lab.envs.spec import as_env_actions, make_one, renew_box2d_world
 
-TRAINING, EVALUATION = 0, 1  # independent random streams of the environments
+# independent random streams of the environments; FRESH is that of lab.evaluate
+TRAINING, EVALUATION, FRESH = 0, 1, 2
 # first byte of a command; any other byte is the number of a group to step
 RESET, RESTORE_START, REPLAY_ACTIONS = 255, 254, 253
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lab import stats
 from lab.report import compare, figures, published, warnings
 from lab.report.page import Block, Figure, Heading, Table, Text, Warnings
-from lab.report.runs import Method, Result
+from lab.report.runs import Method, Result, evaluations
 from lab.training import recorder
 
 T_INTERVAL = "95% t interval"
@@ -27,6 +27,7 @@ def blocks(methods: Sequence[Method], baseline: Method | None, out: Path) -> lis
     return [*([Warnings(found)] if found else []),
             Heading("Final returns"), final_returns(results), each_seed(results),
             *learning_curves(by_environment, out, colors),
+            *fresh_episodes(methods),
             *across_environments(methods, out, colors),
             *(improvements(methods, baseline, out, colors) if baseline else []),
             *thresholds(by_environment), *beside_published(results),
@@ -75,6 +76,28 @@ def learning_curves(by_environment: dict[str, list[Result]], out: Path, colors: 
             "version of the environment. Left: over steps of one seed; right: over wall-clock "
             "time of the stack.")))
     return [Heading("Learning curves"), *drawn]
+
+
+def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
+    rows = []
+    for method in methods:
+        for found in (each for run in method.runs for each in evaluations(run)):
+            mean, bounds = found["mean"], found["return_interval"] or [math.nan] * 2
+            shares = [f"{mean[name]:.0%}" if name in mean else "-"
+                      for name in ("terminated", "success")]
+            picked = number(mean["picked on"]) if "picked on" in mean else "-"
+            rows.append([found["environment"], method.name, found["which"],
+                         str(len(found["seeds"])), str(found["episodes_per_seed"]),
+                         number(mean["return"]), span(bounds), *shares, picked])
+    if not rows:
+        return []
+    return [Heading("Fresh episodes"), Table(
+        ("environment", "method", "weights", "n", "episodes", "mean", T_INTERVAL, "terminated",
+         "success", "picked on"), rows,
+        "Evaluations by python -m lab.evaluate, on starts that neither training nor the run's own "
+        "evaluations used. Episodes are of each seed. The best weights are those of each seed's "
+        "best evaluation. That one, picked on, is the largest of many and so optimistic; the mean "
+        "on fresh episodes is not.", 3)]
 
 
 def across_environments(methods: Sequence[Method], out: Path, colors: dict[str, str]

@@ -20,8 +20,9 @@ from lab.errors import UserError
 from lab.training import recorder
 
 # Options that change learning or evaluation, besides the agent's settings; older runs lack some
-SHARED = {"clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
-          "action_repeat": 1, "failure_below": None, "eval_env": "own"}
+SHARED: dict[str, Any] = {
+    "clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
+    "action_repeat": 1, "failure_below": None, "eval_env": "own", "init_from": None, "extended": []}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
@@ -173,6 +174,20 @@ def add_run(method: Method, folder: Path) -> None:
     method.runs.append(Run(folder, options, config, settings))
 
 
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """What python -m lab.evaluate wrote into the run's folder. UserError if a file is no such
+    thing."""
+    found = []
+    for path in sorted(run.folder.glob("*/*/**/evaluation_*.json")):
+        try:
+            content = json.loads(path.read_text())
+            float(content["mean"]["return"]), len(content["seeds"]), content["which"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not of python -m lab.evaluate: {error!r}") from error
+        found.append(content)
+    return found
+
+
 def label(environment: str, options: dict[str, Any]) -> str:
     """The id with its --env-kwargs, since other kwargs make another environment, and whether the
     returns are those of training, since they are not comparable."""
@@ -190,6 +205,16 @@ def changes(options: Mapping[str, Any]) -> list[str]:
         found.append("trained on rewards clipped to [{}, {}]".format(*clip))
     if (bound := options.get("failure_below")) is not None:
         found.append(f"trained with terminations only where the last reward is below {bound}")
+    return found
+
+
+def origins(options: Mapping[str, Any]) -> list[str]:
+    """What a run was before, in words."""
+    found = []
+    if source := options.get("init_from"):
+        found.append(f"started from the weights of {source}")
+    if before := options.get("extended"):
+        found.append(f"extended at {' and '.join(f'{steps:,}' for steps in before)} steps")
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.report.runs import Method, Result, Run, changes, label
+from lab.report.runs import Method, Result, Run, changes, label, origins
 from lab.training import recorder
 
 FEW = 5  # warn below this number of seeds
@@ -27,6 +27,8 @@ def find(methods: Sequence[Method]) -> list[str]:
         for run in method.runs:
             found += [f"{method.name} was {change} ({run.folder}); returns are raw"
                       for change in changes(run.options)]
+            found += [f"{method.name} was {origin} ({run.folder})"
+                      for origin in origins(run.options)]
             found += evaluated_elsewhere(method, run)
             found += tuned_on(method, run)
     return found

@@ -15,15 +15,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
 
+from lab.agent import copy_seed, weights
 from lab.errors import UserError, first_line
+from lab.training import recorder
 
+Which = Literal["last", "best"]  # weights: of the last step, or of each seed's best evaluation
 KEPT = 2
 LOCK_SECONDS = 120.0  # NFS frees the lock of a lost node after 90
 BLOCK = 2**22  # bytes; smaller tensors stay in the file
@@ -84,8 +87,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return final
 
 
-def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
-    """The newest intact checkpoint, or None. A corrupt one is reported on stderr and skipped."""
+def load_latest(folder: Path, device: str = "cpu", replay: bool = True) -> dict[str, Any] | None:
+    """The newest intact checkpoint, or None; `replay`: with the agent's replay. A corrupt one is
+    reported on stderr and skipped."""
     for path in _newest_first(folder):
         try:
             with open(path, "rb") as file:
@@ -95,6 +99,8 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
                     raise ValueError("its hash does not match")
                 file.seek(0)
                 state: Any = torch.load(file, map_location=device, weights_only=True)
+            if not replay:
+                state["agent"].pop("replay", None)
             return pytree.tree_map(
                 lambda x: _get(folder / "blocks", x, device) if _in_blocks(x) else x, state,
                 is_leaf=_in_blocks)
@@ -103,6 +109,65 @@ def load_latest(folder: Path, device: str = "cpu") -> dict[str, Any] | None:
         except Exception as error:
             print(f"skipping checkpoint {path}: {first_line(error)}", file=sys.stderr)
     return None
+
+
+def load_seed(folder: Path, seed: int, which: Which, agent: Any, to: tuple[int, int]
+              ) -> tuple[int, float | None]:
+    """Copy the weights of one seed of the stack in `folder` into the agent; `to`: seeds of its
+    stack, the seed's index -> the weights' step and evaluation. UserError if that fails."""
+    state = load_latest(folder, replay=False)
+    if state is None:
+        raise UserError(f"{folder} has no intact checkpoint")
+    members = recorder.members_of(folder)
+    index = members.index(seed)
+    if index in state["failed"]:
+        raise UserError(f"{folder}: seed {seed} failed in training")
+    saved, steps, returns = state["agent"], [state["step"]] * len(members), state["last_eval"]
+    if which == "best":
+        saved, steps, returns = best_of(state, folder).values()
+    try:
+        copy_seed(weights(agent), to, saved, (len(members), index))
+    except ValueError as error:
+        raise UserError(f"{folder} does not fit the agent: {first_line(error)}") from error
+    return steps[index], returns[index] if returns else None
+
+
+def init_agent(agent: Any, seeds: Sequence[int], source: Path) -> None:
+    """Copy the last weights of another run into an agent that has trained nothing yet. UserError if
+    a seed has none, or if they do not fit."""
+    for index, (stack, seed) in enumerate(find_sources(source, seeds)):
+        load_seed(stack, seed, "last", agent, (len(seeds), index))
+
+
+def find_sources(path: Path, seeds: Sequence[int]) -> list[tuple[Path, int]]:
+    """The stack and the seed there whose weights each seed starts from: in a run its own, in a
+    seed's folder that one. UserError if a seed has none."""
+    groups = list(recorder.find_stacks(path).values())
+    if not groups:
+        raise UserError(f"{path} has no checkpoint yet")
+    if len(groups) > 1:
+        raise UserError(f"{path} has several environments: give the folder of one of them")
+    (stacks,) = groups
+    if recorder.is_seed(path):
+        return [(stack, seed) for seed, stack in stacks.items()] * len(seeds)
+    for seed in seeds:
+        if seed not in stacks:
+            raise UserError(f"{path} has no seed {seed} to start from: it has {len(stacks)} seeds; "
+                            f"to start all from one, give its folder, such as seed_{min(stacks)}")
+    return [(stacks[seed], seed) for seed in seeds]
+
+
+def best_of(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The best weights, steps and returns of a checkpoint. UserError if it has none."""
+    if not state.get("best"):
+        raise UserError(f"{folder} has no best weights: no evaluation yet, or --no-keep-best")
+    return {name: state["best"][name] for name in ("weights", "steps", "returns")}
+
+
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint, intact or not; 0 if there is none."""
+    newest = [path.name.split("-")[0] for path in _newest_first(folder)[:1]]
+    return int(newest[0].removeprefix("step_")) if newest else 0
 
 
 def exist(folder: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from lab import matmul
 from lab.accelerate import check_device, physical_cores
-from lab.agent import check_contract
+from lab.agent import build_agent, check_contract
 from lab.envs import check
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
@@ -22,7 +22,8 @@ from lab.envs.spec import EnvSpec
 from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
 from lab.stopping import stops
-from lab.training.recorder import group_folder, printable, safe_name
+from lab.training import checkpoint
+from lab.training.recorder import group_folder, members_of, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
@@ -43,6 +44,7 @@ class Job:
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
     eval_episodes: int = 5  # per seed and evaluation
     eval_env: str = "own"  # own, same: training's, none
+    keep_best: bool = True  # each seed's weights at its best evaluation
     num_envs: int = 1
     backend: str | None = None  # None: torch for a torch/ id, else sync
     workers: int | None = None  # processes or threads of the backend; None: physical cores
@@ -62,6 +64,7 @@ class Job:
     stop_at_evals: int = 1
     stop_plateau: int | None = None
     stop_rtol: float = 0.01
+    init_from: str | None = None  # run, or folder of a seed, whose weights it starts from
     run: str | None = None  # the run folder; None: write no files
     name: str = ""  # of the run, as given by --name
 
@@ -140,20 +143,36 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         return max(1, options.steps // parts) if steps is None else steps
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    shares = [tuple(seeds)] if stops(options) else split_seeds(seeds, len(options.env), processes)
+    if options.init_from and not folder:
+        checkpoint.find_sources(options.init_from, seeds)
+    stacks = {env_id: stacks_of(options, env_id, seeds, processes) for env_id in options.env}
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
         checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
-        eval_env=options.eval_env, device=device, compile=options.compile,
-        precision=options.precision,
+        eval_env=options.eval_env, keep_best=options.keep_best, device=device,
+        compile=options.compile, precision=options.precision,
         fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
         action_repeat=options.action_repeat, clip_reward=options.clip_reward,
         failure_below=options.failure_below, env_kwargs=options.env_kwargs,
         stop_at=options.stop_at, stop_at_evals=options.stop_at_evals,
         stop_plateau=options.stop_plateau, stop_rtol=options.stop_rtol, **vectorised,
+        init_from=str(options.init_from) if options.init_from else None,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
-    ) for env_id in options.env for share in shares]
+    ) for env_id, shares in stacks.items() for share in shares]
+
+
+def stacks_of(options: Options, env_id: str, seeds: range, processes: int
+              ) -> list[tuple[int, ...]]:
+    """The seeds in stacks. A resumed run keeps its own, unless these are among the new ones, and
+    gets others for its new seeds."""
+    new = [tuple(seeds)] if stops(options) else split_seeds(seeds, len(options.env), processes)
+    group = group_folder(options.resume or Path(), env_id, Path(options.agent).stem)
+    old = [tuple(members_of(stack)) for stack in group.glob("stack_*_*")] if options.resume else []
+    if set(old) <= set(new):
+        return new
+    rest = [seed for seed in seeds if not any(seed in stack for stack in old)]
+    return sorted(old) + (split_seeds(rest, len(options.env), processes) if rest else [])
 
 
 def check_names(options: Options) -> None:
@@ -201,6 +220,10 @@ def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
         stack = make_envs(job.env_id, [0], 1, job.eval_backend, device)
         with contextlib.closing(stack) as one:
             spec = one.spec
+    if job.init_from and not job.run:
+        checkpoint.init_agent(build_agent(
+            job.agent_path, job.config, spec, job.seeds, job.num_envs, job.num_envs, device,
+            lambda fn: fn), job.seeds, Path(job.init_from))
     products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
     return spec, products
 

@@ -1,5 +1,6 @@
 """Logging, evaluation and checkpoints of a run, kept out of the loop in loop.py."""
 
+import copy
 import math
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from lab.accelerate import Accelerator
-from lab.agent import restore_state, save_state
+from lab.agent import copy_seed, restore_state, save_state, weights
 from lab.envs.base import VectorEnvs
 from lab.envs.shard import TRAINING
 from lab.errors import UserError
@@ -53,6 +54,7 @@ class TrainLogger:
         self.last_eval: Sequence[float | None] = []
         self.means: list[float] = []  # of the evaluations, over the seeds that have not failed
         self.stopped: str | None = None  # why the run stops before its last step
+        self.best: dict[str, Any] = {}  # of each seed: steps, returns, weights; {}: none yet
         # without evaluation, of the episodes since it would have been due: number, sum of returns
         self.recent = [[0.0, 0.0] for _ in job.seeds]
         self.clock = self.last_emit = self.saved = time.perf_counter()
@@ -66,9 +68,8 @@ class TrainLogger:
     def begin(self, agent: Any) -> tuple[int, torch.Tensor]:
         """Start, or resume from the last checkpoint -> the step (of a complete run, the last one),
         obs (S, N, O)."""
-        self.notes = {"notes": adjusted_settings(agent, self.job)}
         if self.job.group is None or self.job.checkpoints is None:
-            return 0, self.training.reset(TRAINING, 0)
+            return self.start(agent)
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
         if state is None and checkpoint.exist(self.job.checkpoints):
             raise UserError(f"no checkpoint in {self.job.checkpoints} can be read, so this run "
@@ -81,12 +82,14 @@ class TrainLogger:
             self.recorders = [SeedRecorder(self.job.group / f"seed_{seed}", step)
                               for seed in self.job.seeds]
         if state is None:
-            return 0, self.training.reset(TRAINING, 0)
+            return self.start(agent)
         restore_state(agent, state["agent"])
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.means = state.get("means", [])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
+        self.best = state.get("best", {})
         self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
@@ -97,6 +100,13 @@ class TrainLogger:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
                        "again: their environment cannot be restored"})
         return step, obs
+
+    def start(self, agent: Any) -> tuple[int, torch.Tensor]:
+        """-> step 0, the first obs."""
+        if self.job.init_from:
+            checkpoint.init_agent(agent, self.job.seeds, Path(self.job.init_from))
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
+        return 0, self.training.reset(TRAINING, 0)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """UserError if the run was started with other settings."""
@@ -173,6 +183,7 @@ class TrainLogger:
             self.last_eval = self.mean_returns(step, agent)
             if self.evaluation:
                 self.fail_broken(step, self.evaluation, " in evaluation")
+                self.note_best(step, agent)
         self.measure_plasticity(agent)
         columns = {}
         if self.metrics:
@@ -217,6 +228,19 @@ class TrainLogger:
         if self.stopped and self.job.group:
             write_json(self.job.group / STOPPED, {"step": step, "reason": self.stopped})
 
+    def note_best(self, step: int, agent: Any) -> None:
+        """Copy the weights of each seed whose evaluation is its best so far."""
+        S, now = len(self.job.seeds), weights(agent)
+        if not (now and self.job.keep_best and self.job.checkpoints):
+            return
+        if not self.best:
+            self.best = {"steps": [step] * S, "returns": [-math.inf] * S,
+                         "weights": copy.deepcopy(now)}
+        for index, value in enumerate(self.last_eval):
+            if value is not None and value > self.best["returns"][index]:
+                self.best["steps"][index], self.best["returns"][index] = step, value
+                copy_seed(self.best["weights"], (S, index), now, (S, index))
+
     def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
         for index, value in envs.broken.items():
             self.fail(index, step, f"the environment returned {value}{where} at step {step}")
@@ -242,7 +266,8 @@ class TrainLogger:
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval,
-                    "recent": self.recent, "means": self.means, "stopped": self.stopped})
+                    "recent": self.recent, "best": self.best, "means": self.means,
+                    "stopped": self.stopped})
             except OSError as error:
                 self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
             if not self.restore_checked:

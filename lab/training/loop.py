@@ -18,6 +18,7 @@ def train(job: Job, emit: Emit) -> None:
     """Train to the end, resuming from the last checkpoint if there is one. `emit` gets progress."""
     # absolute: an environment may change the working directory
     job = dataclasses.replace(job, agent_path=os.path.abspath(job.agent_path),
+                              init_from=job.init_from and os.path.abspath(job.init_from),
                               run=job.run and os.path.abspath(job.run))
     accelerate = Accelerator(job.compile, job.precision, job.device)
     training = make_training(job)

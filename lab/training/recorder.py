@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -75,6 +76,40 @@ def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None
         write_json(folder / "config.json", config)
         write_json(folder / "versions.json", versions())
         shutil.copyfile(agent_path, folder / agent_path.name)
+
+
+def find_run(path: Path) -> Path:
+    """The run folder that contains `path`. UserError if there is none."""
+    if not os.path.isdir(path):  # False, too, if the name is too long
+        raise UserError(f"no folder {path}")
+    for folder in [path, *path.parents][:4]:
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path} is not in a run folder: found no config.json")
+
+
+def find_stacks(path: Path) -> dict[Path, dict[int, Path]]:
+    """{<environment>/<agent>: {seed: folder of its checkpoints}} of what has checkpoints in `path`,
+    a run folder, or one environment, agent or seed in it. UserError if it is in no run folder."""
+    found: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
+    one = is_seed(path)
+    for stack in sorted(find_run(path).glob("*/*/stack_*_*")):
+        if stack.is_relative_to(path.parent if one else path) and any(stack.glob("step_*.pt")):
+            found[stack.parent] |= {seed: stack for seed in members_of(stack)
+                                    if not one or path.name == f"seed_{seed}"}
+    return {folder: dict(sorted(by_seed.items()))
+            for folder, by_seed in sorted(found.items()) if by_seed}
+
+
+def is_seed(path: Path) -> bool:
+    """Whether it is the folder of one seed in a run."""
+    return re.fullmatch(r"seed_\d+", path.name) is not None and not (path / "config.json").exists()
+
+
+def members_of(stack: Path) -> range:
+    """The seeds of a folder stack_<first>_<last>."""
+    first, last = map(int, stack.name.split("_")[1:])
+    return range(first, last + 1)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from lab import stats
+from lab.options import Options, Simple
 from lab.report import curves
 from lab.stopping import stops
-from lab.train import declared
+from lab.train import declared, describe
 from lab.training import recorder
 from lab.training.job import Job, split_seeds
 from lab.training.processes import run_jobs
@@ -28,6 +29,8 @@ def train(study: Study, best: Sequence[Candidate]) -> list[str]:
             for share in ([tuple(seeds)] if stops(study.options) else
                           split_seeds(seeds, 1 + len(best), study.workers))]
     jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # the rest are done
+    for run, config in entries(study, best).items():
+        describe_run(study, run, config)
     names = ", ".join(candidate.name for candidate in best)
     print(f"training the defaults, {names} on {len(seeds)} held-out seeds:", flush=True)
     with SweepProgress(jobs) as progress:
@@ -36,6 +39,20 @@ def train(study: Study, best: Sequence[Candidate]) -> list[str]:
     diverged = [job for index, job in enumerate(jobs) if index not in failures
                 and len(finals(job)) < len(job.seeds)]
     return lost + [f"{Path(job.run or '').name}: a seed diverged" for job in diverged]
+
+
+def describe_run(study: Study, run: Path, config: dict[str, Any]) -> None:
+    """Write what a run folder needs to be resumed, made longer, watched and evaluated."""
+    if (run / "config.json").exists():
+        return
+    job, kept = study.defaults, {field.name for field in dataclasses.fields(Options)}
+    options = dataclasses.replace(
+        Simple(**{name: getattr(study.options, name) for name in kept}),
+        seeds=study.options.confirm_seeds, first_seed=HELD_OUT, processes=study.workers,
+        eval_every=job.eval_every, log_every=job.log_every, runs=run.parent, name=run.name,
+        config=None, resume=None)
+    run.mkdir(parents=True, exist_ok=True)
+    recorder.describe_run(run, Path(options.agent), describe(options, config, run.name))
 
 
 def held_out(study: Study) -> range:

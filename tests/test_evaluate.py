@@ -1,0 +1,293 @@
+"""lab.evaluate, and the weights of each seed's best evaluation."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import evaluate
+from lab import train as script
+from lab.agent import build_agent, restore_state, save_state
+from lab.envs.shard import FRESH, seed_of
+from lab.envs.spec import make_one, probe
+from lab.errors import guarded
+from lab.options import Simple, parse_args
+from lab.report import __main__ as report
+from lab.training import checkpoint, logger, loop, recorder
+from lab.training.job import make_jobs
+from tests.conftest import SMALL
+
+EPISODIC = "tests.probe_envs:lab-tests/Courses-v0"
+STEPS = 24
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def train(folder, *flags, env=EPISODIC, agent="agents/sac.py", seeds=3, processes=2, **settings):
+    """A run in stacks, trained in this process -> its folder."""
+    _, config = parse_args([agent])
+    config |= {k: v for k, v in SMALL.items() if k in config} | settings
+    options = Simple(agent=agent, env=(env,), seeds=seeds, steps=STEPS, eval_every=8,
+                     eval_episodes=2, log=True, name="trained")
+    options = dataclasses.replace(options, **dict(flags))
+    run = recorder.create_run_folder(folder, "trained", Path(agent),
+                                     script.describe(options, config, "trained"))
+    for job in make_jobs(options, config, processes, run):
+        loop.train(job, lambda message: None)
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def group(run, env_id=EPISODIC):
+    return recorder.group_folder(run, env_id, "sac")
+
+
+def evaluated(capsys, *argv):
+    """-> the JSON file and what is printed."""
+    assert guarded(lambda: evaluate.run([str(arg) for arg in argv])) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert not err
+    as_json, as_csv = out.splitlines()[-2:]
+    result = json.loads(Path(as_json).read_text())
+    with open(as_csv) as file:
+        rows = list(csv.DictReader(file))
+    assert [{k: "" if v is None else str(v) for k, v in e.items()} for e in result["episodes"]
+            ] == rows
+    return result, out
+
+
+def refused(capsys, *argv):
+    assert guarded(lambda: evaluate.run([str(arg) for arg in argv])) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def plain(run, seed, stack, starts, repeat=1, env_id=EPISODIC):
+    """Episodes by gymnasium and the agent alone, from reset seeds of their own."""
+    config = json.loads((run / "config.json").read_text())["config"]
+    agent = build_agent("agents/sac.py", config, probe(env_id), range(stack[0], stack[1] + 1), 1,
+                        STEPS // repeat, "cpu", lambda fn: fn)
+    folder = group(run, env_id) / f"stack_{stack[0]}_{stack[1]}"
+    restore_state(agent, checkpoint.load_latest(folder)["agent"])
+    for start in starts:
+        env = make_one(env_id)
+        obs, _ = env.reset(seed=start)
+        total, length, end = 0.0, 0, False
+        while not end:
+            every = torch.as_tensor(obs).expand(len(agent.generators), 1, -1)
+            action = agent.act(every, explore=False)[seed - stack[0], 0].numpy()
+            for _ in range(repeat):
+                obs, reward, terminated, truncated, info = env.step(action)
+                total, length, end = total + reward, length + 1, terminated or truncated
+                if end:
+                    break
+        yield {"episode_return": total, "length": length, "terminated": terminated,
+               "last_reward": reward, "success": info.get("is_success")}
+
+
+def close(episode):
+    return {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v
+            for k, v in episode.items()}
+
+
+def test_episodes_are_a_plain_loops_from_fresh_starts(run, capsys, monkeypatch):
+    """Five of each seed, two at once."""
+    monkeypatch.setattr(evaluate, "AT_ONCE", 2)
+    result, out = evaluated(capsys, run, "--episodes", 5)
+    assert "3 seeds" not in out and "5 fresh episodes of each seed, without exploration" in out
+    for seed, stack in ((0, (0, 1)), (1, (0, 1)), (2, (2, 2))):
+        starts = [seed_of(seed, (FRESH, n // 2 * 2), n % 2) for n in range(5)]
+        played = [e for e in result["episodes"] if e["seed"] == seed]
+        wanted = list(plain(run, seed, stack, starts))
+        assert played == [{"seed": seed, "episode": n, **close(e)} for n, e in enumerate(wanted)]
+        row = result["seeds"][str(seed)]
+        assert row["return"] == pytest.approx(sum(e["episode_return"] for e in wanted) / 5)
+        assert row["terminated"] == sum(e["terminated"] for e in wanted) / 5
+        assert row["success"] == sum(e["success"] for e in wanted) / 5
+    kinds = {(e["terminated"], e["success"]) for e in result["episodes"]}
+    assert len(kinds) == 3, "falls, finished courses and time limits"
+
+
+def test_episodes_do_not_depend_on_how_many_run_at_once_or_on_training(run, capsys):
+    starts = {seed_of(0, (FRESH, 0), n) for n in range(25)}
+    seen = {seed_of(0, (stream, step), n) for stream in (0, 1) for step in range(STEPS + 1)
+            for n in range(25)}
+    assert len(starts) == 25 and not starts & seen
+
+
+def test_a_failure_is_a_termination_below_the_runs_bound(tmp_path, capsys):
+    run = train(tmp_path, ("failure_below", -9.0), ("action_repeat", 2), seeds=1)
+    result, out = evaluated(capsys, run, "--episodes", 8)
+    starts = [seed_of(0, (FRESH, 0), n) for n in range(8)]
+    wanted = list(plain(run, 0, (0, 0), starts, repeat=2))
+    assert [{k: e[k] for k in wanted[0]} for e in result["episodes"]] == list(map(close, wanted))
+    row = result["mean"]
+    falls = sum(e["terminated"] and e["last_reward"] < -9 for e in wanted) / 8
+    assert row["failure"] == falls and 0 < falls < row["terminated"]
+    assert "failure: terminated with a last reward below -9" in out
+
+
+def test_the_mean_and_its_interval_are_over_the_seeds_that_did_not_fail(run, capsys):
+    file = next(group(run).glob("stack_0_1/step_*24-*.pt"))
+    state = checkpoint.load_latest(file.parent)
+    checkpoint.save(file.parent, STEPS + 1, state | {"failed": [1]})
+    result, out = evaluated(capsys, run, "--episodes", 2)
+    returns = [result["seeds"][seed]["return"] for seed in "02"]
+    assert result["mean"]["return"] == pytest.approx(sum(returns) / 2)
+    low, high = result["return_interval"]
+    assert (low + high) / 2 == pytest.approx(sum(returns) / 2)
+    assert result["failed_seeds"] == [1] and "1 (failed in training)" in " ".join(out.split())
+    (group(run) / "seed_1").mkdir(exist_ok=True)
+    assert "seed 1 failed in training" in refused(capsys, group(run) / "seed_1")
+
+
+def test_exploring_and_another_environment(run, capsys):
+    plain_result, _ = evaluated(capsys, run, "--episodes", 3)
+    noisy, out = evaluated(capsys, run, "--episodes", 3, "--explore", "--out", run / "noisy")
+    assert noisy["episodes"] != plain_result["episodes"] and "with exploration" in out
+    assert (run / "noisy.csv").is_file()
+    other, out = evaluated(capsys, run, "--episodes", 3, "--env", EPISODIC.replace(
+        "Courses", "LongCourses"), "--out", run / "other")
+    assert max(e["length"] for e in other["episodes"]) > max(
+        e["length"] for e in plain_result["episodes"])
+
+
+def test_a_run_in_torch(tmp_path, capsys):
+    run = train(tmp_path, env="torch/ContinuousCartPole-v1", seeds=2, processes=1)
+    result, _ = evaluated(capsys, run, "--episodes", 3)
+    for episode in result["episodes"]:
+        assert episode["episode_return"] == episode["length"]
+        assert episode["terminated"] and episode["success"] is None
+
+
+# The best weights
+
+
+def scripted(monkeypatch, returns):
+    """Evaluations return these, one list after another -> (step, actor's weights) of each."""
+    seen, left = [], list(returns)
+
+    def evaluation(agent, envs, step):
+        actor = {k: x.clone() for k, x in save_state(agent)["actor"].items()}
+        seen.append((step, actor))
+        return left.pop(0)
+
+    monkeypatch.setattr(logger, "evaluate", evaluation)
+    return seen
+
+
+def best_of(run, stack="stack_0_1"):
+    return checkpoint.load_latest(group(run) / stack)["best"]
+
+
+def test_each_seeds_weights_are_kept_at_its_best_evaluation(tmp_path, monkeypatch, capsys):
+    seen = scripted(monkeypatch, [[3.0, 1.0], [2.0, 5.0], [float("nan"), 5.0]])
+    run = train(tmp_path, seeds=2, processes=1)
+    best = best_of(run)
+    assert best["steps"] == [8, 16] and best["returns"] == [3.0, 5.0]
+    for index, (step, actor) in enumerate([seen[0], seen[1]]):
+        assert step == best["steps"][index]
+        assert all(torch.equal(best["weights"]["actor"][name].chunk(2)[index], x.chunk(2)[index])
+                   for name, x in actor.items())
+        assert any(not torch.equal(x.chunk(2)[index], seen[2][1][name].chunk(2)[index])
+                   for name, x in actor.items())
+    monkeypatch.undo()
+    result, out = evaluated(capsys, run, "--episodes", 2, "--which", "best")
+    assert [result["seeds"][seed]["step"] for seed in "01"] == [8, 16]
+    assert [result["seeds"][seed]["picked on"] for seed in "01"] == [3.0, 5.0]
+    last, _ = evaluated(capsys, run, "--episodes", 2)
+    assert last["episodes"] != result["episodes"] and "which is optimistic" in out
+
+
+def test_a_resumed_run_keeps_the_best_weights(tmp_path, monkeypatch):
+    returns = [[3.0, 1.0], [2.0, 5.0], [1.0, 1.0]]
+    scripted(monkeypatch, returns)
+    whole = best_of(train(tmp_path, ("checkpoint_every", 8), seeds=2, processes=1))
+    scripted(monkeypatch, returns)
+    run = train(tmp_path, ("checkpoint_every", 8), seeds=2, processes=1)
+    max(group(run).glob("stack_0_1/step_*.pt")).unlink()  # back to step 16
+    scripted(monkeypatch, returns[2:])
+    options, config = parse_args(["--resume", str(run)])
+    loop.train(make_jobs(options, config, 1, run)[0], lambda message: None)
+    again = best_of(run)
+    assert again["steps"] == whole["steps"] == [8, 16]
+    assert all(torch.equal(x, whole["weights"]["actor"][name])
+               for name, x in again["weights"]["actor"].items())
+
+
+def test_no_keep_best_keeps_none(tmp_path, capsys):
+    run = train(tmp_path, ("keep_best", False), seeds=1)
+    assert best_of(run, "stack_0_0") == {}
+    assert "has no best weights" in refused(capsys, run, "--which", "best")
+
+
+def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsys, tmp_path):
+    out = tmp_path / "report"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    assert "Fresh episodes" not in (out / "report.md").read_text()
+    results = [evaluated(capsys, run, "--episodes", 4, "--which", which)[0]
+               for which in ("last", "best")]
+    assert report.main([str(run), "--out", str(out)]) == 0
+    told = (out / "report.md").read_text()
+    for result, picked in zip(results, (None, results[1]["mean"]["picked on"]), strict=True):
+        (row,) = (line for line in told.splitlines() if f"| {result['which']} |" in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[3:6] == ["3", "4", f"{result['mean']['return']:.1f}"]
+        assert cells[-1] == ("-" if picked is None else f"{picked:.1f}")
+    assert "is the largest of many and so optimistic" in told
+    (group(run) / "evaluation_mine.json").write_text("{}")
+    capsys.readouterr()
+    assert report.main([str(run), "--out", str(out)]) == 2
+    assert "evaluation_mine.json is not of python -m lab.evaluate" in capsys.readouterr().err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("{tmp}/none", "no folder {tmp}/none"), ("{tmp}", "is not in a run folder"),
+    ("{run} --episodes 0", "--episodes must be at least 1, not 0"),
+    ("{run} --out {tmp}/none/a", "there is no folder {tmp}/none"),
+    ("{run} --which first", "invalid choice"),
+    ("{run} --env MountainCarContinuous-v0", "does not fit agents/sac.py: ValueError: actor d"),
+    ("{run} --env Pendulum", "use 'Pendulum-v1'"),
+    ("{run} --agent agents/ppo.py", "config.json does not fit agents/ppo.py")])
+def test_bad_input_is_one_line(run, capsys, argv, words):
+    before = sorted(run.rglob("*"))
+    names = {"run": run, "tmp": run.parent}
+    assert words.format(**names) in refused(capsys, *argv.format(**names).split())
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_result_is_not_overwritten(run, capsys):
+    (group(run) / "evaluation_last.csv").write_text("mine")
+    assert "evaluation_last.csv exists: name another with --out" in refused(capsys, run)
+    assert (group(run) / "evaluation_last.csv").read_text() == "mine"
+
+
+def test_no_checkpoint_and_a_changed_agent_are_one_line(run, capsys):
+    copy = run / "sac.py"
+    copy.write_text(copy.read_text() + "\n# as it was then\n")
+    assert f"--agent {copy}" in refused(capsys, run)
+    for path in group(run).glob("stack_*/*.pt"):
+        path.unlink()
+    copy.write_text(Path("agents/sac.py").read_text())
+    assert "has no checkpoint yet" in refused(capsys, run)
