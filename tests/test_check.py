@@ -60,7 +60,7 @@ BROKEN = {
         (SEEDS, ALONE, NAN), {ALONE, NAN}),
     "generators not saved": ("sac", '"replay", "generators", "transitions"',
                              '"replay", "transitions"', QUICK, {RESUME}),
-    "a counter not saved": ("crossq", '"transitions", "critic_steps")', '"transitions")',
+    "a counter not saved": ("crossq", '"transitions", "critic_steps", ', '"transitions", ',
                             (FROZEN, RESUME), {RESUME}),
     "not clamped": ("sac", "return actions.clamp(self.low, self.high)", "return actions", QUICK,
                     {BOUNDS}),
