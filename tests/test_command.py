@@ -259,7 +259,7 @@ def test_every_setting_of_an_agent_is_a_flag(path):
             flags += [f"--{flag}", default]
         elif name.endswith("_schedule"):
             wanted[name] = ((0.0, 7.0), (9.0, 1.0))
-            flags += [f"--{flag}", *"0 7 9 1".split()]
+            flags += [f"--{flag}", *["0", "7", "9", "1"]]
         elif isinstance(default, tuple):
             wanted[name] = (*default, 7)
             flags += [f"--{flag}", *map(str, wanted[name])]
