@@ -104,6 +104,9 @@ class Vectorised(Options):
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
+Pruner = Literal["median", "percentile", "vizier"]
+
+
 @dataclass(frozen=True)
 class Tune(Options):
     """Options of hypertune.py. Agent settings given as flags apply to every trial."""
@@ -121,10 +124,16 @@ class Tune(Options):
     engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
     address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
     study_seed: int = 0  # random seed of the search
-    # Median pruning
-    prune: bool = True  # prune trials that fall below the median of the completed ones
+    # Pruning, with the names of Optuna's pruners
+    prune: bool = True  # stop trials that fall behind the completed ones
+    # the bar: a percentile of the completed trials at the step, or Vizier's median of their
+    # running averages
+    pruner: Pruner = "median"
+    percentile: float = 75.0  # of --pruner percentile: the best 75% reach the bar
     n_startup_trials: int = 5  # completed trials before the first one is pruned
     n_warmup_steps: int | None = None  # no trial is pruned before this step; none: a third of steps
+    interval_steps: int = 1  # steps between checks
+    patience: int | None = None  # evaluations without a new best before a trial may be pruned
     # Confirmation: at the end, the best three settings and the defaults train again
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
@@ -163,7 +172,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
                             "script")
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
-        kept = {"threads": 1, "fp32_library": "blas"} | kept  # older runs had these
+        kept = {"threads": 1, "fp32_library": "blas", "pruner": "vizier"} | kept  # older runs' own
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
@@ -416,10 +425,12 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
+                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 <= getattr(options, "percentile", 0) <= 100:
+        raise UserError(f"--percentile must lie in [0, 100], not {options.percentile}")
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:

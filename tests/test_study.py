@@ -212,6 +212,23 @@ def test_where_pruning_begins_and_that_it_can_be_left_out(tmp_path, flag, steps)
     assert max(behind_all.evaluations) == steps
 
 
+def test_the_flags_of_pruning_reach_the_pruner(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.pruner, "prune", lambda trial, trials, *rest: asked.append(rest))
+    rules = {"--pruner": "percentile", "--percentile": 60.0, "--n-startup-trials": 2,
+             "--n-warmup-steps": 5, "--interval-steps": 7, "--patience": 3}
+    flags = [str(word) for pair in rules.items() for word in pair]
+    assert tune(tmp_path, "--trials", "1", *flags) == 0
+    assert set(asked) == {tuple(rules.values())}
+
+
+def test_a_study_may_go_on_with_another_rule(tmp_path):
+    FakeProcesses.fates = {1: behind}
+    assert tune(tmp_path, "--trials", "1", "--no-prune") == 0
+    assert tune(tmp_path, "--trials", "2", "--n-startup-trials", "1") == 0
+    assert trials(tmp_path)[1].state == "pruned"
+
+
 def test_no_completed_trial_is_a_failure(tmp_path, capsys):
     FakeProcesses.fates = dict.fromkeys(range(3), crashes)
     assert tune(tmp_path, "--trials", "3") == 1
@@ -416,6 +433,10 @@ def begun(tmp_path_factory):
     ("--trials 0", r"--trials must be at least 1, not 0"),
     ("--workers 0", r"--workers must be at least 1, not 0"),
     ("--confirm-seeds 0", r"--confirm-seeds must be at least 1, not 0"),
+    ("--pruner mean", r"invalid choice 'mean' for argument '--pruner'"),
+    ("--percentile 101", r"--percentile must lie in \[0, 100\], not 101.0"),
+    ("--interval-steps 0", r"--interval-steps must be at least 1, not 0"),
+    ("--patience 0", r"--patience must be at least 1, not 0"),
     ("--n-warmup-steps -1", r"--n-warmup-steps must be 0 or more, not -1"),
     ("--trials 500_001", r"--trials 500001 x --seeds 2 reaches the held-out seeds"),
     ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study takes one --env, not Pendulum"),

@@ -291,6 +291,10 @@ CURVES = ((1, 3, 5, 7), (2, 4, 6, 8), (3, 5, 7, 9), (4, 6, 8, 10), (10, 10, 10, 
 FIVE = [make(i, {10 * (k + 1): [v] for k, v in enumerate(curve)}) for i, curve in enumerate(CURVES)]
 
 
+def running(curve):
+    return make(9, {10 * (k + 1): [value] for k, value in enumerate(curve)}, "running")
+
+
 @pytest.mark.parametrize("curve, settings, pruned", [
     ((3,), {}, False),  # 3 is the median of 1, 2, 3, 4, 10: not strictly below
     ((2.9,), {}, True),
@@ -306,14 +310,47 @@ FIVE = [make(i, {10 * (k + 1): [v] for k, v in enumerate(curve)}) for i, curve i
     ((0, 0, 0), {"interval_steps": 20}, False),
     ((0, 0, 0, 0), {"interval_steps": 20}, True),
     ((0,), {"n_startup_trials": 6}, False),
-    ((0,), {"n_min_trials": 5}, True),
-    ((0,), {"n_min_trials": 6}, False),
 ])
-def test_the_median_rule_by_hand(curve, settings, pruned):
-    trial = make(9, {10 * (k + 1): [value] for k, value in enumerate(curve)}, "running")
+def test_viziers_rule_by_hand(curve, settings, pruned):
+    trial = running(curve)
+    others = [make(10, {10: [99]}, "pruned"), make(11, {10: [99]}, "diverged"), trial]
+    assert prune(trial, FIVE + others, "vizier", **settings) == pruned
+    assert not prune(trial, FIVE[1:] + others, "vizier", **settings), "four have completed"
+
+
+# The five trials at the steps themselves: 1, 2, 3, 4, 10 at 10; 3, 4, 5, 6, 10 at 20
+@pytest.mark.parametrize("curve, settings, pruned", [
+    ((3,), {"pruner": "median"}, False),
+    ((2.9,), {"pruner": "median"}, True),
+    ((0, 4.9), {"pruner": "median"}, True),  # Vizier's bar is 4
+    ((0, 5), {"pruner": "median"}, False),
+    ((5, 0), {"pruner": "median"}, False),  # its best so far counts
+    ((0, 4.9), {"pruner": "median", "percentile": 100.0}, True),  # which is for percentile
+    ((0, 5.9), {"pruner": "percentile", "percentile": 25.0}, True),  # the best quarter has 6
+    ((0, 6), {"pruner": "percentile", "percentile": 25.0}, False),
+    ((0, 3.9), {"pruner": "percentile", "percentile": 75.0}, True),  # the best three quarters
+    ((0, 4), {"pruner": "percentile", "percentile": 75.0}, False),
+    ((0, 2.9), {"pruner": "percentile", "percentile": 100.0}, True),
+    ((0, 4.4), {"pruner": "percentile", "percentile": 60.0}, True),  # 4 + 0.6 x (5 - 4) = 4.6
+    ((0, 4.7), {"pruner": "percentile", "percentile": 60.0}, False),
+    # as Optuna's PatientPruner: no new best in the last two evaluations and the one before them
+    ((2, 2.5, 1, 1), {"pruner": "median", "patience": 2}, False),
+    ((2.5, 2, 1, 1), {"pruner": "median", "patience": 2}, True),
+    ((2.5, 2, 1), {"pruner": "median", "patience": 2}, False),
+    ((2.5, 2.5, 1, 1), {"pruner": "median", "patience": 2}, False),  # equal: no worse
+    ((2.5, 2, 1), {"pruner": "median", "patience": 1}, True),
+    ((9.5, 2, 1, 1), {"pruner": "median", "patience": 2}, False),  # above the bar, 9
+])
+def test_the_percentile_rule_by_hand(curve, settings, pruned):
+    trial = running(curve)
     others = [make(10, {10: [99]}, "pruned"), make(11, {10: [99]}, "diverged"), trial]
     assert prune(trial, FIVE + others, **settings) == pruned
-    assert not prune(trial, FIVE[1:] + others, **settings), "four have completed"
+
+
+def test_a_trial_that_stopped_early_sets_the_bar_by_its_last_evaluation():
+    trials = [make(i, {10: [float(10 + i)]}) for i in range(5)]
+    assert prune(running((0, 11.9)), trials, "median")
+    assert not prune(running((0, 12)), trials, "median")
 
 
 # The journal

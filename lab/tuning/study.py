@@ -111,10 +111,11 @@ class Study:
             self.end(trial, "completed", f"stopped at step {step}: {stopped}" if stopped else "")
 
     def should_prune(self, trial: Trial, step: int) -> bool:
-        given, steps = self.options.n_warmup_steps, self.options.steps
-        return self.options.prune and step == max(trial.evaluations) and pruner.prune(
-            trial, self.trials, self.options.n_startup_trials,
-            steps // 3 if given is None else given)
+        o = self.options
+        warmup = o.steps // 3 if o.n_warmup_steps is None else o.n_warmup_steps
+        return o.prune and step == max(trial.evaluations) and pruner.prune(
+            trial, self.trials, o.pruner, o.percentile, o.n_startup_trials, warmup,
+            o.interval_steps, o.patience)
 
     def end(self, trial: Trial, state: str, reason: str = "") -> None:
         self.journal.append({"trial": trial.number, "state": state, "reason": reason})

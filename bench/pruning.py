@@ -1,0 +1,201 @@
+"""How much the rules for pruning would save, and how often they would be wrong.
+
+    python bench/pruning.py --record        train the studies below without pruning; it resumes
+    python bench/pruning.py                 replay the recorded studies under each rule
+
+A replay prunes a trial where the rule would have, and counts only completed trials as history. It
+keeps the settings that were suggested. A wrong cut is a trial that the rule prunes and that would
+have been among the best three of its study.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.options import Pruner  # noqa: E402
+from lab.tuning.pruner import prune  # noqa: E402
+from lab.tuning.trials import ENDED, Journal, Trial, read_trials  # noqa: E402
+
+JOURNALS = ROOT / "bench/results/pruning"
+TRIALS, STUDIES = 16, 7  # trials of a study, studies of each kind below
+PAIRS = 3  # of seeds of a trial, each replayed as a study; the first one guided it
+SEEDS = 2 * PAIRS
+PPO = ("--num-steps 32 --num-minibatches 4 --width 32 --space lr=log:1e-4:1e-1 gamma=0.8:0.999 "
+       "gae_lambda=0.5:1 update_epochs=int:1:10 clip_coef=log:0.05:1")
+# kind -> environments of a seed, arguments of hypertune.py
+KINDS = {
+    "ppo-cartpole": (64, "agents/ppo.py --env torch/ContinuousCartPole-v1 --steps 20_480 " + PPO),
+    "ppo-pendulum": (128, "agents/ppo.py --env torch/Pendulum-v1 --steps 81_920 " + PPO),
+    "sac-pendulum": (8, "agents/sac.py --env torch/Pendulum-v1 --steps 4_000 "
+                        "--replay-ratio 0.3 --policy-delay 2 --actor-width 32 --qf-width 32 "
+                        "--space actor_lr=log:1e-4:1e-1 qf_lr=log:1e-4:1e-1 gamma=0.8:0.999 "
+                        "batch_size=logint:16:256 tau=log:1e-3:1e-1"),
+}
+
+
+def record(kind: str, number: int, runs: Path) -> None:
+    """Train a study in this process and store its journal. A trial that was interrupted begins
+    again."""
+    from lab.options import Tune, parse_args
+    from lab.training.loop import train
+    from lab.training.processes import attempt
+    from lab.tuning import surrogate
+    from lab.tuning.run import check
+
+    num_envs, arguments = KINDS[kind]
+    stored, path = JOURNALS / f"{kind}-{number}.jsonl.gz", runs / f"{kind}-{number}.jsonl"
+    if stored.exists():
+        return
+    options, searched, job = check(*parse_args([*arguments.split(), "--seeds", str(SEEDS)], Tune))
+    job = dataclasses.replace(job, num_envs=num_envs, log_every=job.eval_every)
+    with contextlib.closing(Journal(path)) as journal:
+        if not journal.header:
+            journal.append({"command": arguments, "num_envs": num_envs, "steps": options.steps,
+                            "seeds": SEEDS, "study_seed": number})
+        trials = [trial for trial in journal.trials() if trial.state in ENDED]
+        while len(trials) < TRIALS:
+            guide = [Trial(t.number, t.settings, t.state,
+                           {step: returns[:2] for step, returns in t.evaluations.items()})
+                     for t in trials]
+            trial = Trial(len(trials), surrogate.ask(searched, guide, number))
+            first = (1000 * number + trial.number) * SEEDS
+            messages: list[dict] = []
+            failure = attempt(train, dataclasses.replace(
+                job, config=job.config | trial.settings,
+                seeds=tuple(range(first, first + SEEDS))), messages.append)
+            lost = failure or next((m["reason"] for m in messages if "failed_seed" in m), None)
+            trial.state = "diverged" if lost else "completed"
+            journal.append({"trial": trial.number, "settings": trial.settings})
+            for message in messages:
+                returns = [row["return/eval"] for row in message.get("rows", {}).values()]
+                if len(returns) == SEEDS:
+                    trial.record(message["step"], returns)
+                    journal.append({"trial": trial.number, "step": message["step"],
+                                    "returns": [round(value, 2) for value in returns]})
+            journal.append({"trial": trial.number, "state": trial.state, "reason": str(lost or "")})
+            trials.append(trial)
+            print(f"{path.stem}, trial {trial.number} {trial.state}", flush=True)
+    JOURNALS.mkdir(exist_ok=True)
+    stored.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
+# The replay
+
+
+class Study(NamedTuple):
+    """A recorded study, as one pair of seeds saw it."""
+
+    kind: str
+    steps: int  # of a trial
+    trials: list[Trial]
+
+    def top(self) -> set[int]:
+        """Numbers of the three trials with the best last evaluations."""
+        completed = [trial for trial in self.trials if trial.state == "completed"]
+        return {t.number for t in sorted(completed, key=lambda t: -t.final)[:3]}
+
+
+def read(path: Path) -> list[Study]:
+    """A journal -> the studies of its pairs of seeds."""
+    header, *events = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
+    trials = read_trials(events)
+    return [Study(path.name.rpartition("-")[0], header["steps"], [
+        Trial(t.number, t.settings, t.state,
+              {step: returns[first:first + 2] for step, returns in t.evaluations.items()})
+        for t in trials]) for first in range(0, header["seeds"], 2)]
+
+
+class Rule(NamedTuple):
+    pruner: Pruner
+    percentile: float | None
+    warmup: int  # a trial is not pruned before its steps / warmup
+    startup: int  # completed trials
+    patience: int | None
+
+    def cuts(self, study: Study) -> dict[int, int]:
+        """Number of a trial that the rule prunes -> step."""
+        history: list[Trial] = []
+        cuts = {}
+        for recorded in study.trials:
+            trial = Trial(recorded.number, recorded.settings)
+            for step, returns in recorded.evaluations.items():
+                trial.record(step, returns)
+                if prune(trial, history, self.pruner, self.percentile or 50, self.startup,
+                         study.steps // self.warmup, 1, self.patience):
+                    cuts[trial.number], trial.state = step, "pruned"
+                    break
+            else:
+                trial.state = recorded.state
+            history.append(trial)
+        return cuts
+
+
+RULES = [Rule(pruner, percentile, warmup, startup, patience)
+         for pruner, percentile in [("vizier", None), ("median", None), *(
+             ("percentile", share) for share in (25, 40, 60, 75))]
+         for warmup in (6, 3) for startup in (4, 5) for patience in (None, 2)]
+
+
+def replay(rule: Rule, studies: list[Study]) -> dict[str, Any]:
+    """saved: share of the environment steps; cut: pruned trials; wrong: those of the best three."""
+    row: dict[str, Any] = {**rule._asdict(), "cut": 0, "wrong": 0, "best_cut": 0}
+    spent, saved = Counter[str](), Counter[str]()
+    for study in studies:
+        cuts, top = rule.cuts(study), study.top()
+        best = max((t for t in study.trials if t.number in top), key=lambda t: t.final).number
+        row["cut"] += len(cuts)
+        row["wrong"] += len(top & cuts.keys())
+        row["best_cut"] += best in cuts
+        ends = {t.number: max(t.evaluations, default=0) for t in study.trials}
+        for kind in ("all", study.kind):
+            spent[kind] += sum(ends.values())
+            saved[kind] += sum(ends[number] - step for number, step in cuts.items())
+    return row | {"saved": {kind: saved[kind] / spent[kind] for kind in spent}}
+
+
+def table(rows: list[dict[str, Any]], studies: list[Study]) -> str:
+    kinds = dict(Counter(study.kind for study in studies))
+    lines = [f"{len(studies)} replays of {len(studies) // PAIRS} studies of {TRIALS} trials ("
+             + ", ".join(f"{kind}: {count}" for kind, count in kinds.items()) + ")", "",
+             "| rule | warm-up | start-up | patience | saved | " + " | ".join(kinds)
+             + " | pruned | of the best 3 | the best |", "|---" * (8 + len(kinds)) + "|"]
+    for row in sorted(rows, key=lambda row: -row["saved"]["all"]):
+        name = row["pruner"] + (f" {row['percentile']}" if row["percentile"] else "")
+        cells = [name, f"1/{row['warmup']}", row["startup"], row["patience"] or "",
+                 *(f"{row['saved'][kind]:.0%}" for kind in ("all", *kinds)), row["cut"],
+                 f"{row['wrong']} ({row['wrong'] / max(1, row['cut']):.1%})", row["best_cut"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="train the studies that are missing")
+    options = parser.parse_args()
+    if options.record:
+        runs = ROOT / "runs/pruning"
+        runs.mkdir(parents=True, exist_ok=True)
+        for number in range(STUDIES):
+            for kind in KINDS:
+                record(kind, number, runs)
+        return
+    studies = [study for path in sorted(JOURNALS.glob("*.gz")) for study in read(path)]
+    rows = [replay(rule, studies) for rule in RULES]
+    out = JOURNALS.with_name("pruning-replay.json")
+    out.write_text(json.dumps({"command": "python bench/pruning.py", "studies": len(studies),
+                               "rules": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(rows, studies))
+    print(f"{table(rows, studies)}\nwritten: {out}")
+
+
+if __name__ == "__main__":
+    main()
