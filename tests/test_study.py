@@ -189,6 +189,7 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
     out, err = capsys.readouterr()
     assert err == "FAILED trial 2: its process ended with code -9\n"
     assert "trial 2: its process ended with code -9; restarting" in out
+    assert re.search(r"\d of 5 completed trials are within one standard error \(\d", out)
     assert "9/9 trials: 5 completed, 1 pruned, 2 diverged, 1 failed, 0 running; best " in out
 
 
@@ -288,8 +289,9 @@ def test_the_table_by_hand():
     searched = space.read([*(f"{name}=0:0.9" for name in names[:5]), "batch_size=int:2:64"],
                           load_agent("agents/sac.py").Config, "sac")
     config = dict.fromkeys(names[:5], 0.123456) | {"batch_size": 32}
-    columns = [("defaults", config, None, [1.0, 2.0, 3.0]), ("trial 7", config, 4.25, [2.0, 3.0]),
-               ("trial 8", config, 3.0, [5.0])]
+    columns = [summary.Column("defaults", config, None, None, [1.0, 2.0, 3.0]),
+               summary.Column("trial 7", config, 4.25, 6.0, [2.0, 3.0]),
+               summary.Column("optimum of 9", config, 3.0, None, [5.0])]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary.table(searched, columns, 3))
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (
@@ -297,6 +299,8 @@ def test_the_table_by_hand():
         if line.startswith("│"))}
     assert rows["qf_lr"] == ["0.123456"] * 3 and rows["batch_size"] == ["32"] * 3
     assert rows["tuned (posterior mean)"] == ["", "4.2", "3.0"]
+    assert rows["observed in its trial"] == ["", "6.0", ""]
+    assert rows["optimism (observed - confirmed)"] == ["", "3.5", ""]
     assert rows["confirmed, mean"] == ["2.0", "2.5", "5.0"] and rows["n"] == ["3", "2", "1"]
     assert rows["95% t interval"] == ["-0.5 to 4.5", "-3.9 to 8.9", "needs 2 seeds"]
     assert rows["P(better than defaults)"] == ["", "0.67", "1.00"]  # 4 of 6 pairs, ties by half

@@ -275,6 +275,17 @@ def test_a_study_beyond_the_points_of_the_surrogate_ranks_all_trials(monkeypatch
     assert len(surrogate.ranked(searched, trials)) == 20
 
 
+def test_how_many_trials_are_near_the_best_by_hand():
+    """The variances of their means are 4, 0 and 2: 2 on average, so 3 for the best's own 4, as the
+    surrogate has it, and an error of 1.7."""
+    trials = [make(0, {10: [8.0, 12.0]}), make(1, {10: [8.5, 8.5]}),
+              make(2, {10: [6.0, 6.0 + 8**0.5]}), make(3, {10: [99.0, 99.0]}, "pruned"),
+              make(4, {}, "failed")]
+    assert surrogate.near_best(trials) == (
+        "2 of 3 completed trials are within one standard error (1.7) of the best observed return, "
+        "10.0 (trial 0)")
+
+
 def test_a_parameter_that_matters_is_told_from_one_that_does_not():
     searched = read("lr=log:1e-5:1e-2", "size=int:16:512", "kind=cat:a,b,c")
     trials = drawn(searched, lambda s: 10 * (s["kind"] == "b") + math.log10(s["lr"]), 10, 0.1)
