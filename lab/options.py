@@ -70,6 +70,7 @@ class Options:
     # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
     # flags override it
     config: Path | None = None
+    tuned: bool = False  # take the settings in tuned/<env>.json beside the agent; flags override
     resume: Path | None = None  # continue the run in this folder from its last checkpoints
 
 
@@ -186,7 +187,29 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    return read_flags(argv, index, *defaults, module.__doc__)
+    options, config = read_flags(argv, index, *defaults, module.__doc__)
+    flags = given_flags(argv)
+    if not options.tuned or "tuned" not in flags:  # a run's config.json has the settings already
+        return options, config
+    words = [word for name, value in read_tuned(options).items() if name not in flags
+             for word in _flag(name, value)]
+    return read_flags([*argv, *words], index, *defaults, module.__doc__)
+
+
+def read_tuned(options: Options) -> dict[str, Any]:
+    """The agent's settings for the environment, from tuned/ beside its file. UserError if there are
+    none."""
+    path, (env_id, *others) = Path(options.agent), options.env
+    if others:
+        raise UserError("--tuned takes one --env, since each environment has its own settings")
+    file = path.parent / "tuned" / (re.sub(r"[^\w.-]+", "_", env_id) + ".json")
+    found = _read_file(file) if file.is_file() else {}
+    if path.stem not in found:
+        known = sorted({f"{agent} on {other.stem}" for other in file.parent.glob("*.json")
+                        for agent in _read_file(other)})
+        raise UserError(f"--tuned: {file} has no settings of {path.stem}; leave it out, or take "
+                        f"{' or '.join(known) or 'an agent with a folder tuned/ beside it'}")
+    return found[path.stem]["settings"]
 
 
 def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
@@ -425,12 +448,14 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
+                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals",
+                 "stop_plateau"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if not 0 <= getattr(options, "percentile", 0) <= 100:
-        raise UserError(f"--percentile must lie in [0, 100], not {options.percentile}")
+    percentile = getattr(options, "percentile", 0.0)
+    if not 0 <= percentile <= 100:
+        raise UserError(f"--percentile must lie in [0, 100], not {percentile}")
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:

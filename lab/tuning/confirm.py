@@ -73,7 +73,8 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
         "options": {key: getattr(options, key) for key in kept}, "config": winner.config,
-        "study": {"is": winner.name, "confirmed": winner.confirmed, "seeds": list(seeds)}})
+        "study": {"is": winner.name, "confirmed": winner.confirmed, "defaults": confirmed[0],
+                  "seeds": list(seeds)}})
     plot = study.folder / "study.png"
     title = (f"{study.defaults.name}: {Path(options.agent).stem} on {options.env[0]}, "
              f"{options.steps} steps{declared(options)}")
