@@ -13,14 +13,20 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import statistics
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Container
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lab import stats  # noqa: E402
 from lab.options import Pruner  # noqa: E402
 from lab.tuning.pruner import prune  # noqa: E402
 from lab.tuning.trials import ENDED, Journal, Trial, read_trials  # noqa: E402
@@ -97,27 +103,34 @@ class Study(NamedTuple):
     kind: str
     steps: int  # of a trial
     trials: list[Trial]
+    others: dict[int, float]  # number of a completed trial -> last return of the other seeds, mean
 
-    def top(self) -> set[int]:
-        """Numbers of the three trials with the best last evaluations."""
-        completed = [trial for trial in self.trials if trial.state == "completed"]
-        return {t.number for t in sorted(completed, key=lambda t: -t.final)[:3]}
+    def best(self, count: int, without: Container[int] = ()) -> list[int]:
+        """Numbers of the completed trials with the best last evaluations, best first."""
+        completed = [trial for trial in self.trials
+                     if trial.state == "completed" and trial.number not in without]
+        return [t.number for t in sorted(completed, key=lambda t: -t.final)[:count]]
 
 
 def read(path: Path) -> list[Study]:
     """A journal -> the studies of its pairs of seeds."""
     header, *events = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
-    trials = read_trials(events)
-    return [Study(path.name.rpartition("-")[0], header["steps"], [
-        Trial(t.number, t.settings, t.state,
-              {step: returns[first:first + 2] for step, returns in t.evaluations.items()})
-        for t in trials]) for first in range(0, header["seeds"], 2)]
+    recorded, found = read_trials(events), []
+    for pair in range(0, header["seeds"], 2):
+        trials = [Trial(t.number, t.settings, t.state, {
+            step: returns[pair:pair + 2] for step, returns in t.evaluations.items()})
+            for t in recorded]
+        others = {t.number: statistics.fmean(np.delete(
+            t.evaluations[max(t.evaluations)], [pair, pair + 1]))
+            for t in recorded if t.state == "completed"}
+        found.append(Study(path.name.rpartition("-")[0], header["steps"], trials, others))
+    return found
 
 
 class Rule(NamedTuple):
     pruner: Pruner
     percentile: float | None
-    warmup: int  # a trial is not pruned before its steps / warmup
+    warmup: str  # share of a trial's steps before which it is not pruned
     startup: int  # completed trials
     patience: int | None
 
@@ -130,7 +143,7 @@ class Rule(NamedTuple):
             for step, returns in recorded.evaluations.items():
                 trial.record(step, returns)
                 if prune(trial, history, self.pruner, self.percentile or 50, self.startup,
-                         study.steps // self.warmup, 1, self.patience):
+                         int(study.steps * Fraction(self.warmup)), 1, self.patience):
                     cuts[trial.number], trial.state = step, "pruned"
                     break
             else:
@@ -141,38 +154,61 @@ class Rule(NamedTuple):
 
 RULES = [Rule(pruner, percentile, warmup, startup, patience)
          for pruner, percentile in [("vizier", None), ("median", None), *(
-             ("percentile", share) for share in (25, 40, 60, 75))]
-         for warmup in (6, 3) for startup in (4, 5) for patience in (None, 2)]
+             ("percentile", share) for share in (25, 40, 60, 75, 90))]
+         for warmup in ("1/6", "1/3", "1/2", "2/3") for startup in (4, 5)
+         for patience in (None, 1, 2)]
 
 
 def replay(rule: Rule, studies: list[Study]) -> dict[str, Any]:
-    """saved: share of the environment steps; cut: pruned trials; wrong: those of the best three."""
+    """saved: share of a study's environment steps, mean; cut: pruned trials; wrong: those of the best three;
+    lost: what the best trial's other seeds return less, in deviations over the trials; the mean
+    and its 95% t interval over the studies."""
     row: dict[str, Any] = {**rule._asdict(), "cut": 0, "wrong": 0, "best_cut": 0}
-    spent, saved = Counter[str](), Counter[str]()
+    saved, lost = defaultdict[str, list[float]](list), list[float]()
     for study in studies:
-        cuts, top = rule.cuts(study), study.top()
-        best = max((t for t in study.trials if t.number in top), key=lambda t: t.final).number
+        cuts = rule.cuts(study)
         row["cut"] += len(cuts)
-        row["wrong"] += len(top & cuts.keys())
-        row["best_cut"] += best in cuts
+        row["wrong"] += len(cuts.keys() & study.best(3))
+        row["best_cut"] += len(cuts.keys() & study.best(1))
+        with_it, without = study.best(1, cuts)[0], study.best(1)[0]
+        spread = statistics.pstdev(study.others.values())
+        lost.append((study.others[without] - study.others[with_it]) / spread)
         ends = {t.number: max(t.evaluations, default=0) for t in study.trials}
+        share = sum(ends[number] - step for number, step in cuts.items()) / sum(ends.values())
         for kind in ("all", study.kind):
-            spent[kind] += sum(ends.values())
-            saved[kind] += sum(ends[number] - step for number, step in cuts.items())
-    return row | {"saved": {kind: saved[kind] / spent[kind] for kind in spent}}
+            saved[kind].append(share)
+    means = [statistics.fmean(lost[first:first + PAIRS]) for first in range(0, len(lost), PAIRS)]
+    return row | {"saved": {kind: round(statistics.fmean(shares), 4)
+                            for kind, shares in saved.items()},
+                  "lost": [round(value, 4) for value in stats.t_interval(means)]}
 
 
-def table(rows: list[dict[str, Any]], studies: list[Study]) -> str:
-    kinds = dict(Counter(study.kind for study in studies))
-    lines = [f"{len(studies)} replays of {len(studies) // PAIRS} studies of {TRIALS} trials ("
-             + ", ".join(f"{kind}: {count}" for kind, count in kinds.items()) + ")", "",
+def wrong(row: dict[str, Any]) -> float:
+    """Share of the pruned trials."""
+    return row["wrong"] / max(1, row["cut"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rules that no other one beats in both saved steps and wrong cuts, and those in use."""
+    rows, kinds = result["rules"], result["replays"]
+    front = [row for row in rows if not any(
+        other["saved"]["all"] >= row["saved"]["all"] and wrong(other) <= wrong(row)
+        and (other["saved"]["all"], wrong(other)) != (row["saved"]["all"], wrong(row))
+        for other in rows)]
+    usual = [row for row in rows if (row["startup"], row["patience"]) == (5, None)
+             and row["warmup"] == "1/3"]
+    shown = {tuple(row[key] for key in Rule._fields): row for row in front + usual}
+    lines = [f"{sum(kinds.values())} replays of {sum(kinds.values()) // PAIRS} studies of {TRIALS} "
+             f"trials ({', '.join(f'{kind}: {count}' for kind, count in kinds.items())})", "",
              "| rule | warm-up | start-up | patience | saved | " + " | ".join(kinds)
-             + " | pruned | of the best 3 | the best |", "|---" * (8 + len(kinds)) + "|"]
-    for row in sorted(rows, key=lambda row: -row["saved"]["all"]):
+             + " | pruned | of the best 3 | the best | lost |",
+             "|---" * (9 + len(kinds)) + "|"]
+    for row in sorted(shown.values(), key=lambda row: -row["saved"]["all"]):
         name = row["pruner"] + (f" {row['percentile']}" if row["percentile"] else "")
-        cells = [name, f"1/{row['warmup']}", row["startup"], row["patience"] or "",
+        cells = [name, row["warmup"], row["startup"], row["patience"] or "",
                  *(f"{row['saved'][kind]:.0%}" for kind in ("all", *kinds)), row["cut"],
-                 f"{row['wrong']} ({row['wrong'] / max(1, row['cut']):.1%})", row["best_cut"]]
+                 f"{row['wrong']} ({wrong(row):.1%})", row["best_cut"],
+                 "{:.2f} ({:.2f} to {:.2f})".format(*row["lost"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -189,12 +225,13 @@ def main() -> None:
                 record(kind, number, runs)
         return
     studies = [study for path in sorted(JOURNALS.glob("*.gz")) for study in read(path)]
-    rows = [replay(rule, studies) for rule in RULES]
+    result = {"command": "python bench/pruning.py", "trials": TRIALS,
+              "replays": dict(Counter(study.kind for study in studies)),
+              "rules": [replay(rule, studies) for rule in RULES]}
     out = JOURNALS.with_name("pruning-replay.json")
-    out.write_text(json.dumps({"command": "python bench/pruning.py", "studies": len(studies),
-                               "rules": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(rows, studies))
-    print(f"{table(rows, studies)}\nwritten: {out}")
+    out.write_text(json.dumps(result) + "\n")
+    out.with_suffix(".md").write_text(table(result))
+    print(f"{table(result)}\nwritten: {out}")
 
 
 if __name__ == "__main__":

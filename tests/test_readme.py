@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from bench import cluster, learning, readme, speed, throughput, tuned, tuning
+from bench import cluster, learning, pruning, readme, speed, throughput, tuned, tuning
 from bench import plan as measured_plans
 from lab import train
 from lab.check import __main__ as check
@@ -160,6 +160,7 @@ TABLES = {
     "speed-amx-spread.md": lambda: speed.markdown(result("speed-amx")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
+    "pruning-replay.md": lambda: pruning.table(result("pruning-replay")),
     "tuned.md": lambda: tuned.table(tuned.rows()),
     "plan.md": lambda: measured_plans.markdown(result("plan")),
     "cluster.md": lambda: cluster.markdown(result("cluster")),
