@@ -35,6 +35,7 @@ JOURNALS = ROOT / "bench/results/pruning"
 TRIALS, STUDIES = 16, 7  # trials of a study, studies of each kind below
 PAIRS = 3  # of seeds of a trial, each replayed as a study; the first one guided it
 SEEDS = 2 * PAIRS
+WRONG = 0.02  # share of the pruned trials that may be of the best three
 PPO = ("--num-steps 32 --num-minibatches 4 --width 32 --space lr=log:1e-4:1e-1 gamma=0.8:0.999 "
        "gae_lambda=0.5:1 update_epochs=int:1:10 clip_coef=log:0.05:1")
 # kind -> environments of a seed, arguments of hypertune.py
@@ -160,9 +161,9 @@ RULES = [Rule(pruner, percentile, warmup, startup, patience)
 
 
 def replay(rule: Rule, studies: list[Study]) -> dict[str, Any]:
-    """saved: share of a study's environment steps, mean; cut: pruned trials; wrong: those of the best three;
-    lost: what the best trial's other seeds return less, in deviations over the trials; the mean
-    and its 95% t interval over the studies."""
+    """saved: share of the environment steps, mean over studies; cut: pruned trials; wrong: those of
+    the best three; lost: what the best trial's other seeds return less, in standard deviations
+    over the trials, mean and 95% t interval over studies."""
     row: dict[str, Any] = {**rule._asdict(), "cut": 0, "wrong": 0, "best_cut": 0}
     saved, lost = defaultdict[str, list[float]](list), list[float]()
     for study in studies:
@@ -188,6 +189,12 @@ def wrong(row: dict[str, Any]) -> float:
     return row["wrong"] / max(1, row["cut"])
 
 
+def chosen(result: dict[str, Any]) -> dict[str, Any]:
+    """The rule that saves most with less than 2% wrong cuts: the default of hypertune.py."""
+    return max((row for row in result["rules"] if wrong(row) < WRONG),
+               key=lambda row: row["saved"]["all"])
+
+
 def table(result: dict[str, Any]) -> str:
     """The rules that no other one beats in both saved steps and wrong cuts, and those in use."""
     rows, kinds = result["rules"], result["replays"]
@@ -197,7 +204,8 @@ def table(result: dict[str, Any]) -> str:
         for other in rows)]
     usual = [row for row in rows if (row["startup"], row["patience"]) == (5, None)
              and row["warmup"] == "1/3"]
-    shown = {tuple(row[key] for key in Rule._fields): row for row in front + usual}
+    best = chosen(result)
+    shown = {tuple(row[key] for key in Rule._fields): row for row in [*front, *usual, best]}
     lines = [f"{sum(kinds.values())} replays of {sum(kinds.values()) // PAIRS} studies of {TRIALS} "
              f"trials ({', '.join(f'{kind}: {count}' for kind, count in kinds.items())})", "",
              "| rule | warm-up | start-up | patience | saved | " + " | ".join(kinds)
@@ -205,6 +213,7 @@ def table(result: dict[str, Any]) -> str:
              "|---" * (9 + len(kinds)) + "|"]
     for row in sorted(shown.values(), key=lambda row: -row["saved"]["all"]):
         name = row["pruner"] + (f" {row['percentile']}" if row["percentile"] else "")
+        name = f"**{name}**" if row == best else name
         cells = [name, row["warmup"], row["startup"], row["patience"] or "",
                  *(f"{row['saved'][kind]:.0%}" for kind in ("all", *kinds)), row["cut"],
                  f"{row['wrong']} ({wrong(row):.1%})", row["best_cut"],

@@ -129,12 +129,13 @@ class Tune(Options):
     prune: bool = True  # stop trials that fall behind the completed ones
     # the bar: a percentile of the completed trials at the step, or Vizier's median of their
     # running averages
-    pruner: Pruner = "median"
-    percentile: float = 75.0  # of --pruner percentile: the best 75% reach the bar
-    n_startup_trials: int = 5  # completed trials before the first one is pruned
-    n_warmup_steps: int | None = None  # no trial is pruned before this step; none: a third of steps
+    pruner: Pruner = "percentile"
+    percentile: float = 25.0  # of --pruner percentile: the best 25% reach the bar
+    n_startup_trials: int = 4  # completed trials before the first one is pruned
+    n_warmup_steps: int | None = None  # no trial is pruned before it; none: two thirds of the steps
     interval_steps: int = 1  # steps between checks
-    patience: int | None = None  # evaluations without a new best before a trial may be pruned
+    # evaluations that bring no new best before a trial may be pruned; None: it may improve
+    patience: int | None = 1
     # Confirmation: at the end, the best three settings and the defaults train again
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
@@ -146,6 +147,8 @@ SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 # options that a study does not take from the --config of a run
 NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
+# what runs and studies had before they recorded these options
+OLDER = {"threads": 1, "fp32_library": "blas", "pruner": "vizier", "patience": None}
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 
 
@@ -173,7 +176,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
                             "script")
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
-        kept = {"threads": 1, "fp32_library": "blas", "pruner": "vizier"} | kept  # older runs' own
+        kept = OLDER | kept
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names

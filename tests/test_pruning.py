@@ -2,10 +2,13 @@
 
 import gzip
 import json
+from fractions import Fraction
 
 import pytest
 
 from bench import pruning
+from lab.options import Tune
+from lab.tuning import study
 
 # Means at steps 10, 20, ..., 100 of seven trials. The bar of the median at 50 is 3, of the first
 # five trials; the sixth stays below it and the seventh rises after it, to the best return of all
@@ -66,4 +69,13 @@ def test_no_rule_is_shown_that_another_one_beats():
 
     text = pruning.table({"replays": {"x": 3}, "rules": [
         row("median", 0.3, 1), row("vizier", 0.2, 1), row("percentile", 0.1, 0)]})
-    assert [line.split()[1] for line in text.splitlines()[4:]] == ["median", "percentile"]
+    assert [line.split()[1] for line in text.splitlines()[4:]] == ["median", "**percentile**"]
+
+
+def test_the_default_rule_is_the_one_that_saves_most_with_few_wrong_cuts():
+    best = pruning.chosen(json.loads((pruning.JOURNALS.parent / "pruning-replay.json").read_text()))
+    options = Tune(steps=36_000)
+    assert options.pruner == best["pruner"] and options.patience == best["patience"]
+    assert best["percentile"] in (None, options.percentile)
+    assert options.n_startup_trials == best["startup"]
+    assert study.warmup(options) == int(36_000 * Fraction(best["warmup"]))

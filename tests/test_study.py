@@ -114,10 +114,10 @@ def crashes(job):
 
 
 def behind(job):
-    """Every evaluation far below all others'."""
+    """Every evaluation far below all others', and below the one before."""
     for message in train(job):
         for row in message.get("rows", {}).values():
-            row["return/eval"] -= 10_000
+            row["return/eval"] -= 10_000 + 10 * message["step"]
         yield message
 
 
@@ -176,8 +176,8 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
         "completed", "diverged", "failed", "completed", "diverged", *["completed"] * 3, "pruned"]
     assert done[1].reason == f"seed {done[1].number * 2}: loss/qf is not finite"
     assert done[4].reason == "MemoryError: too large"
-    assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 4]
-    assert max(done[8].evaluations) == 40, "the first evaluation after a third of the steps"
+    assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 7]
+    assert max(done[8].evaluations) == 70, "the first evaluation after two thirds of the steps"
     jobs = [job for job in FakeProcesses.given if job.seeds[0] < HELD_OUT]
     assert [job.seeds[0] // 2 for job in jobs] == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
     worst = min(trial.final for trial in done if trial.state == "completed")
@@ -202,11 +202,12 @@ def test_a_trial_that_is_killed_once_goes_on_and_counts(tmp_path):
 
 
 @pytest.mark.parametrize("flag, steps", [
-    ("--prune", 40), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
-    ("--n-startup-trials=2", 100)])
+    ("--prune", 70), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
+    ("--n-startup-trials=2", 100), ("--patience=8", 100), ("--patience=7", 90),
+    ("--n-warmup-steps=5 --patience=None", 10)])
 def test_where_pruning_begins_and_that_it_can_be_left_out(tmp_path, flag, steps):
     FakeProcesses.fates = {1: behind}
-    flags = ["--trials", "2", "--n-startup-trials", "1", *flag.split("=")]
+    flags = ["--trials", "2", "--n-startup-trials", "1", *re.split("[= ]", flag)]
     assert tune(tmp_path, *flags) == 0
     behind_all = trials(tmp_path)[1]
     assert behind_all.state == ("completed" if steps == 100 else "pruned")

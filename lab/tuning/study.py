@@ -112,9 +112,8 @@ class Study:
 
     def should_prune(self, trial: Trial, step: int) -> bool:
         o = self.options
-        warmup = o.steps // 3 if o.n_warmup_steps is None else o.n_warmup_steps
         return o.prune and step == max(trial.evaluations) and pruner.prune(
-            trial, self.trials, o.pruner, o.percentile, o.n_startup_trials, warmup,
+            trial, self.trials, o.pruner, o.percentile, o.n_startup_trials, warmup(o),
             o.interval_steps, o.patience)
 
     def end(self, trial: Trial, state: str, reason: str = "") -> None:
@@ -164,3 +163,9 @@ class Study:
             for step, mean in sorted(trial.means.items()):
                 board.add_scalar("return/eval", mean, step)
             recorder.add_hparams(board, trial.settings | {"state": trial.state}, trial.final)
+
+
+def warmup(options: Tune) -> int:
+    """The step before which no trial is pruned."""
+    given = options.n_warmup_steps
+    return 2 * options.steps // 3 if given is None else given
