@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import platform
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -26,10 +27,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.speed import versions  # noqa: E402
 from lab import stats  # noqa: E402
 from lab.options import Pruner  # noqa: E402
+from lab.training.job import Job  # noqa: E402
+from lab.training.loop import train  # noqa: E402
+from lab.training.processes import attempt  # noqa: E402
+from lab.training.recorder import processor  # noqa: E402
 from lab.tuning.pruner import prune  # noqa: E402
-from lab.tuning.trials import ENDED, Journal, Trial, read_trials  # noqa: E402
+from lab.tuning.trials import Journal, Trial, read_trials  # noqa: E402
 
 JOURNALS = ROOT / "bench/results/pruning"
 TRIALS, STUDIES = 16, 7  # trials of a study, studies of each kind below
@@ -50,11 +56,9 @@ KINDS = {
 
 
 def record(kind: str, number: int, runs: Path) -> None:
-    """Train a study in this process and store its journal. A trial that was interrupted begins
+    """Train a study in this process and store its journal. It resumes; an interrupted trial begins
     again."""
     from lab.options import Tune, parse_args
-    from lab.training.loop import train
-    from lab.training.processes import attempt
     from lab.tuning import surrogate
     from lab.tuning.run import check
 
@@ -68,31 +72,38 @@ def record(kind: str, number: int, runs: Path) -> None:
         if not journal.header:
             journal.append({"command": arguments, "num_envs": num_envs, "steps": options.steps,
                             "seeds": SEEDS, "study_seed": number})
-        trials = [trial for trial in journal.trials() if trial.state in ENDED]
-        while len(trials) < TRIALS:
-            guide = [Trial(t.number, t.settings, t.state,
-                           {step: returns[:2] for step, returns in t.evaluations.items()})
-                     for t in trials]
-            trial = Trial(len(trials), surrogate.ask(searched, guide, number))
-            first = (1000 * number + trial.number) * SEEDS
-            messages: list[dict] = []
-            failure = attempt(train, dataclasses.replace(
-                job, config=job.config | trial.settings,
-                seeds=tuple(range(first, first + SEEDS))), messages.append)
-            lost = failure or next((m["reason"] for m in messages if "failed_seed" in m), None)
-            trial.state = "diverged" if lost else "completed"
-            journal.append({"trial": trial.number, "settings": trial.settings})
-            for message in messages:
-                returns = [row["return/eval"] for row in message.get("rows", {}).values()]
-                if len(returns) == SEEDS:
-                    trial.record(message["step"], returns)
-                    journal.append({"trial": trial.number, "step": message["step"],
-                                    "returns": [round(value, 2) for value in returns]})
-            journal.append({"trial": trial.number, "state": trial.state, "reason": str(lost or "")})
-            trials.append(trial)
-            print(f"{path.stem}, trial {trial.number} {trial.state}", flush=True)
+        trials = journal.trials()
+        while len(trials) < TRIALS or trials[-1].state == "running":
+            if not trials or trials[-1].state != "running":
+                guide = [pair_of(trial, 0) for trial in trials]
+                trials.append(Trial(len(trials), surrogate.ask(searched, guide, number)))
+                journal.append({"trial": trials[-1].number, "settings": trials[-1].settings})
+            first = (1000 * number + trials[-1].number) * SEEDS
+            run(dataclasses.replace(job, config=job.config | trials[-1].settings,
+                                    seeds=tuple(range(first, first + SEEDS))), trials[-1], journal)
+            print(f"{path.stem}, trial {trials[-1].number} {trials[-1].state}", flush=True)
     JOURNALS.mkdir(exist_ok=True)
     stored.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
+def run(job: Job, trial: Trial, journal: Journal) -> None:
+    """Train the trial; its evaluations and its end go to the journal."""
+    messages: list[dict[str, Any]] = []
+    lost = attempt(train, job, messages.append) or next(
+        (message["reason"] for message in messages if "failed_seed" in message), None)
+    for message in messages:
+        returns = [round(row["return/eval"], 2) for row in message.get("rows", {}).values()]
+        if len(returns) == SEEDS:
+            trial.record(message["step"], returns)
+            journal.append({"trial": trial.number, "step": message["step"], "returns": returns})
+    trial.state, trial.reason = "diverged" if lost else "completed", str(lost or "")
+    journal.append({"trial": trial.number, "state": trial.state, "reason": trial.reason})
+
+
+def pair_of(trial: Trial, first: int) -> Trial:
+    """The trial as two of its seeds saw it."""
+    return Trial(trial.number, trial.settings, trial.state, {
+        step: returns[first:first + 2] for step, returns in trial.evaluations.items()})
 
 
 # The replay
@@ -118,9 +129,7 @@ def read(path: Path) -> list[Study]:
     header, *events = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
     recorded, found = read_trials(events), []
     for pair in range(0, header["seeds"], 2):
-        trials = [Trial(t.number, t.settings, t.state, {
-            step: returns[pair:pair + 2] for step, returns in t.evaluations.items()})
-            for t in recorded]
+        trials = [pair_of(trial, pair) for trial in recorded]
         others = {t.number: statistics.fmean(np.delete(
             t.evaluations[max(t.evaluations)], [pair, pair + 1]))
             for t in recorded if t.state == "completed"}
@@ -235,6 +244,8 @@ def main() -> None:
         return
     studies = [study for path in sorted(JOURNALS.glob("*.gz")) for study in read(path)]
     result = {"command": "python bench/pruning.py", "trials": TRIALS,
+              "processor": processor(), "python": platform.python_version(),
+              "versions": versions(sys.executable, ["torch", "numpy", "bayesian-optimization"]),
               "replays": dict(Counter(study.kind for study in studies)),
               "rules": [replay(rule, studies) for rule in RULES]}
     out = JOURNALS.with_name("pruning-replay.json")

@@ -134,7 +134,7 @@ class Tune(Options):
     n_startup_trials: int = 4  # completed trials before the first one is pruned
     n_warmup_steps: int | None = None  # no trial is pruned before it; none: two thirds of the steps
     interval_steps: int = 1  # steps between checks
-    # evaluations that bring no new best before a trial may be pruned; None: it may improve
+    # evaluations that bring no new best before a trial may be pruned; None: it may still improve
     patience: int | None = 1
     # Confirmation: at the end, the best three settings and the defaults train again
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults

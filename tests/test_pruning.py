@@ -79,3 +79,33 @@ def test_the_default_rule_is_the_one_that_saves_most_with_few_wrong_cuts():
     assert best["percentile"] in (None, options.percentile)
     assert options.n_startup_trials == best["startup"]
     assert study.warmup(options) == int(36_000 * Fraction(best["warmup"]))
+
+
+def test_a_recorded_study_goes_on_after_a_kill(tmp_path, monkeypatch):
+    """Killed while its second trial trains: the same lines come of it."""
+    def fake(work, job, emit):
+        if len(jobs) == kill_at:
+            raise KeyboardInterrupt
+        jobs.append(job)
+        for step in (10, 20):
+            emit({"step": step, "rows": {seed: {"return/eval": seed % 7 + step}
+                                         for seed in job.seeds}})
+
+    monkeypatch.setattr(pruning, "attempt", fake)
+    monkeypatch.setattr(pruning, "TRIALS", 3)
+    texts = []
+    for number, kill_at in enumerate((None, 1)):
+        jobs = []
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setattr(pruning, "JOURNALS", folder / "stored")
+        if kill_at:
+            with pytest.raises(KeyboardInterrupt):
+                pruning.record("sac-pendulum", 5, folder)
+            kill_at = None
+        pruning.record("sac-pendulum", 5, folder)
+        texts.append(gzip.decompress((folder / "stored/sac-pendulum-5.jsonl.gz").read_bytes()))
+        assert [job.seeds[0] for job in jobs] == [30_000, 30_006, 30_012]
+        assert {job.num_envs for job in jobs} == {8}
+    assert texts[0] == texts[1]
+    assert texts[0].count(b"\n") == 1 + 3 * 4

@@ -225,6 +225,7 @@ def test_what_is_recommended_may_lie_between_the_trials():
     best, second = surrogate.recommend(searched, trials, 2)
     assert best.name == "optimum of 6" and best.settings["lr"] == pytest.approx(0.5, abs=0.05)
     assert second.name in ("trial 2", "trial 3") and best.mean > second.mean
+    assert best.observed is None and second.observed == trials[int(second.name[-1])].final
     assert surrogate.recommend(searched, trials, 2) == [best, second], "a study that goes on agrees"
     assert surrogate.ask(searched, trials, 0) != best.settings
 

@@ -9,7 +9,7 @@ from lab.tuning.trials import Trial
 
 
 def prune(trial: Trial, trials: Sequence[Trial], pruner: Pruner = "median",
-          percentile: float = 75.0, n_startup_trials: int = 5, n_warmup_steps: int = 0,
+          percentile: float = 25.0, n_startup_trials: int = 5, n_warmup_steps: int = 0,
           interval_steps: int = 1, patience: int | None = None) -> bool:
     """Whether to stop `trial` at its last evaluation: if its best evaluation so far is strictly
     below the bar that the completed trials set, and if it brought no new best in the last

@@ -111,10 +111,10 @@ class Study:
             self.end(trial, "completed", f"stopped at step {step}: {stopped}" if stopped else "")
 
     def should_prune(self, trial: Trial, step: int) -> bool:
-        o = self.options
-        return o.prune and step == max(trial.evaluations) and pruner.prune(
-            trial, self.trials, o.pruner, o.percentile, o.n_startup_trials, warmup(o),
-            o.interval_steps, o.patience)
+        given = self.options
+        return given.prune and step == max(trial.evaluations) and pruner.prune(
+            trial, self.trials, given.pruner, given.percentile, given.n_startup_trials,
+            warmup(given), given.interval_steps, given.patience)
 
     def end(self, trial: Trial, state: str, reason: str = "") -> None:
         self.journal.append({"trial": trial.number, "state": state, "reason": reason})
