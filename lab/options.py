@@ -74,6 +74,7 @@ class Options:
     # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
     # flags override it
     config: Path | None = None
+    tuned: bool = False  # take the settings in tuned/<env>.json beside the agent; flags override
     # continue the run in this folder from its last checkpoints; with --steps or --seeds above its
     # own, make a finished run longer or give it more seeds
     resume: Path | None = None
@@ -111,6 +112,9 @@ class Vectorised(Options):
     plan: bool = False  # measure the fastest layout first (one minute), then train; cached
 
 
+Pruner = Literal["median", "percentile", "vizier"]
+
+
 @dataclass(frozen=True)
 class Tune(Options):
     """Options of hypertune.py. Agent settings given as flags apply to every trial."""
@@ -128,10 +132,17 @@ class Tune(Options):
     engine: Literal["local", "ray"] = "local"  # this machine's processes, or a Ray cluster
     address: str | None = None  # HOST:PORT of the cluster; none: RAY_ADDRESS, else one for this run
     study_seed: int = 0  # random seed of the search
-    # Median pruning
-    prune: bool = True  # prune trials that fall below the median of the completed ones
-    n_startup_trials: int = 5  # completed trials before the first one is pruned
-    n_warmup_steps: int | None = None  # no trial is pruned before this step; none: a third of steps
+    # Pruning, with the names of Optuna's pruners
+    prune: bool = True  # stop trials that fall behind the completed ones
+    # the bar: a percentile of the completed trials at the step, or Vizier's median of their
+    # running averages
+    pruner: Pruner = "percentile"
+    percentile: float = 25.0  # of --pruner percentile: the best 25% reach the bar
+    n_startup_trials: int = 4  # completed trials before the first one is pruned
+    n_warmup_steps: int | None = None  # no trial is pruned before it; none: two thirds of the steps
+    interval_steps: int = 1  # steps between checks
+    # evaluations that bring no new best before a trial may be pruned; None: it may still improve
+    patience: int | None = 1
     # Confirmation: at the end, the best three settings and the defaults train again
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
 
@@ -143,6 +154,8 @@ SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 # options that a study does not take from the --config of a run
 NOT_INHERITED = ("name", "log", "seeds", "first_seed", "workers")
+# what runs and studies had before they recorded these options
+OLDER = {"threads": 1, "fp32_library": "blas", "pruner": "vizier", "patience": None}
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
 
@@ -172,7 +185,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
                             "script")
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
-        kept = {"threads": 1, "fp32_library": "blas"} | kept  # older runs had these
+        kept = OLDER | kept
     module = load_agent(path)
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
@@ -189,7 +202,14 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
     options, config = read_flags(argv, index, *defaults, module.__doc__)
-    return (extend(options, kept) if resume and kind is not Tune else options), config
+    if resume:
+        return (extend(options, kept) if kind is not Tune else options), config
+    flags = given_flags(argv)
+    if not options.tuned or "tuned" not in flags:  # a run's config.json has the settings already
+        return options, config
+    words = [word for name, value in read_tuned(options).items() if name not in flags
+             for word in _flag(name, value)]
+    return read_flags([*argv, *words], index, *defaults, module.__doc__)
 
 
 def extend(options: Options, before: dict[str, Any]) -> Options:
@@ -201,6 +221,22 @@ def extend(options: Options, before: dict[str, Any]) -> Options:
     if options.steps == before["steps"]:
         return options
     return dataclasses.replace(options, extended=(*options.extended, before["steps"]))
+
+
+def read_tuned(options: Options) -> dict[str, Any]:
+    """The agent's settings for the environment, from tuned/ beside its file. UserError if there are
+    none."""
+    path, (env_id, *others) = Path(options.agent), options.env
+    if others:
+        raise UserError("--tuned takes one --env, since each environment has its own settings")
+    file = path.parent / "tuned" / (re.sub(r"[^\w.-]+", "_", env_id) + ".json")
+    found = _read_file(file) if file.is_file() else {}
+    if path.stem not in found:
+        known = sorted({f"{agent} on {other.stem}" for other in file.parent.glob("*.json")
+                        for agent in _read_file(other)})
+        raise UserError(f"--tuned: {file} has no settings of {path.stem}; leave it out, or take "
+                        f"{' or '.join(known) or 'an agent with a folder tuned/ beside it'}")
+    return found[path.stem]["settings"]
 
 
 def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
@@ -449,10 +485,14 @@ def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
                  "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "confirm_seeds", "action_repeat", "stop_at_evals", "stop_plateau"):
+                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals",
+                 "stop_plateau"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    percentile = getattr(options, "percentile", 0.0)
+    if not 0 <= percentile <= 100:
+        raise UserError(f"--percentile must lie in [0, 100], not {percentile}")
     if options.checkpoint_every is not None and options.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:

@@ -96,6 +96,8 @@ def test_an_old_study_goes_on(run, capsys):
     shutil.copytree(HERE / "study", "runs/studies/before")
     shutil.rmtree("runs/studies/before/confirmed/defaults")  # which is what is left to do
     assert train.run(["--resume", "runs/studies/before"], Tune, tune) == 0, capsys.readouterr().err
+    options = json.loads(Path("runs/studies/before/config.json").read_text())["options"]
+    assert (options["pruner"], options["patience"]) == ("vizier", None), "the rule of that time"
     best = json.loads(Path("runs/studies/before/best.json").read_text())
     assert best["study"]["seeds"] == [1_000_000, 1_000_001] and len(best["study"]["confirmed"]) == 2
     assert list(Path("runs/studies/before/confirmed").glob(f"defaults/{TARGET}/seed_*"))

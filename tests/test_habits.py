@@ -416,8 +416,8 @@ def study_table():
     parameters = space.read(["actor_lr=log:1e-4:1e-2", "batch_size=int:64:512"],
                             type(_config()), "agents/sac.py")
     config = dataclasses.asdict(_config()) | {"actor_lr": 0.00012345}
-    columns = [(name, config, -1234.5, [-1200.5 - n, -1300.5]) for n, name in enumerate(
-        ("defaults", "best", "second", "third"))]
+    columns = [summary.Column(name, config, -1234.5, -1200.5, [-1200.5 - n, -1300.5])
+               for n, name in enumerate(("defaults", "best", "second", "third"))]
     return summary.table(parameters, columns, 8), ["0.00012345", "256", "-1234.5", "-1250.5",
                                                    "-1251.0", "-1251.5", "-1252.0"]
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from bench import cluster, learning, memory, readme, speed, throughput, tuning
+from bench import (
+    cluster,
+    learning,
+    memory,
+    pruning,
+    readme,
+    speed,
+    throughput,
+    tuned,
+    tuning,
+)
 from bench import plan as measured_plans
 from bench import policy as measured_policies
 from lab import evaluate, train
@@ -183,6 +193,8 @@ TABLES = {
     "speed-amx-spread.md": lambda: speed.markdown(result("speed-amx")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
+    "pruning-replay.md": lambda: pruning.table(result("pruning-replay")),
+    "tuned.md": lambda: tuned.table(tuned.rows()),
     "plan.md": lambda: measured_plans.markdown(result("plan")),
     "memory.md": lambda: memory.markdown(result("memory")["mib"]),
     "cluster.md": lambda: cluster.markdown(result("cluster")),
@@ -322,8 +334,8 @@ PROSE = {
     "each {:.1f} times": lambda: [
         ratio("throughput", ("training", side), ("training", "sb3 SubprocVecEnv"))
         for side in ("lab, 1 seed x 32", "lab, 4 seeds x 8")],
-    "pruning saved {:.1%} of the environment steps. The confirmed returns were {:.0f} with pruning "
-    "and {:.0f} without": lambda: [
+    "pruning saved {:.1%} of the environment steps in a pair of whole studies of SAC on "
+    "Pendulum-v1. The confirmed returns were {:.0f} with pruning and {:.0f} without": lambda: [
         1 - result("pruning")["rows"][0]["steps"] / result("pruning")["rows"][1]["steps"],
         *(sum(row["confirmed"]) / len(row["confirmed"]) for row in result("pruning")["rows"])],
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],

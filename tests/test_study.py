@@ -114,10 +114,10 @@ def crashes(job):
 
 
 def behind(job):
-    """Every evaluation far below all others'."""
+    """Every evaluation far below all others', and below the one before."""
     for message in train(job):
         for row in message.get("rows", {}).values():
-            row["return/eval"] -= 10_000
+            row["return/eval"] -= 10_000 + 10 * message["step"]
         yield message
 
 
@@ -176,8 +176,8 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
         "completed", "diverged", "failed", "completed", "diverged", *["completed"] * 3, "pruned"]
     assert done[1].reason == f"seed {done[1].number * 2}: loss/qf is not finite"
     assert done[4].reason == "MemoryError: too large"
-    assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 4]
-    assert max(done[8].evaluations) == 40, "the first evaluation after a third of the steps"
+    assert [len(t.evaluations) for t in done] == [10, 3, 2, 10, 1, 10, 10, 10, 7]
+    assert max(done[8].evaluations) == 70, "the first evaluation after two thirds of the steps"
     jobs = [job for job in FakeProcesses.given if job.seeds[0] < HELD_OUT]
     assert [job.seeds[0] // 2 for job in jobs] == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
     worst = min(trial.final for trial in done if trial.state == "completed")
@@ -189,6 +189,7 @@ def test_each_trial_ends_in_its_state_and_registers_what_that_tells(tmp_path, ca
     out, err = capsys.readouterr()
     assert err == "FAILED trial 2: its process ended with code -9\n"
     assert "trial 2: its process ended with code -9; restarting" in out
+    assert re.search(r"\d of 5 completed trials are within one standard error \(\d", out)
     assert "9/9 trials: 5 completed, 1 pruned, 2 diverged, 1 failed, 0 running; best " in out
 
 
@@ -201,15 +202,33 @@ def test_a_trial_that_is_killed_once_goes_on_and_counts(tmp_path):
 
 
 @pytest.mark.parametrize("flag, steps", [
-    ("--prune", 40), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
-    ("--n-startup-trials=2", 100)])
+    ("--prune", 70), ("--no-prune", 100), ("--n-warmup-steps=51", 60),
+    ("--n-startup-trials=2", 100), ("--patience=8", 100), ("--patience=7", 90),
+    ("--n-warmup-steps=5 --patience=None", 10)])
 def test_where_pruning_begins_and_that_it_can_be_left_out(tmp_path, flag, steps):
     FakeProcesses.fates = {1: behind}
-    flags = ["--trials", "2", "--n-startup-trials", "1", *flag.split("=")]
+    flags = ["--trials", "2", "--n-startup-trials", "1", *re.split("[= ]", flag)]
     assert tune(tmp_path, *flags) == 0
     behind_all = trials(tmp_path)[1]
     assert behind_all.state == ("completed" if steps == 100 else "pruned")
     assert max(behind_all.evaluations) == steps
+
+
+def test_the_flags_of_pruning_reach_the_pruner(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.pruner, "prune", lambda trial, trials, *rest: asked.append(rest))
+    rules = {"--pruner": "percentile", "--percentile": 60.0, "--n-startup-trials": 2,
+             "--n-warmup-steps": 5, "--interval-steps": 7, "--patience": 3}
+    flags = [str(word) for pair in rules.items() for word in pair]
+    assert tune(tmp_path, "--trials", "1", *flags) == 0
+    assert set(asked) == {tuple(rules.values())}
+
+
+def test_a_study_may_go_on_with_another_rule(tmp_path):
+    FakeProcesses.fates = {1: behind}
+    assert tune(tmp_path, "--trials", "1", "--no-prune") == 0
+    assert tune(tmp_path, "--trials", "2", "--n-startup-trials", "1") == 0
+    assert trials(tmp_path)[1].state == "pruned"
 
 
 def test_no_completed_trial_is_a_failure(tmp_path, capsys):
@@ -271,8 +290,9 @@ def test_the_table_by_hand():
     searched = space.read([*(f"{name}=0:0.9" for name in names[:5]), "batch_size=int:2:64"],
                           load_agent("agents/sac.py").Config, "sac")
     config = dict.fromkeys(names[:5], 0.123456) | {"batch_size": 32}
-    columns = [("defaults", config, None, [1.0, 2.0, 3.0]), ("trial 7", config, 4.25, [2.0, 3.0]),
-               ("trial 8", config, 3.0, [5.0])]
+    columns = [summary.Column("defaults", config, None, None, [1.0, 2.0, 3.0]),
+               summary.Column("trial 7", config, 4.25, 6.0, [2.0, 3.0]),
+               summary.Column("optimum of 9", config, 3.0, None, [5.0])]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary.table(searched, columns, 3))
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (
@@ -280,6 +300,8 @@ def test_the_table_by_hand():
         if line.startswith("│"))}
     assert rows["qf_lr"] == ["0.123456"] * 3 and rows["batch_size"] == ["32"] * 3
     assert rows["tuned (posterior mean)"] == ["", "4.2", "3.0"]
+    assert rows["observed in its trial"] == ["", "6.0", ""]
+    assert rows["optimism (observed - confirmed)"] == ["", "3.5", ""]
     assert rows["confirmed, mean"] == ["2.0", "2.5", "5.0"] and rows["n"] == ["3", "2", "1"]
     assert rows["95% t interval"] == ["-0.5 to 4.5", "-3.9 to 8.9", "needs 2 seeds"]
     assert rows["P(better than defaults)"] == ["", "0.67", "1.00"]  # 4 of 6 pairs, ties by half
@@ -416,6 +438,10 @@ def begun(tmp_path_factory):
     ("--trials 0", r"--trials must be at least 1, not 0"),
     ("--workers 0", r"--workers must be at least 1, not 0"),
     ("--confirm-seeds 0", r"--confirm-seeds must be at least 1, not 0"),
+    ("--pruner mean", r"invalid choice 'mean' for argument '--pruner'"),
+    ("--percentile 101", r"--percentile must lie in \[0, 100\], not 101.0"),
+    ("--interval-steps 0", r"--interval-steps must be at least 1, not 0"),
+    ("--patience 0", r"--patience must be at least 1, not 0"),
     ("--n-warmup-steps -1", r"--n-warmup-steps must be 0 or more, not -1"),
     ("--trials 500_001", r"--trials 500001 x --seeds 2 reaches the held-out seeds"),
     ("--env Pendulum-v1 MountainCarContinuous-v0", r"a study takes one --env, not Pendulum"),

@@ -225,6 +225,7 @@ def test_what_is_recommended_may_lie_between_the_trials():
     best, second = surrogate.recommend(searched, trials, 2)
     assert best.name == "optimum of 6" and best.settings["lr"] == pytest.approx(0.5, abs=0.05)
     assert second.name in ("trial 2", "trial 3") and best.mean > second.mean
+    assert best.observed is None and second.observed == trials[int(second.name[-1])].final
     assert surrogate.recommend(searched, trials, 2) == [best, second], "a study that goes on agrees"
     assert surrogate.ask(searched, trials, 0) != best.settings
 
@@ -275,6 +276,17 @@ def test_a_study_beyond_the_points_of_the_surrogate_ranks_all_trials(monkeypatch
     assert len(surrogate.ranked(searched, trials)) == 20
 
 
+def test_how_many_trials_are_near_the_best_by_hand():
+    """The variances of their means are 4, 0 and 2: 2 on average, so 3 for the best's own 4, as the
+    surrogate has it, and an error of 1.7."""
+    trials = [make(0, {10: [8.0, 12.0]}), make(1, {10: [8.5, 8.5]}),
+              make(2, {10: [6.0, 6.0 + 8**0.5]}), make(3, {10: [99.0, 99.0]}, "pruned"),
+              make(4, {}, "failed")]
+    assert surrogate.near_best(trials) == (
+        "2 of 3 completed trials are within one standard error (1.7) of the best observed return, "
+        "10.0 (trial 0)")
+
+
 def test_a_parameter_that_matters_is_told_from_one_that_does_not():
     searched = read("lr=log:1e-5:1e-2", "size=int:16:512", "kind=cat:a,b,c")
     trials = drawn(searched, lambda s: 10 * (s["kind"] == "b") + math.log10(s["lr"]), 10, 0.1)
@@ -289,6 +301,10 @@ def test_a_parameter_that_matters_is_told_from_one_that_does_not():
 #   at 20:  2,  3,  4,  5, 10  -> median 4          at 30: 3, 4, 5, 6, 10 -> median 5
 CURVES = ((1, 3, 5, 7), (2, 4, 6, 8), (3, 5, 7, 9), (4, 6, 8, 10), (10, 10, 10, 10))
 FIVE = [make(i, {10 * (k + 1): [v] for k, v in enumerate(curve)}) for i, curve in enumerate(CURVES)]
+
+
+def running(curve):
+    return make(9, {10 * (k + 1): [value] for k, value in enumerate(curve)}, "running")
 
 
 @pytest.mark.parametrize("curve, settings, pruned", [
@@ -306,14 +322,47 @@ FIVE = [make(i, {10 * (k + 1): [v] for k, v in enumerate(curve)}) for i, curve i
     ((0, 0, 0), {"interval_steps": 20}, False),
     ((0, 0, 0, 0), {"interval_steps": 20}, True),
     ((0,), {"n_startup_trials": 6}, False),
-    ((0,), {"n_min_trials": 5}, True),
-    ((0,), {"n_min_trials": 6}, False),
 ])
-def test_the_median_rule_by_hand(curve, settings, pruned):
-    trial = make(9, {10 * (k + 1): [value] for k, value in enumerate(curve)}, "running")
+def test_viziers_rule_by_hand(curve, settings, pruned):
+    trial = running(curve)
+    others = [make(10, {10: [99]}, "pruned"), make(11, {10: [99]}, "diverged"), trial]
+    assert prune(trial, FIVE + others, "vizier", **settings) == pruned
+    assert not prune(trial, FIVE[1:] + others, "vizier", **settings), "four have completed"
+
+
+# The five trials at the steps themselves: 1, 2, 3, 4, 10 at 10; 3, 4, 5, 6, 10 at 20
+@pytest.mark.parametrize("curve, settings, pruned", [
+    ((3,), {"pruner": "median"}, False),
+    ((2.9,), {"pruner": "median"}, True),
+    ((0, 4.9), {"pruner": "median"}, True),  # Vizier's bar is 4
+    ((0, 5), {"pruner": "median"}, False),
+    ((5, 0), {"pruner": "median"}, False),  # its best so far counts
+    ((0, 4.9), {"pruner": "median", "percentile": 100.0}, True),  # which is for percentile
+    ((0, 5.9), {"pruner": "percentile", "percentile": 25.0}, True),  # the best quarter has 6
+    ((0, 6), {"pruner": "percentile", "percentile": 25.0}, False),
+    ((0, 3.9), {"pruner": "percentile", "percentile": 75.0}, True),  # the best three quarters
+    ((0, 4), {"pruner": "percentile", "percentile": 75.0}, False),
+    ((0, 2.9), {"pruner": "percentile", "percentile": 100.0}, True),
+    ((0, 4.4), {"pruner": "percentile", "percentile": 60.0}, True),  # 4 + 0.6 x (5 - 4) = 4.6
+    ((0, 4.7), {"pruner": "percentile", "percentile": 60.0}, False),
+    # as Optuna's PatientPruner: no new best in the last two evaluations and the one before them
+    ((2, 2.5, 1, 1), {"pruner": "median", "patience": 2}, False),
+    ((2.5, 2, 1, 1), {"pruner": "median", "patience": 2}, True),
+    ((2.5, 2, 1), {"pruner": "median", "patience": 2}, False),
+    ((2.5, 2.5, 1, 1), {"pruner": "median", "patience": 2}, False),  # equal: no worse
+    ((2.5, 2, 1), {"pruner": "median", "patience": 1}, True),
+    ((9.5, 2, 1, 1), {"pruner": "median", "patience": 2}, False),  # above the bar, 9
+])
+def test_the_percentile_rule_by_hand(curve, settings, pruned):
+    trial = running(curve)
     others = [make(10, {10: [99]}, "pruned"), make(11, {10: [99]}, "diverged"), trial]
     assert prune(trial, FIVE + others, **settings) == pruned
-    assert not prune(trial, FIVE[1:] + others, **settings), "four have completed"
+
+
+def test_a_trial_that_stopped_early_sets_the_bar_by_its_last_evaluation():
+    trials = [make(i, {10: [float(10 + i)]}) for i in range(5)]
+    assert prune(running((0, 11.9)), trials, "median")
+    assert not prune(running((0, 12)), trials, "median")
 
 
 # The journal

@@ -18,7 +18,7 @@ from lab.training.processes import run_jobs
 from lab.training.progress import SweepProgress
 from lab.tuning import summary
 from lab.tuning.study import HELD_OUT, Study
-from lab.tuning.surrogate import Candidate
+from lab.tuning.surrogate import Candidate, near_best
 
 
 def train(study: Study, best: Sequence[Candidate]) -> list[str]:
@@ -63,7 +63,7 @@ def entries(study: Study, best: Sequence[Candidate]) -> dict[Path, dict[str, Any
     """Run folder -> the agent's config: the defaults, then the best settings."""
     folder, config = study.folder / "confirmed", study.defaults.config
     return {folder / "defaults": config} | {
-        folder / name.replace(" ", "_"): config | settings for name, settings, _ in best}
+        folder / name.replace(" ", "_"): config | settings for name, settings, *_ in best}
 
 
 def finals(job: Job) -> dict[int, float]:
@@ -77,22 +77,25 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     jobs = [dataclasses.replace(study.defaults, seeds=seeds, run=str(run))
             for run in entries(study, best)]
     confirmed = [list(finals(job).values()) for job in jobs]
-    rows = [("defaults", study.defaults.config, None, confirmed[0])] + [
-        (name, study.defaults.config | settings, mean, returns)
-        for (name, settings, mean), returns in zip(best, confirmed[1:], strict=True)]
+    rows = [summary.Column("defaults", study.defaults.config, None, None, confirmed[0])] + [
+        summary.Column(name, study.defaults.config | settings, mean, observed, returns)
+        for (name, settings, mean, observed), returns in zip(best, confirmed[1:], strict=True)]
     Console().print(summary.table(study.space, rows, len(seeds), declared(options)))
-    winner = max(rows, key=lambda row: stats.t_interval(row[3])[0] if row[3] else float("-inf"))
+    print(near_best(study.trials))
+    winner = max(rows, key=lambda row: stats.t_interval(row.confirmed)[0] if row.confirmed
+                 else float("-inf"))
     kept = ("agent", "env", "env_kwargs", "steps", "action_repeat", "clip_reward", "failure_below",
             "eval_every", "eval_episodes", "eval_env", "stop_at", "stop_at_evals", "stop_plateau",
             "stop_rtol", "compile", "precision", "cuda")
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
-        "options": {key: getattr(options, key) for key in kept}, "config": winner[1],
-        "study": {"is": winner[0], "confirmed": winner[3], "seeds": list(seeds)}})
+        "options": {key: getattr(options, key) for key in kept}, "config": winner.config,
+        "study": {"is": winner.name, "confirmed": winner.confirmed, "defaults": confirmed[0],
+                  "seeds": list(seeds)}})
     plot = study.folder / "study.png"
     title = (f"{study.defaults.name}: {Path(options.agent).stem} on {options.env[0]}, "
              f"{options.steps} steps{declared(options)}")
     summary.draw(plot, study.space, study.trials, title)
-    verdict = "nothing beat the defaults" if winner[0] == "defaults" else f"best: {winner[0]}"
+    verdict = "nothing beat the defaults" if winner.name == "defaults" else f"best: {winner.name}"
     print(f"{verdict} on the held-out seeds\nplot:     {plot}\ntrain it: python learn_simple.py "
           f"--config {study.folder / 'best.json'} --seeds 4 --log")

@@ -30,7 +30,8 @@ from lab.tuning.trials import Journal
 TOP = 3  # settings to confirm
 # Options that may change when a study is resumed
 FREE = ("trials", "workers", "engine", "address", "confirm_seeds", "log_every", "checkpoint_every",
-        "name", "runs", "config", "resume", "log", "space", "fp32_library")
+        "name", "runs", "config", "resume", "log", "space", "fp32_library", "prune", "pruner",
+        "percentile", "n_startup_trials", "n_warmup_steps", "interval_steps", "patience")
 
 
 def tune(options: Tune, config: dict[str, Any]) -> int:

@@ -111,10 +111,10 @@ class Study:
             self.end(trial, "completed", f"stopped at step {step}: {stopped}" if stopped else "")
 
     def should_prune(self, trial: Trial, step: int) -> bool:
-        given, steps = self.options.n_warmup_steps, self.options.steps
-        return self.options.prune and step == max(trial.evaluations) and pruner.prune(
-            trial, self.trials, self.options.n_startup_trials,
-            steps // 3 if given is None else given)
+        given = self.options
+        return given.prune and step == max(trial.evaluations) and pruner.prune(
+            trial, self.trials, given.pruner, given.percentile, given.n_startup_trials,
+            warmup(given), given.interval_steps, given.patience)
 
     def end(self, trial: Trial, state: str, reason: str = "") -> None:
         self.journal.append({"trial": trial.number, "state": state, "reason": reason})
@@ -163,3 +163,9 @@ class Study:
             for step, mean in sorted(trial.means.items()):
                 board.add_scalar("return/eval", mean, step)
             recorder.add_hparams(board, trial.settings | {"state": trial.state}, trial.final)
+
+
+def warmup(options: Tune) -> int:
+    """The step before which no trial is pruned."""
+    given = options.n_warmup_steps
+    return 2 * options.steps // 3 if given is None else given

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -19,23 +19,35 @@ MARKS = {"completed": ("o", "tab:blue"), "pruned": ("v", "tab:orange"),
          "diverged": ("x", "tab:red"), "failed": ("x", "tab:gray")}
 
 
-def table(space: Space, columns: Sequence[tuple[str, dict[str, Any], float | None, list[float]]],
-          seeds: int, declared: str = "") -> Fitted:
-    """columns: (name, config, posterior mean or None, confirmed returns) of each setting, the
-    defaults first."""
+class Column(NamedTuple):
+    """A confirmed setting in the table. None: it was not tuned, or no trial tried it."""
+
+    name: str
+    config: dict[str, Any]
+    tuned: float | None  # posterior mean
+    observed: float | None  # return of its trial
+    confirmed: list[float]  # returns
+
+
+def table(space: Space, columns: Sequence[Column], seeds: int, declared: str = "") -> Fitted:
+    """columns: the defaults first."""
     result = Table(title=f"evaluation return, confirmed on {seeds} held-out seeds"
                    + declared, title_justify="left")
     result.add_column("")
-    for name, *_ in columns:
-        result.add_column(name, justify="right")
+    for column in columns:
+        result.add_column(column.name, justify="right")
     for parameter in space.parameters:
-        result.add_row(parameter.name, *(str(config[parameter.name]) for _, config, *_ in columns))
+        result.add_row(parameter.name, *(str(column.config[parameter.name]) for column in columns))
     result.add_section()
-    result.add_row("tuned (posterior mean)",
-                   *("" if tuned is None else f"{tuned:.1f}" for *_, tuned, _ in columns))
-    confirmed = [returns for *_, returns in columns]
+    confirmed = [column.confirmed for column in columns]
     intervals = [stats.t_interval(returns) for returns in confirmed]
-    result.add_row("confirmed, mean", *(f"{mean:.1f}" for mean, *_ in intervals))
+    optimism = [None if column.observed is None else column.observed - mean
+                for column, (mean, *_) in zip(columns, intervals, strict=True)]
+    for label, values in (("tuned (posterior mean)", [column.tuned for column in columns]),
+                          ("observed in its trial", [column.observed for column in columns]),
+                          ("confirmed, mean", [mean for mean, *_ in intervals]),
+                          ("optimism (observed - confirmed)", optimism)):
+        result.add_row(label, *("" if value is None else f"{value:.1f}" for value in values))
     result.add_row("95% t interval", *(
         "needs 2 seeds" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
         for _, low, high in intervals))

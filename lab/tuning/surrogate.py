@@ -224,12 +224,25 @@ def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
     return surrogate.ranked(trials) if surrogate else []
 
 
+def near_best(trials: Sequence[Trial]) -> str:
+    """How many completed trials are within one standard error of the best observed return."""
+    completed = [trial for trial in trials if trial.state == "completed"]
+    observations = observe(completed)
+    best = max(observations, key=lambda o: o.value)
+    number = completed[observations.index(best)].number
+    error = best.variance**0.5
+    near = sum(o.value >= best.value - error for o in observations)
+    return (f"{near} of {len(completed)} completed trials are within one standard error "
+            f"({error:.1f}) of the best observed return, {best.value:.1f} (trial {number})")
+
+
 class Candidate(NamedTuple):
     """A setting that a study recommends."""
 
     name: str
     settings: dict[str, Any]
     mean: float  # posterior mean
+    observed: float | None  # return of its trial, None if it was not tried
 
 
 def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candidate]:
@@ -239,9 +252,11 @@ def recommend(space: Space, trials: Sequence[Trial], count: int) -> list[Candida
     if surrogate is None:
         return []
     found = {space.encode(trial.settings).tobytes(): Candidate(
-        f"trial {trial.number}", trial.settings, mean) for trial, mean in surrogate.ranked(trials)}
+        f"trial {trial.number}", trial.settings, mean, trial.final)
+        for trial, mean in surrogate.ranked(trials)}
     optimum = surrogate.suggest(greedy=True)
     encoded = space.encode(optimum)
     mean = float(surrogate.predict([encoded])[0][0])
-    found.setdefault(encoded.tobytes(), Candidate(f"optimum of {len(trials)}", optimum, mean))
+    found.setdefault(encoded.tobytes(), Candidate(f"optimum of {len(trials)}", optimum, mean,
+                                                   None))
     return sorted(found.values(), key=lambda candidate: -candidate.mean)[:count]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,21 @@ class Journal:
 
     def trials(self) -> list[Trial]:
         """The trials as of opening the file."""
-        trials: list[Trial] = []
-        for event in self.events:
-            if "settings" in event:
-                trials.append(Trial(event["trial"], event["settings"]))
-            elif "step" in event:
-                trials[event["trial"]].record(event["step"], event["returns"])
-            else:
-                trials[event["trial"]].state = event["state"]
-                trials[event["trial"]].reason = event["reason"]
-        return trials
+        return read_trials(self.events)
 
     def close(self) -> None:
         self.file.close()
+
+
+def read_trials(events: Sequence[dict[str, Any]]) -> list[Trial]:
+    """The lines of a journal after its header -> the trials."""
+    trials: list[Trial] = []
+    for event in events:
+        if "settings" in event:
+            trials.append(Trial(event["trial"], event["settings"]))
+        elif "step" in event:
+            trials[event["trial"]].record(event["step"], event["returns"])
+        else:
+            trials[event["trial"]].state = event["state"]
+            trials[event["trial"]].reason = event["reason"]
+    return trials

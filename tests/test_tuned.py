@@ -1,0 +1,116 @@
+"""--tuned, and the settings that ship with it."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import tuned
+from lab.agent import load_agent
+from lab.errors import UserError
+from lab.options import Simple, Tune, parse_args
+from lab.tuning import space
+
+LANDER = ["agents/ppo.py", "--env", "LunarLanderContinuous-v3"]
+SHIPPED = [(path.stem, agent, entry) for path in sorted(tuned.TUNED.glob("*.json"))
+           for agent, entry in json.loads(path.read_text()).items()]
+
+
+@pytest.mark.parametrize("env, agent, entry", SHIPPED)
+def test_what_ships_is_taken_and_comes_from_a_result_that_beats_the_defaults(env, agent, entry):
+    argv = [f"agents/{agent}.py", "--env", env]
+    _, config = parse_args([*argv, "--tuned"])
+    assert config == parse_args(argv)[1] | entry["settings"] != parse_args(argv)[1]
+    path = tuned.ROOT / entry["source"]
+    source = json.loads((path / ("best.json" if "tuned/" in entry["source"] else "config.json"))
+                        .read_text())
+    assert config == config | source["config"]
+    (row,) = (row for row in tuned.rows() if row.source.split(",")[0] == entry["source"]
+              .removeprefix("bench/results/"))
+    assert (row.agent, row.env) == (agent, env) and row.improvement > tuned.LEAST
+
+
+def test_flags_override_what_is_tuned():
+    _, config = parse_args(["--gamma", "0.5", "--tuned", *LANDER, "--num-steps=64"])
+    assert (config["gamma"], config["num_steps"], config["ent_coef"]) == (0.5, 64, 0.01)
+    assert parse_args([*LANDER, "--no-tuned"])[1] == parse_args(LANDER)[1]
+
+
+def test_a_config_json_that_was_tuned_keeps_the_settings_of_its_run(tmp_path):
+    options, config = parse_args([*LANDER, "--tuned"])
+    assert options.tuned
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"options": dataclasses.asdict(options) | {"runs": "runs"},
+                                "config": config | {"gamma": 0.5}}))
+    assert parse_args(["--config", str(path)])[1] == config | {"gamma": 0.5}
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([*LANDER, "Pendulum-v1", "--tuned"], r"--tuned takes one --env, since each"),
+    (["agents/ppo.py", "--tuned"], r"Pendulum-v1.json has no settings of ppo; leave it out, or "
+     r"take ppo on LunarLanderContinuous-v3"),
+    (["agents/bro.py", *LANDER[1:], "--tuned"], r"v3.json has no settings of bro; leave it"),
+    (["{folder}/mine.py", "--tuned"], r"it out, or take an agent with a folder tuned/ beside"),
+])
+def test_what_was_not_tuned_is_refused_in_a_line(argv, words, tmp_path):
+    shutil.copy("agents/sac.py", tmp_path / "mine.py")
+    with pytest.raises(UserError, match=words) as error:
+        parse_args([word.format(folder=tmp_path) for word in argv], Simple)
+    assert "\n" not in str(error.value)
+
+
+# The studies
+
+
+@pytest.mark.parametrize("name", tuned.STUDIES)
+def test_the_commands_of_the_studies_can_be_read(name):
+    options, _ = parse_args(tuned.STUDIES[name][0].split(), Tune)
+    searched = space.read(options.space, load_agent(options.agent).Config, options.agent)
+    assert len(searched.parameters) > 4
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A finished study: its best setting and the returns are the arguments."""
+    monkeypatch.setattr(tuned, "RESULTS", tmp_path / "results/tuned")
+    monkeypatch.setattr(tuned, "TUNED", tmp_path / "tuned")
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for name in ("trials.jsonl", "config.json", "versions.json", "study.png"):
+        (folder / name).write_text(name)
+
+    def finish(best, confirmed, defaults):
+        options, config = parse_args(["agents/sac.py", "--env", "LunarLanderContinuous-v3"])
+        (folder / "best.json").write_text(json.dumps({
+            "options": {"agent": options.agent, "env": options.env, "steps": 50_000},
+            "config": config | {"gamma": 0.98, "tau": 0.01},
+            "study": {"is": best, "confirmed": confirmed, "defaults": defaults}}))
+        tuned.store("sac-lander", folder)
+        return tuned.table(tuned.rows())
+
+    return finish
+
+
+def test_the_best_settings_of_a_study_ship_beside_those_of_other_agents(study, tmp_path):
+    path = tmp_path / "tuned/LunarLanderContinuous-v3.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"ppo": {"settings": {"gamma": 0.9}, "source": "x"}}))
+    text = study("trial 3", [200.0, 220.0, 240.0], [100.0, 120.0, 210.0])  # 8 of 9 pairs
+    entries = json.loads(path.read_text())
+    assert entries["ppo"]["settings"] == {"gamma": 0.9}
+    assert entries["sac"] == {"settings": {"gamma": 0.98, "tau": 0.01},
+                              "source": "bench/results/tuned/sac-lander"}
+    assert re.search(r"\| sac .*\| 220 \(.* n=3 \| 0.8[0-9] \| yes \|", text)
+    assert sorted(p.name for p in (tmp_path / "results/tuned/sac-lander").iterdir()) == [
+        "best.json", "config.json", "study.png", "trials.jsonl.gz", "versions.json"]
+
+
+@pytest.mark.parametrize("best, confirmed", [
+    ("defaults", [100.0, 120.0, 230.0]), ("trial 3", [110.0, 220.0, 240.0])])  # 6 of 9 pairs
+def test_a_study_that_does_not_beat_the_defaults_is_listed_and_ships_nothing(
+        study, tmp_path, best, confirmed):
+    text = study(best, confirmed, [100.0, 120.0, 230.0])
+    assert re.search(r"\| sac .*\| no \|", text) and not Path(tmp_path / "tuned").exists()
