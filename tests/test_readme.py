@@ -191,6 +191,8 @@ TABLES = {
     "speed-spread.md": lambda: speed.markdown(result("speed")),
     "speed-amx.md": lambda: speed.summary(result("speed-amx")),
     "speed-amx-spread.md": lambda: speed.markdown(result("speed-amx")),
+    "speed-amx-sac.md": lambda: speed.summary(result("speed-amx-sac")),
+    "speed-amx-sac-spread.md": lambda: speed.markdown(result("speed-amx-sac")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
     "pruning-replay.md": lambda: pruning.table(result("pruning-replay")),
