@@ -17,6 +17,7 @@ from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
 from lab.report.runs import changes, origins
+from lab.stopping import stops
 from lab.training import checkpoint, recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
 from lab.training.processes import Engine, run_jobs
@@ -91,6 +92,9 @@ def extend(folder: Path, options: Options) -> None:
     before = content["options"]
     if (options.steps, options.seeds) == (before["steps"], before["seeds"]):
         return
+    if options.seeds > before["seeds"] and stops(options):
+        raise UserError(f"{folder} has a rule to stop, which needs the mean of all seeds: it gets "
+                        "no more seeds; start a new run with --config")
     for group, stacks in recorder.find_stacks(folder).items():
         if stop := recorder.read_stop(group):
             raise UserError(f"{group} stopped at step {stop['step']} by its rule: it gets no "

@@ -96,6 +96,15 @@ def test_a_stop_at_the_last_step_is_a_finished_run(tmp_path):
     assert recorder.read_stop(group) is None
 
 
+def test_a_run_with_a_rule_gets_no_more_seeds(tmp_path, capsys):
+    """A stack of new seeds would stop by its own mean, and cut the others' results there."""
+    folder, group = run(tmp_path, "--stop-at", "1e9")
+    assert recorder.read_stop(group) is None
+    assert train.run(["--resume", str(folder), "--seeds", "2"]) == 2
+    assert "has a rule to stop, which needs the mean of all seeds" in capsys.readouterr().err
+    assert not (group / "seed_1").exists()
+
+
 @pytest.mark.parametrize("flags, line", [
     (["--stop-at-evals", "0"], "--stop-at-evals must be at least 1, not 0"),
     (["--stop-plateau", "0"], "--stop-plateau must be at least 1, not 0"),

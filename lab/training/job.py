@@ -166,7 +166,7 @@ def stacks_of(options: Options, env_id: str, seeds: range, processes: int
               ) -> list[tuple[int, ...]]:
     """The seeds in stacks. A resumed run keeps its own, unless these are among the new ones, and
     gets others for its new seeds."""
-    new = [tuple(seeds)] if stops(options) else split_seeds(seeds, len(options.env), processes)
+    new = shares_of(options, seeds, len(options.env), processes)
     group = group_folder(options.resume or Path(), env_id, Path(options.agent).stem)
     old = [tuple(members_of(stack)) for stack in group.glob("stack_*_*")] if options.resume else []
     if set(old) <= set(new):
@@ -190,6 +190,12 @@ def check_names(options: Options) -> None:
         if other != env_id:
             raise UserError(f"{other} and {env_id} would write to the same folder: train them in "
                             "two runs")
+
+
+def shares_of(rules: Any, seeds: Sequence[int], environments: int, processes: int
+              ) -> list[tuple[int, ...]]:
+    """The seeds in stacks: a single one if a rule may stop the run, since it needs all seeds."""
+    return [tuple(seeds)] if stops(rules) else split_seeds(seeds, environments, processes)
 
 
 def split_seeds(seeds: Sequence[int], environments: int, processes: int) -> list[tuple[int, ...]]:

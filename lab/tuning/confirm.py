@@ -10,10 +10,9 @@ from rich.console import Console
 from lab import stats
 from lab.options import Options, Simple
 from lab.report import curves
-from lab.stopping import stops
 from lab.train import declared, describe
 from lab.training import recorder
-from lab.training.job import Job, split_seeds
+from lab.training.job import Job, shares_of
 from lab.training.processes import run_jobs
 from lab.training.progress import SweepProgress
 from lab.tuning import summary
@@ -26,8 +25,7 @@ def train(study: Study, best: Sequence[Candidate]) -> list[str]:
     seeds = held_out(study)
     jobs = [dataclasses.replace(study.defaults, seeds=share, config=config, run=str(run))
             for run, config in entries(study, best).items()
-            for share in ([tuple(seeds)] if stops(study.options) else
-                          split_seeds(seeds, 1 + len(best), study.workers))]
+            for share in shares_of(study.options, seeds, 1 + len(best), study.workers)]
     jobs = [job for job in jobs if len(finals(job)) < len(job.seeds)]  # the rest are done
     for run, config in entries(study, best).items():
         describe_run(study, run, config)
