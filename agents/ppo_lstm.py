@@ -237,17 +237,11 @@ class Agent:
             inputs.append(x)
         return torch.stack(inputs, 2).flatten(1, 2)
 
-    def eval_policy(self):
-        """-> a function for one episode, as act(obs, explore=False), which begins one each time."""
-        memory = None
-
-        @torch.no_grad()
-        def act(obs):
-            nonlocal memory
-            inputs, memory = self.lstm(self.normalise(obs), memory)
-            return self.actor(inputs).clamp(self.low, self.high)
-
-        return act
+    @torch.no_grad()
+    def act_with_memory(self, obs, memory=None):
+        """As act(obs, explore=False), with memory (S, N, 2 H) -> actions, the memory after them."""
+        inputs, memory = self.lstm(self.normalise(obs), memory)
+        return self.actor(inputs).clamp(self.low, self.high), memory
 
     @torch.no_grad()
     def act(self, obs, explore=True):

@@ -140,6 +140,12 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
                tuple(actions.shape))
         expect("act", f"actions of {obs.dtype}", actions.dtype == obs.dtype, actions.dtype)
         expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
+    if hasattr(agent, "act_with_memory"):
+        result = call("act_with_memory", agent.act_with_memory, obs)
+        shapes = [(*getattr(x, "shape", "?"),) for x in result] if type(result) is tuple else result
+        expect("act_with_memory", f"actions and a memory, shapes (S, N, A) = ({S}, {N}, "
+               f"{spec.action_dim}) and ({S}, {N}, M)", type(shapes) is list and len(shapes) == 2
+               and shapes[0] == actions.shape and shapes[1][:-1] == (S, N), shapes)
     zeros, metrics = torch.zeros(S, N, device=device), {}
     for _ in range(5_000):
         call("observe", agent.observe, obs, actions, zeros, obs, zeros, zeros)

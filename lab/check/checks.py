@@ -139,13 +139,26 @@ def _frozen(subject: AgentUnderTest) -> None:
     obs = torch.rand(len(SEEDS), 5, OBS_DIM).to(subject.device)
     first, second = agent.act(obs, explore=False), agent.act(obs, explore=False)
     require(torch.equal(first, second), "two calls with the same obs gave different actions")
-    if hasattr(agent, "eval_policy"):
-        policies = agent.eval_policy(), agent.eval_policy()
-        for _ in range(2):
-            require(torch.equal(*(policy(obs) for policy in policies)),
-                    "two evaluations with the same obs differ")
+    if hasattr(agent, "act_with_memory"):
+        require_pure_memory(agent, obs)
     require(not first.requires_grad, "the action has a gradient")
     require_same(before, flat_state(save_state(agent)), "it changed {} in the agent's state")
+
+
+def require_pure_memory(agent: Any, obs: torch.Tensor) -> None:
+    """An episode begins with zeros as with None, and depends on nothing but obs and memory."""
+    actions, memory = agent.act_with_memory(obs)
+    require(torch.equal(actions, agent.act(obs, explore=False)),
+            "act_with_memory begins an episode with other actions than act(obs, explore=False)")
+    kept = memory.clone()
+    for _ in range(2):
+        again = agent.act_with_memory(obs, torch.zeros_like(memory))
+        require(all(map(torch.equal, again, (actions, kept))),
+                "act_with_memory with zeros does not begin an episode as without a memory")
+        later = agent.act_with_memory(obs, memory)
+        repeated = agent.act_with_memory(obs, memory)
+        require(all(map(torch.equal, later, repeated)) and torch.equal(memory, kept),
+                "act_with_memory gave other results for the same memory, or changed it")
 
 
 @check("metrics are finite, detached and of shape (S,)")

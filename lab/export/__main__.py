@@ -4,8 +4,9 @@
     python -m lab.export runs/sac-20260101-120000/Hopper-v5/sac/seed_3 --format numpy --which best
 
 Everything is inside: normalisation of the observation, squashing, scaling to the bounds. Input:
-observations (B, O), any B; output: actions (B, A) in environment units, without exploration. The
-export is compared with the agent before it is kept. Beside it, policy.json says what it is.
+observations (B, O), any B; output: actions (B, A) in environment units, without exploration. A
+policy with memory also takes the memory (B, M) and returns the next. The export is compared with
+the agent before it is kept. Beside it, policy.json says what it is.
 """
 
 import importlib.util
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab import accelerate
 from lab.errors import UserError, first_line, guarded
@@ -34,8 +36,9 @@ from lab.training import recorder
 from lab.training.checkpoint import Which
 
 OBSERVATIONS, TOLERANCE = 1_000, 1e-5  # of the comparison with the agent
+TIES = 1e-3  # of discrete choices may differ: rounding decides between two of equal probability
 DECISIONS = 300  # timed
-Act = Callable[[np.ndarray], np.ndarray]
+Step = Callable[..., Sequence[np.ndarray]]  # obs (B, O) -> actions (B, A); with memory, as inputs()
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse_flags(Options, argv, __doc__)
     accelerate.prepare_process()
     policy = load_policy(options.path, options.seed, options.which, options.agent)
-    if hasattr(policy.agent, "eval_policy"):
-        raise UserError(f"{policy.run.options.agent} has a memory, which no export holds yet: "
-                        "use lab.policy.load_policy")
+    check_exportable(policy)
     out = options.out or policy.folder / f"policy_{options.format}"
     if out.exists():
         raise UserError(f"{out} exists: name another with --out")
@@ -68,50 +69,133 @@ def run(argv: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     print(policy.describe())
-    print(f"largest difference to the agent on {OBSERVATIONS} observations: "
-          f"{result['largest_difference']:.1e}")
+    print(compared(policy, result[measure(policy)]))
     print(f"one decision: {result['decision_us']:.0f} us, by the agent in torch "
           f"{result['torch_decision_us']:.0f} us")
     print(*sorted(out.iterdir()), sep="\n")
     return 0
 
 
+def check_exportable(policy: Policy) -> None:
+    """UserError for a policy that no graph with these inputs can hold."""
+    name = Path(policy.run.options.agent).name
+    if hasattr(policy.agent, "eval_policy") and not hasattr(policy.agent, "act_with_memory"):
+        raise UserError(f"{name} keeps its memory inside eval_policy(): an export needs "
+                        "act_with_memory() (docs/own-agent.md); or use lab.policy.load_policy")
+    with RefuseDraws(f"{name} draws random numbers for each action, so it does not export: "
+                     "use lab.policy.load_policy"):
+        policy(np.zeros(policy.spec.obs_dim))
+    policy.reset()
+
+
+class RefuseDraws(TorchDispatchMode):
+    """UserError with this message where torch draws random numbers."""
+
+    def __init__(self, message: str):
+        super().__init__()
+        self.message = message
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            raise UserError(self.message)
+        return op(*args, **(kwargs or {}))
+
+
 def export(policy: Policy, kind: str, folder: Path) -> dict[str, Any]:
     """Write the policy into a new folder -> what its policy.json says. UserError if it cannot be
     exported, or if it differs from the agent."""
-    name = Path(policy.run.options.agent).name
+    refused = f"{Path(policy.run.options.agent).name} does not export to {kind}"
     folder.mkdir()
     try:
-        act = FORMATS[kind](policy, folder)
-        gap = largest_difference(policy, act)
+        exported = Exported(FORMATS[kind](policy, folder), widths(policy)[1:])
+        gap = difference(policy, exported)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} does not export to {kind}: {type(error).__name__}: "
-                        f"{first_line(error)}") from error
-    if not gap <= TOLERANCE:
-        raise UserError(f"{name} does not export to {kind}: its actions differ by {gap:.1e} from "
-                        "the agent's")
-    about = policy.about() | {
-        "format": kind, "largest_difference": gap, "decision_us": decision_us(policy, act),
+        raise UserError(f"{refused}: {type(error).__name__}: {first_line(error)}") from error
+    if not gap <= (TIES if policy.spec.num_actions else TOLERANCE):
+        raise UserError(f"{refused}: {compared(policy, gap)}")
+    about = policy.about() | interface(policy) | {
+        "format": kind, measure(policy): gap, "decision_us": decision_us(policy, exported),
         "torch_decision_us": decision_us(policy, policy), "versions": recorder.versions()}
     recorder.write_json(folder / "policy.json", about)
     return about
 
 
-def largest_difference(policy: Policy, act: Act) -> float:
-    """On observations of three sizes, together and one by one; relative to half the range of an
-    action if that is above 1."""
-    draw = np.random.default_rng(0).standard_normal((OBSERVATIONS, policy.spec.obs_dim))
-    obs = (draw * np.resize([0.1, 1, 10], (OBSERVATIONS, 1))).astype(np.float32)
-    half = (np.array(policy.spec.action_high) - policy.spec.action_low) / 2
-    scale = np.where(np.isfinite(half), half, 1).clip(1)
-    together = np.abs(act(obs) - policy(obs)).max(0)
-    alone = np.abs([act(x[None])[0] - policy(x) for x in obs[:30]]).max(0)
-    return float((np.maximum(together, alone) / scale).max())
+def interface(policy: Policy) -> dict[str, Any]:
+    """Names and shapes of inputs and outputs. A policy with memory begins an episode with zeros,
+    and then takes the memory that it returned."""
+    found: dict[str, Any] = {"inputs": {"obs": ["B", policy.spec.obs_dim]},
+                             "outputs": {"actions": ["B", policy.spec.action_dim]}}
+    if hasattr(policy.agent, "act_with_memory"):
+        _, memory = policy.agent.act_with_memory(torch.zeros(1, 1, policy.spec.obs_dim))
+        found["inputs"]["memory"] = found["outputs"]["next_memory"] = ["B", memory.shape[-1]]
+        found["first_memory"] = 0.0
+    return found
 
 
-def decision_us(policy: Policy, act: Act) -> float:
+def widths(policy: Policy) -> list[int]:
+    """The second size of each input."""
+    return [width for _, width in interface(policy)["inputs"].values()]
+
+
+class Exported:
+    """What was written, read back: acts on obs (B, O) and is reset as a Policy."""
+
+    def __init__(self, step: Step, memory: Sequence[int] = ()):
+        """`memory`: its width, for a policy that has one."""
+        self.step, self.widths = step, memory
+        self.reset()
+
+    def reset(self) -> None:
+        self.memory: list[np.ndarray] | None = None
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        if self.memory is None:
+            self.memory = [np.zeros((len(obs), width), np.float32) for width in self.widths]
+        actions, *self.memory = self.step(obs, *self.memory)
+        return actions
+
+
+def difference(policy: Policy, exported: Exported) -> float:
+    """Over two episodes, in batches and one by one. The largest, relative to half the range of an
+    action if that is above 1; of discrete actions, the share of observations with another choice.
+    """
+    spec, draw = policy.spec, np.random.default_rng(0)
+    obs = draw.standard_normal((OBSERVATIONS, spec.obs_dim))
+    obs *= np.resize([0.1, 1, 10], (OBSERVATIONS, 1))
+    obs[:, spec.mask] = draw.random(obs[:, spec.mask].shape) < 0.7
+    obs = obs.astype(np.float32)
+    gaps = np.concatenate([
+        np.abs(episodes(exported, rows) - episodes(policy, rows)).reshape(-1, spec.action_dim)
+        for rows in (obs.reshape(2, -1, 50, spec.obs_dim), obs[:40].reshape(2, -1, 1, spec.obs_dim))])
+    if spec.num_actions:
+        return float((gaps != 0).any(1).mean())
+    half = (np.array(spec.action_high) - spec.action_low) / 2
+    return float((gaps.max(0) / np.where(np.isfinite(half), half, 1).clip(1)).max())
+
+
+def episodes(policy: Policy | Exported, obs: np.ndarray) -> np.ndarray:
+    """obs (episodes, steps, B, O) -> actions (episodes, steps, B, A)."""
+    actions = []
+    for episode in obs:
+        policy.reset()
+        actions.append([policy(x) for x in episode])
+    policy.reset()
+    return np.array(actions)
+
+
+def measure(policy: Policy) -> str:
+    return "different_choices" if policy.spec.num_actions else "largest_difference"
+
+
+def compared(policy: Policy, gap: float) -> str:
+    if policy.spec.num_actions:
+        return f"choices that differ from the agent's on {OBSERVATIONS} observations: {gap:.1%}"
+    return f"largest difference to the agent on {OBSERVATIONS} observations: {gap:.1e}"
+
+
+def decision_us(policy: Policy, act: Policy | Exported) -> float:
     """Median time of an action for one observation, in microseconds."""
     obs, times = np.zeros((1, policy.spec.obs_dim), np.float32), []
     for _ in range(DECISIONS):
@@ -122,7 +206,8 @@ def decision_us(policy: Policy, act: Act) -> float:
 
 
 class ActModule(nn.Module):
-    """act(explore=False) of a single seed as a module: obs (B, O) -> actions (B, A)."""
+    """act(explore=False) of a single seed as a module: obs (B, O) -> actions (B, A); or
+    act_with_memory, with memory (B, M) -> actions, memory."""
 
     def __init__(self, agent: Any):
         super().__init__()
@@ -131,59 +216,72 @@ class ActModule(nn.Module):
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        actions: torch.Tensor = self.agent.act(obs[None], explore=False)[0]
-        return actions
+    def forward(self, obs: torch.Tensor, memory: torch.Tensor | None = None) -> Any:
+        if memory is None:
+            return self.agent.act(obs[None], explore=False)[0]
+        actions, memory = self.agent.act_with_memory(obs[None], memory[None])
+        return actions[0], memory[0]
+
+
+def examples(policy: Policy) -> tuple[torch.Tensor, ...]:
+    """Of each input. Two rows, since torch takes a size of 1 for a constant."""
+    return tuple(torch.zeros(2, width) for width in widths(policy))
 
 
 def exported_program(policy: Policy) -> torch.export.ExportedProgram:
-    """Any B: its example has 2 rows, since torch takes a size of 1 for a constant."""
-    example = torch.zeros(2, policy.spec.obs_dim)
+    """For any B."""
+    args, batch = examples(policy), torch.export.Dim("batch")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about itself
         return torch.export.export(
-            ActModule(policy.agent), (example,), strict=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},)).run_decompositions()
+            ActModule(policy.agent), args, strict=False,
+            dynamic_shapes=tuple({0: batch} for _ in args)).run_decompositions()
 
 
-def to_onnx(policy: Policy, folder: Path) -> Act:
+def to_onnx(policy: Policy, folder: Path) -> Step:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError("--format onnx needs pip install onnx onnxscript onnxruntime")
     import onnxruntime
 
-    path = str(folder / "policy.onnx")
+    path, names = str(folder / "policy.onnx"), interface(policy)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(exported_program(policy), input_names=["obs"], output_names=["actions"],
-                          dynamo=True, verbose=False, external_data=False, f=path)
+        torch.onnx.export(
+            exported_program(policy), input_names=[*names["inputs"]],
+            output_names=[*names["outputs"]], dynamo=True, verbose=False, external_data=False,
+            f=path)
     one_thread = onnxruntime.SessionOptions()
     one_thread.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, one_thread, providers=["CPUExecutionProvider"])
-    return lambda obs: session.run(None, {"obs": obs})[0]
+    return lambda *args: session.run(None, dict(zip(names["inputs"], args, strict=True)))
 
 
-def to_torchscript(policy: Policy, folder: Path) -> Act:
+def to_torchscript(policy: Policy, folder: Path) -> Step:
     path = str(folder / "policy.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(ActModule(policy.agent), torch.zeros(2, policy.spec.obs_dim))
+        traced = torch.jit.trace(ActModule(policy.agent), examples(policy))
         torch.jit.freeze(traced.eval()).save(path)  # without what act does not use
         loaded = torch.jit.load(path)
-    return lambda obs: loaded(torch.from_numpy(obs)).numpy()
+    return lambda *args: [x.numpy() for x in in_tuple(loaded(*map(torch.from_numpy, args)))]
 
 
-def to_numpy(policy: Policy, folder: Path) -> Act:
+def to_numpy(policy: Policy, folder: Path) -> Step:
     write_numpy(exported_program(policy), folder, policy.describe())
     spec = importlib.util.spec_from_file_location("exported_policy", folder / "policy.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda obs: module.act(obs)
+    return lambda *args: in_tuple(module.act(*args))
 
 
-FORMATS: dict[str, Callable[[Policy, Path], Act]] = {
+def in_tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+FORMATS: dict[str, Callable[[Policy, Path], Step]] = {
     "onnx": to_onnx, "torchscript": to_torchscript, "numpy": to_numpy}
 
 if __name__ == "__main__":

@@ -35,10 +35,20 @@ def evaluate(agent: Any, evaluation: VectorEnvs, *stream: int, on_step: OnStep =
 
 def eval_policy(agent: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """obs (S, N, O) -> deterministic actions (S, N, A), for one episode of each environment."""
-    if hasattr(agent, "eval_policy"):  # an agent with memory
+    if hasattr(agent, "eval_policy"):  # several stacks, or an agent of before act_with_memory
         policy: Callable[[torch.Tensor], torch.Tensor] = agent.eval_policy()
         return policy
-    return functools.partial(agent.act, explore=False)
+    if not hasattr(agent, "act_with_memory"):
+        return functools.partial(agent.act, explore=False)
+    memory = None
+
+    def act(obs: torch.Tensor) -> torch.Tensor:
+        nonlocal memory
+        actions: torch.Tensor
+        actions, memory = agent.act_with_memory(obs, memory)
+        return actions
+
+    return act
 
 
 def run_episodes(agent: Any, envs: VectorEnvs, *stream: int, explore: bool = False,
