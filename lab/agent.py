@@ -142,10 +142,11 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
     if hasattr(agent, "act_with_memory"):
         result = call("act_with_memory", agent.act_with_memory, obs)
-        shapes = [(*getattr(x, "shape", "?"),) for x in result] if type(result) is tuple else result
-        expect("act_with_memory", f"actions and a memory, shapes (S, N, A) = ({S}, {N}, "
-               f"{spec.action_dim}) and ({S}, {N}, M)", type(shapes) is list and len(shapes) == 2
-               and shapes[0] == actions.shape and shapes[1][:-1] == (S, N), shapes)
+        got = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+               for x in (result if isinstance(result, tuple) else [result])]
+        expect("act_with_memory", f"actions and a memory, (S, N, A) = ({S}, {N}, "
+               f"{spec.action_dim}) and (S, N, M)", len(got) == 2 and got[0] == actions.shape
+               and got[1][:-1] == (S, N), got)
     zeros, metrics = torch.zeros(S, N, device=device), {}
     for _ in range(5_000):
         call("observe", agent.observe, obs, actions, zeros, obs, zeros, zeros)

@@ -180,9 +180,17 @@ def test_a_rehearsal_of_an_agent_makes_few_steps_of_its_optimisers(path):
     ("update", "return {'loss': torch.zeros(3).numpy()}", r"should give .*'loss' with a ndarray"),
     ("update", "return {1: torch.zeros(2)}", r"should give names .*1 with a Tensor"),
     ("state_dict", "return [self.gain]", r"should give a dict, but gave list"),
+    ("act_with_memory", "return obs[..., :2]",
+     r"should give actions and a memory, .*= \(3, 3, 2\) and \(.*M\), but gave \[\(3, 3, 2\)\]"),
+    ("act_with_memory", "return obs[..., :2], (obs, obs)", r"gave \[\(3, 3, 2\), 'tuple'\]"),
+    ("act_with_memory", "return obs[..., :2], obs.mean(1)", r"gave \[\(3, 3, 2\), \(3, 3\)\]"),
+    ("act_with_memory", "return obs[..., :1], obs", r"gave \[\(3, 3, 1\), \(3, 3, 3\)\]"),
 ])
 def test_a_verb_that_breaks_the_contract_is_named(tmp_path, verb, line, words):
-    text = re.sub(rf"(def {verb}\(.*\n) .*", rf"\1        {line}", KEEPS_THE_CONTRACT)
+    text = KEEPS_THE_CONTRACT
+    if verb == "act_with_memory":
+        text += "\n    def act_with_memory(self, obs, memory=None):\n        pass\n"
+    text = re.sub(rf"(def {verb}\(.*\n) .*", rf"\1        {line}", text)
     assert line in text
     pattern = rf"^mine.py breaks the contract: {verb} .*{words}"
     with pytest.raises(UserError, match=pattern) as caught:

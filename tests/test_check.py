@@ -37,6 +37,8 @@ JOINED = f"""N, O = obs.shape[1:]
         self.late, oldest = next_obs, end % self.rows.shape[1]
         self.rows[:, self.position : end, -2 - O : -2] = self.rows[:, oldest : oldest + N, :O]
         """
+REMEMBERS = """        inputs, memory = self.lstm(self.normalise(obs), memory)
+        return"""
 
 # name: agent, what is replaced, by what, the checks that run, those that must fail
 BROKEN = {
@@ -67,9 +69,16 @@ BROKEN = {
     "mask ignored": ("ppo_discrete", "if self.spec.mask_start is not None:", "if False:",
                      (NUMBER, BOUNDS), {BOUNDS}),
     "evaluation remembers in the agent": (
-        "ppo_lstm", "            inputs, memory = self.lstm(self.normalise(obs), memory)\n"
-        "            return", "            inputs, self.memory = self.lstm(self.normalise(obs), "
-        "memory)\n            return", (BOUNDS, FROZEN), {FROZEN}),
+        "ppo_lstm", REMEMBERS, REMEMBERS.replace("\n", "\n        self.memory = memory\n", 1),
+        (BOUNDS, FROZEN), {FROZEN}),
+    "evaluation does not begin with zeros": (
+        "ppo_lstm", REMEMBERS, "        if memory is None:\n            memory = "
+        f"obs.new_ones(*obs.shape[:2], 2 * self.lstm.units)\n{REMEMBERS}", (BOUNDS, FROZEN),
+        {FROZEN}),
+    "evaluation overwrites the memory": (
+        "ppo_lstm", REMEMBERS, "        old = memory\n" + REMEMBERS.replace(
+            "\n", "\n        memory = memory if old is None else old.copy_(memory)\n", 1),
+        (BOUNDS, FROZEN), {FROZEN}),
     "noise not clamped": ("cem", "return actions.clamp(self.low, self.high)", "return actions",
                           (NUMBER, BOUNDS), {BOUNDS}),
     "normalised while acting": (

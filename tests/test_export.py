@@ -1,7 +1,10 @@
 """python -m lab.export: what is exported acts as the agent does."""
 
+import contextlib
+import functools
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lab.errors import guarded
+from lab.errors import UserError, guarded
 from lab.export import __main__ as export
 from lab.export import numpy_code
 from lab.policy import load_policy
@@ -23,8 +26,46 @@ from tests.test_evaluate import EPISODIC, STEPS, group, train
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, (
     "onnx", "onnxscript", "onnxruntime"))), reason="no onnx, onnxscript and onnxruntime")
 OBS = np.random.default_rng(1).normal(size=(40, 3)).astype(np.float32)
-EXPORTABLE = [path for path in AGENTS if path.stem != "cem"]
-QUICK = ("ppo",)
+CASES = {path.stem: (path, EPISODIC) for path in AGENTS if path.stem != "cem"} | {
+    name: (Path("agents/ppo_discrete.py"), env_id) for name, env_id in (
+        ("ppo_discrete", "lab/DiscreteTarget-v0"),  # two choices
+        ("one_choice", "tests.probe_envs:lab-tests/Choices-v0"),
+        ("masked", "tests.probe_envs:lab-tests/FlatMasked-v0"))}
+QUICK = [("ppo", "torchscript"), ("ppo_lstm", "numpy"), ("masked", "numpy"), ("ppo", "onnx")]
+# One decision of each format: obs, and memory if it has one -> actions, and memory
+STEP = {
+    "numpy": """
+from policy import act
+def step(*args):
+    result = act(*args)
+    return result if isinstance(result, tuple) else [result]
+""",
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession("policy.onnx")
+def step(*args):
+    return session.run(list(about["outputs"]), dict(zip(about["inputs"], args)))
+""",
+    "torchscript": """
+import torch
+policy = torch.jit.load("policy.pt")
+def step(*args):
+    result = policy(*map(torch.from_numpy, args))
+    return [x.numpy() for x in (result if isinstance(result, tuple) else [result])]
+"""}
+EPISODES = """
+import json
+about = json.load(open("policy.json"))
+width = about["inputs"].get("memory", [0, 0])[1]
+actions = []
+for episode in obs:
+    memory = [np.zeros((episode.shape[1], width), np.float32)] if width else []
+    for x in episode:
+        action, *memory = step(x, *memory)
+        actions.append(action)
+        assert action.dtype == np.float32
+actions = np.array(actions)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +78,17 @@ def quick(monkeypatch):
 def trained(tmp_path_factory):
     """Seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
     return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained_as(tmp_path_factory):
+    """-> the run of a case, trained at the first call. Not to be written into."""
+    @functools.cache
+    def trained_case(name):
+        path, env_id = CASES[name]
+        return train(tmp_path_factory.mktemp(name), agent=str(path), env=env_id, seeds=2,
+                     processes=1)
+    return trained_case
 
 
 @pytest.fixture
@@ -59,9 +111,9 @@ def refused(capsys, *argv):
     return err
 
 
-def without_torch(code, folder):
-    """What the code makes of OBS, in a process that cannot import torch."""
-    np.save(folder / "obs.npy", OBS)
+def without_torch(code, folder, obs=OBS):
+    """What the code makes of obs, in a process that cannot import torch."""
+    np.save(folder / "obs.npy", obs)
     code = "\n".join(["import sys; sys.modules['torch'] = None", "import numpy as np",
                       "obs = np.load('obs.npy')", code, "np.save('actions.npy', actions)"])
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
@@ -69,42 +121,74 @@ def without_torch(code, folder):
     return np.load(folder / "actions.npy")
 
 
-def parametrize(paths):
-    return pytest.mark.parametrize("path", [
-        pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.slow])
-        for path in paths], ids=[path.stem for path in paths])
+def played(kind, folder, obs):
+    """The actions of an export on obs (episodes, steps, B, O)."""
+    if kind != "torchscript":
+        return without_torch(STEP[kind] + EPISODES, folder, obs)
+    names = {"obs": obs, "np": np}
+    with contextlib.chdir(folder):
+        exec(STEP[kind] + EPISODES, names)
+    return names["actions"]
 
 
-@parametrize(EXPORTABLE)
-def test_torchscript_and_numpy_act_as_the_agent(tmp_path, capsys, path):
-    """With its normalisation and its bounds, -0.5 to 2; numpy without torch."""
-    run = train(tmp_path, agent=str(path), seeds=2, processes=1)
+def observations(spec, *shape):
+    draw = np.random.default_rng(2)
+    obs = 100 * draw.normal(size=(*shape, spec.obs_dim))
+    obs[..., spec.mask] = draw.random(obs[..., spec.mask].shape) < 0.5
+    return obs.astype(np.float32)
+
+
+@pytest.mark.parametrize("case, kind", [
+    pytest.param(case, kind, marks=[needs_onnx] * (kind == "onnx") + [pytest.mark.slow] * (
+        (case, kind) not in QUICK)) for case in CASES for kind in STEP])
+def test_an_export_acts_as_the_agent(trained_as, tmp_path, capsys, case, kind):
+    """With its normalisation and its bounds, without torch, for any B, and from episode to
+    episode."""
+    run = trained_as(case)
+    folder, out = exported(capsys, run, "--seed", 1, "--format", kind, "--out", tmp_path / "out")
     policy = load_policy(run, seed=1)
-    wanted = policy(100 * OBS)
-    assert np.ptp(wanted) > 0.01
-    folder, out = exported(capsys, run, "--seed", 1, "--format", "torchscript")
-    assert re.search(r"on 1000 observations: \d\.\de-\d+\n", out) or ": 0.0e+00" in out
-    loaded = torch.jit.load(folder / "policy.pt")
-    for rows in (OBS, OBS[:1]):
-        actions = loaded(torch.from_numpy(100 * rows)).numpy()
-        assert np.abs(actions - policy(100 * rows)).max() < 1e-5
-    folder, _ = exported(capsys, run, "--seed", 1, "--format", "numpy")
-    actions = without_torch("from policy import act; actions = act(100 * obs)\n"
-                            "assert act(obs[0]).shape == (1,) and actions.dtype == np.float32\n"
-                            "assert act(obs.reshape(2, 20, 3)).shape == (2, 20, 1)", folder)
-    assert np.abs(actions - wanted).max() < 1e-5
+    for size in (8, 1):
+        obs, wanted = observations(policy.spec, 2, 40 // size, size), []
+        for episode in obs:
+            policy.reset()
+            wanted += [policy(x) for x in episode]
+        actions = played(kind, folder, obs)
+        assert np.ptp(wanted) > 0.01 and actions.shape == np.array(wanted).shape
+        if policy.spec.num_actions:
+            assert np.array_equal(actions, wanted) and ": 0.0%\n" in out
+        else:
+            assert np.abs(actions - wanted).max() < 1e-5
+            assert float(re.search(r"on 1000 observations: (.*)\n", out)[1]) < 1e-5
 
 
-@needs_onnx
-@parametrize(EXPORTABLE)
-def test_onnx_acts_as_the_agent_without_torch(tmp_path, capsys, path):
-    run = train(tmp_path, agent=str(path), seeds=2, processes=1)
-    folder, _ = exported(capsys, run, "--seed", 1)
-    actions = without_torch(
-        "import onnxruntime\nsession = onnxruntime.InferenceSession('policy.onnx')\n"
-        "actions, = session.run(None, {'obs': 100 * obs})\n"
-        "assert session.run(['actions'], {'obs': obs[:1]})[0].shape == (1, 1)", folder)
-    assert np.abs(actions - load_policy(run, seed=1)(100 * OBS)).max() < 1e-5
+def test_a_policy_with_memory_says_how_to_step_it(trained_as, tmp_path, capsys, monkeypatch):
+    """In its docstring, in policy.json and in the docs; one observation, or any leading shape."""
+    folder, _ = exported(capsys, trained_as("ppo_lstm"), "--seed", 1, "--format", "numpy", "--out",
+                         tmp_path / "out")
+    about = json.loads((folder / "policy.json").read_text())
+    wanted = {"inputs": {"obs": ["B", 3], "memory": ["B", 32]}, "first_memory": 0.0,
+              "outputs": {"actions": ["B", 1], "next_memory": ["B", 32]}}
+    assert about | wanted == about
+    actions = without_torch("""
+from policy import act
+assert "an episode begins" in act.__doc__
+actions, memory = act(obs)
+for x, shape in ((obs[0], ()), (obs.reshape(2, 20, 3), (2, 20))):
+    first, after = act(x.tolist())
+    assert first.shape == (*shape, 1) and after.shape == (*shape, 32), (first.shape, after.shape)
+    second, _ = act(x, after.tolist())
+    assert second.dtype == np.float32 and second.shape == first.shape and (second != first).all()
+    assert (act(x, 0 * after)[0] == first).all()
+assert np.abs(after.reshape(40, 32) - memory).max() < 1e-6
+""", folder)
+    assert np.abs(actions - load_policy(trained_as("ppo_lstm"), seed=1)(OBS)).max() < 1e-5
+    page = Path("docs/policy.md").read_text()
+    (block,) = re.findall(r"```python\n(import gymnasium\nfrom policy .*?)```", page, re.DOTALL)
+    monkeypatch.syspath_prepend(folder)
+    names = {}
+    exec(block, names)
+    assert names["over"] and names["memory"].any()
+    del sys.modules["policy"]
 
 
 def test_the_metadata_says_what_it_is(run, capsys):
@@ -121,6 +205,12 @@ def test_the_metadata_says_what_it_is(run, capsys):
     assert about["largest_difference"] < 1e-5 and about["versions"]["torch"] == torch.__version__
     assert "seed 1 of run, best weights" in out and "seed 1 of run" in (
         folder / "policy.py").read_text()
+    assert about["inputs"] == {"obs": ["B", 3]} and about["outputs"] == {"actions": ["B", 1]}
+    assert "first_memory" not in about
+    actions = without_torch("from policy import act; actions = act(obs)\n"
+                            "assert act(obs[0]).shape == (1,) and actions.dtype == np.float32\n"
+                            "assert act(obs.reshape(2, 20, 3)).shape == (2, 20, 1)", folder)
+    assert np.abs(actions - load_policy(run, seed=1, which="best")(OBS)).max() < 1e-5
 
 
 def test_one_that_differs_is_refused_and_leaves_nothing(run, capsys, monkeypatch):
@@ -128,17 +218,61 @@ def test_one_that_differs_is_refused_and_leaves_nothing(run, capsys, monkeypatch
     for gap, rows in ((2e-5, 2), (2e-5, 1), (np.nan, 2)):
         def off(policy, folder, gap=gap, rows=rows):
             (folder / "policy.npz").touch()
-            return lambda obs: policy(obs) + gap * (min(len(obs), 2) == rows)
+            return lambda obs: [policy(obs) + gap * (min(len(obs), 2) == rows)]
 
         monkeypatch.setitem(export.FORMATS, "numpy", off)
-        assert "its actions differ by" in refused(capsys, run, "--seed", 0, "--format", "numpy")
+        assert "sac.py does not export to numpy: largest difference to the agent on 1000 " in (
+            refused(capsys, run, "--seed", 0, "--format", "numpy"))
         assert sorted(run.rglob("*")) == before
 
 
 def test_a_large_action_may_differ_by_more(run):
     policy = load_policy(run, seed=0)
-    assert export.largest_difference(policy, lambda obs: policy(obs) + 1e-4) == pytest.approx(
-        1e-4 / 1.25, rel=0.01)
+    off = export.Exported(lambda obs: [policy(obs) + 1e-4])
+    assert export.difference(policy, off) == pytest.approx(1e-4 / 1.25, rel=0.01)
+
+
+def test_one_that_forgets_or_never_begins_again_is_refused(trained_as):
+    policy = load_policy(trained_as("ppo_lstm"), seed=0)
+    agent = export.ActModule(policy.agent)
+
+    def step(obs, memory):
+        with torch.no_grad():
+            return [x.numpy() for x in agent(torch.from_numpy(obs), torch.from_numpy(memory))]
+
+    def forgetful(obs, memory):
+        return step(obs, 0 * memory)
+
+    def endless(obs, memory):
+        actions, kept[len(obs)] = step(obs, kept.get(len(obs), memory))
+        return actions, kept[len(obs)]
+
+    kept = {}
+    assert export.difference(policy, export.Exported(step, [32])) < 1e-6
+    for broken in (forgetful, endless):
+        assert export.difference(policy, export.Exported(broken, [32])) > 1e-4
+
+
+def test_rounding_may_decide_a_single_choice(trained_as):
+    """Where the mask allows some choices, and in one observation of a thousand."""
+    policy = load_policy(trained_as("masked"), seed=0)
+    seen, flips = [], 0
+
+    def step(obs):
+        nonlocal flips
+        seen.append(obs)
+        actions = policy(obs)
+        if flips:
+            flips -= 1
+            actions[0, 1] = (actions[0, 1] + 1) % 3
+        return [actions]
+
+    for n, allowed in ((0, True), (1, True), (2, False)):
+        flips = n
+        gap = export.difference(policy, export.Exported(step))
+        assert gap == n / 1040 and (gap <= export.TIES) == allowed
+    masks = np.concatenate(seen)[:, policy.spec.mask]
+    assert set(np.unique(masks)) == {0, 1} and masks.shape[1] == 5
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -170,32 +304,50 @@ def test_what_numpy_does_not_know_is_one_line(run, capsys, monkeypatch):
         capsys, run, "--seed", 0, "--format", "numpy")
 
 
-@pytest.mark.slow
-def test_a_search_does_not_export(tmp_path, capsys):
+def test_a_search_is_refused_before_it_is_traced(tmp_path, capsys, monkeypatch):
     run = train(tmp_path, agent="agents/cem.py", seeds=1)
-    for kind in ("numpy", "torchscript"):
-        assert f"cem.py does not export to {kind}: " in refused(capsys, run, "--format", kind)
+    monkeypatch.setattr(export, "FORMATS", {})
+    assert "cem.py draws random numbers for each action, so it does not export: use " \
+           "lab.policy.load_policy" in refused(capsys, run, "--format", "numpy")
     assert not list(recorder.group_folder(run, EPISODIC, "cem").glob("seed_0/policy_*"))
 
 
-@pytest.mark.parametrize("code", [
+def test_a_memory_that_is_out_of_reach_is_one_line(trained_as, monkeypatch):
+    policy = load_policy(trained_as("ppo_lstm"), seed=0)
+    monkeypatch.delattr(type(policy.agent), "act_with_memory")
+    policy.agent.eval_policy = lambda: policy.agent.act
+    with pytest.raises(UserError, match=r"ppo_lstm\.py keeps its memory inside eval_policy\(\): an "
+                                        r"export needs act_with_memory\(\)"):
+        export.check_exportable(policy)
+
+
+OPERATIONS = [
     "torch.cat([x, 2 * x], -1).neg()", "x[..., 1:] / (1 + x[..., :-1].abs())",
     "torch.sigmoid(x).permute(1, 0).sqrt()", "x.clamp(min=0) ** 2 + x.clamp(max=1)",
     "(1 + x.abs()).log()[:, -2:]",
     "x @ torch.ones(3, 2)", "(1 + x.exp()).rsqrt()[:, 1]", "x[:, None].squeeze(1).relu()",
-    "x.mean(1) + x.sum(-1)"])
-def test_every_operation_is_torchs(tmp_path, code):
+    "x.mean(1) + x.sum(-1)", "x.log_softmax(-1)", "x.argmax(-1).type_as(x)",
+    "x.argmax(1, keepdim=True) + x", "x.masked_fill(x[:, :1].relu() == 0, -math.inf).exp()",
+    "torch.sigmoid(1e3 * x)",
+    *[f"torch.slice_scatter(x, -x[:, {start}:{end}], 1, {start}, {end})"
+      for start, end in ((1, 2), (0, 0), (1, 3), (-2, 3), (0, -1))]]
+
+
+def test_every_operation_is_torchs(tmp_path):
     class Module(torch.nn.Module):
         def forward(self, x):
-            return eval(code, {"torch": torch, "x": x})
+            return tuple(eval(code, {"torch": torch, "math": math, "x": x}) for code in OPERATIONS)
 
     obs = torch.from_numpy(OBS)
     with torch.no_grad():
         program = torch.export.export(Module(), (obs[:2],), dynamic_shapes=(
             {0: torch.export.Dim("batch")},), strict=False).run_decompositions()
-    numpy_code.write_numpy(program, tmp_path, code + '"""\n1 / 0\n"""\\')
-    actions = without_torch("from policy import act; actions = act(obs)", tmp_path)
-    assert actions == pytest.approx(Module()(obs).numpy().reshape(actions.shape), abs=1e-6)
+    numpy_code.write_numpy(program, tmp_path, OPERATIONS[0] + '"""\n1 / 0\n"""\\')
+    without_torch("import warnings; warnings.simplefilter('error')\nfrom policy import act\n"
+                  "np.savez('each.npz', *act(obs)); actions = obs", tmp_path)
+    each = np.load(tmp_path / "each.npz").values()
+    for code, wanted, got in zip(OPERATIONS, Module()(obs), each, strict=True):
+        assert got == pytest.approx(wanted.numpy().reshape(got.shape), abs=1e-6), code
 
 
 def test_the_step_is_the_runs(run):

@@ -9,7 +9,7 @@ from torch import nn
 
 from agents import ppo_lstm
 from lab.envs.make import make_envs
-from lab.training.evaluation import evaluate
+from lab.training.evaluation import eval_policy, evaluate
 from tests.conftest import drive, make_agent, make_steps, restore_state, save_state
 from tests.test_ppo import gaussian
 
@@ -229,13 +229,13 @@ def test_evaluation_remembers_on_its_own_and_leaves_training_alone():
     agent, plain = (perturbed(num_envs=2) for _ in range(2))
     before = copy.deepcopy(save_state(agent)["memory"])
     obs = torch.ones(2, 7, 3)
-    policy = agent.eval_policy()
+    policy = eval_policy(agent)
     actions = [policy(obs) for _ in range(3)]
     assert not torch.equal(actions[0], actions[1])  # it remembers
     assert torch.equal(actions[0], agent.act(obs, explore=False))
     assert torch.equal(agent.memory, before)
     for obs, *rest in make_steps((0, 1), 2, 12):
-        agent.eval_policy()(obs)
+        eval_policy(agent)(obs)
         drawn = agent.act(obs)
         assert torch.equal(drawn, plain.act(obs))
         for each in (agent, plain):
@@ -249,7 +249,7 @@ def test_an_evaluation_is_a_loop_with_memory(float64):
     agent = perturbed(num_envs=1, spec=make_envs("torch/CartPoleWithoutVelocity-v1", [0]).spec)
     stack = [make_envs("torch/CartPoleWithoutVelocity-v1", [0, 1], 3) for _ in range(2)]
     returns = evaluate(agent, stack[0], 5)
-    obs, policy = stack[1].reset(1, 5), agent.eval_policy()  # EVALUATION
+    obs, policy = stack[1].reset(1, 5), eval_policy(agent)  # EVALUATION
     total, running = torch.zeros(2, 3), torch.ones(2, 3)
     for _ in range(500):
         t = stack[1].step(policy(obs))

@@ -166,9 +166,11 @@ def difference(policy: Policy, exported: Exported) -> float:
     obs *= np.resize([0.1, 1, 10], (OBSERVATIONS, 1))
     obs[:, spec.mask] = draw.random(obs[:, spec.mask].shape) < 0.7
     obs = obs.astype(np.float32)
+    batches, singles = (x.reshape(2, -1, size, spec.obs_dim)
+                        for x, size in ((obs, 50), (obs[:40], 1)))
     gaps = np.concatenate([
-        np.abs(episodes(exported, rows) - episodes(policy, rows)).reshape(-1, spec.action_dim)
-        for rows in (obs.reshape(2, -1, 50, spec.obs_dim), obs[:40].reshape(2, -1, 1, spec.obs_dim))])
+        np.abs(episodes(exported, x) - episodes(policy, x)).reshape(-1, spec.action_dim)
+        for x in (batches, singles)])
     if spec.num_actions:
         return float((gaps != 0).any(1).mean())
     half = (np.array(spec.action_high) - spec.action_low) / 2
