@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab.accelerate import physical_cores  # noqa: E402
-from lab.export.__main__ import FORMATS  # noqa: E402
+from lab.export.__main__ import FORMATS, Exported, widths  # noqa: E402
 from lab.policy import load_policy  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
@@ -64,7 +64,8 @@ def measure(path: Path, seed: int | None) -> dict[str, Any]:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         acts = {"agent in torch": policy} | {
-            kind: write(policy, Path(folder)) for kind, write in FORMATS.items()}
+            kind: Exported(write(policy, Path(folder)), widths(policy)[1:])
+            for kind, write in FORMATS.items()}
         for name, act in acts.items():
             rows[name] = {"decision_us": decision_us(act, obs), "late_ms": lateness_ms(act, obs)}
     about = {name: policy.about()[name] for name in ("agent", "environment", "step", "spaces")}
