@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lab.check import __main__ as check
 from lab.errors import UserError, guarded
 from lab.export import __main__ as export
 from lab.export import numpy_code
@@ -189,6 +190,34 @@ assert np.abs(after.reshape(40, 32) - memory).max() < 1e-6
     exec(block, names)
     assert names["over"] and names["memory"].any()
     del sys.modules["policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [
+    "numpy", "torchscript", pytest.param("onnx", marks=needs_onnx)])
+def test_an_agent_of_ones_own_remembers_what_it_likes(tmp_path, capsys, kind):
+    """SAC, evaluated on a running mean of the observations; the checker finds nothing."""
+    text = Path("agents/sac.py").read_text()
+    line = "        actions, _ = self.actor(obs, noise)\n"
+    assert text.count(line) == 1
+    text = text.replace(line, f"        obs = obs if explore else 0.5 * obs\n{line}")
+    own = tmp_path / "own.py"
+    own.write_text(text + """
+    def act_with_memory(self, obs, memory=None):
+        memory = 0.5 * (obs + (torch.zeros_like(obs) if memory is None else memory))
+        return self.act(2 * memory, explore=False), memory
+""")
+    subject = check.parse([str(own)])
+    for name in ("act, observe and update return what the contract says",
+                 "acting without exploring changes nothing"):
+        assert check.failure(check.CHECKS[name], subject) is None
+    run = train(tmp_path, agent=str(own), seeds=1)
+    folder, _ = exported(capsys, run, "--format", kind)
+    obs, policy = OBS.reshape(2, 5, 4, 3), load_policy(run)
+    wanted = export.episodes(policy, obs).reshape(10, 4, 1)
+    assert np.abs(played(kind, folder, obs) - wanted).max() < 1e-5
+    assert np.abs(wanted - policy.agent.act(torch.from_numpy(obs.reshape(1, 40, 3)), explore=False)
+                  .numpy().reshape(10, 4, 1)).max() > 1e-3
 
 
 def test_the_metadata_says_what_it_is(run, capsys):
