@@ -38,7 +38,7 @@ from lab.training.checkpoint import Which
 OBSERVATIONS, TOLERANCE = 1_000, 1e-5  # of the comparison with the agent
 TIES = 1e-3  # of discrete choices may differ: rounding decides between two of equal probability
 DECISIONS = 300  # timed
-Step = Callable[..., Sequence[np.ndarray]]  # obs (B, O) -> actions (B, A); with memory, as inputs()
+Step = Callable[..., Sequence[np.ndarray]]  # obs (B, O) -> actions (B, A); with memory, as interface()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check_exportable(policy: Policy) -> None:
-    """UserError for a policy that no graph with these inputs can hold."""
+    """UserError for a policy that depends on more than observations and a memory."""
     name = Path(policy.run.options.agent).name
     if hasattr(policy.agent, "eval_policy") and not hasattr(policy.agent, "act_with_memory"):
         raise UserError(f"{name} keeps its memory inside eval_policy(): an export needs "
@@ -188,10 +188,12 @@ def episodes(policy: Policy | Exported, obs: np.ndarray) -> np.ndarray:
 
 
 def measure(policy: Policy) -> str:
+    """What difference() is of, in policy.json."""
     return "different_choices" if policy.spec.num_actions else "largest_difference"
 
 
 def compared(policy: Policy, gap: float) -> str:
+    """The same in words."""
     if policy.spec.num_actions:
         return f"choices that differ from the agent's on {OBSERVATIONS} observations: {gap:.1%}"
     return f"largest difference to the agent on {OBSERVATIONS} observations: {gap:.1e}"
