@@ -38,7 +38,7 @@ from lab.training.checkpoint import Which
 OBSERVATIONS, TOLERANCE = 1_000, 1e-5  # of the comparison with the agent
 TIES = 1e-3  # of discrete choices may differ: rounding decides between two of equal probability
 DECISIONS = 300  # timed
-Step = Callable[..., Sequence[np.ndarray]]  # obs (B, O) -> actions (B, A); with memory, as interface()
+Step = Callable[..., Sequence[np.ndarray]]  # arrays as interface() names them, in and out
 
 
 @dataclass(frozen=True)
