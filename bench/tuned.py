@@ -32,6 +32,9 @@ LEAST = 0.8  # probability of improvement over the defaults
 PPO = ("--trials 40 --confirm-seeds 10 --space lr=log:5e-5:5e-3 gamma=0.95:0.9995 "
        "gae_lambda=0.8:1 num_steps=cat:512,1024,2048,4096 update_epochs=int:3:20 "
        "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
+DISCRETE = ("--trials 40 --confirm-seeds 10 --space lr=log:1e-4:1e-2 gamma=0.9:0.999 "
+            "gae_lambda=0.8:1 num_steps=cat:128,256,512,1024,2048 update_epochs=int:3:20 "
+            "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
 OFF_POLICY = ("--trials 40 --confirm-seeds 10 --space gamma=0.95:0.999 batch_size=logint:64:512 "
               "policy_delay=cat:1,2,3 ")
 TWO_RATES = "actor_lr=log:1e-4:3e-3 qf_lr=log:1e-4:3e-3"
@@ -42,6 +45,9 @@ STUDIES = {
                         "1443 (CleanRL, v4)"),
     "ppo-lander": (f"agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 {PPO}",
                    SOLVED.format(200)),
+    "ppo-discrete-cartpole": (
+        f"agents/ppo_discrete.py --env CartPole-v1 --steps 30_000 {DISCRETE}",
+        SOLVED.format(475)),
     "sac-lander": ("agents/sac.py --env LunarLanderContinuous-v3 --steps 50_000 "
                    f"{OFF_POLICY}{TWO_RATES} tau=log:1e-3:5e-2", SOLVED.format(200)),
     "crossq-biped": ("agents/crossq.py --env BipedalWalker-v3 --steps 100_000 --qf-width 256 "
