@@ -3,6 +3,7 @@
 Differences from crossq.py (arXiv 1902.05605), which names its own from sac.py:
 1. No actor and no entropy: the search of QT-Opt (arXiv 1806.10293, section 4.2).
 2. It starts from the last plan and clips its samples, as iCEM (2008.06389); shorter for targets.
+3. Its exploration noise is correlated from step to step, as DDPG's (1509.02971).
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -39,7 +40,8 @@ class Config:
     samples: int = 32  # candidates per round and action dimension
     target_iterations: int = 2  # the same for the targets
     target_samples: int = 8
-    noise: float = 0.1  # standard deviation of exploration, in half ranges of the actions
+    noise: float = 0.3  # standard deviation of exploration, in half ranges of the actions
+    noise_memory: float = 0.9  # correlation of this noise from one step to the next
     # Networks
     qf_width: int = 256  # units in each of a critic's two hidden layers
 
@@ -47,6 +49,7 @@ class Config:
 RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "iterations": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "noise": (0, 1e9),
+    "noise_memory": (0, 1),
     "target_iterations": (1, 1e9), "qf_lr": (0, 1e9), "qf_width": (1, 1e9),
     "samples": (2, 1e9), "target_samples": (2, 1e9),
     "beta1": (0, 0.9999), "renorm_warmup": (0, 1e9),
@@ -182,7 +185,7 @@ class Replay:
 
 class Agent:
     name = "cem"
-    STATE = ("qf", "qf_optimizer", "plans",
+    STATE = ("qf", "qf_optimizer", "plans", "noise",
              "replay", "generators", "transitions", "critic_steps", "learning_starts")
 
     def __init__(self, spec, config, seeds, num_envs=1, total_steps=1_000_000, device="cpu",
@@ -200,6 +203,7 @@ class Agent:
             raise ValueError(f"action bounds must be finite, not {spec.action_low} to "
                              f"{spec.action_high}")
         self.plans = torch.zeros(len(seeds), num_envs, spec.action_dim, device=self.device)
+        self.noise = torch.zeros_like(self.plans)  # of the last actions
         self.qf = QFunctions(self.generators, spec, config)
         adam = functools.partial(
             torch.optim.Adam,
@@ -223,6 +227,9 @@ class Agent:
         # Exploring, the search starts from the last plan; otherwise from 0 with the same samples
         c, (_, N, A) = self.config, noise.shape
         warm = explore and self.num_envs >= N
+        if warm:
+            noise = c.noise_memory * self.noise[:, :N] + (1 - c.noise_memory**2) ** 0.5 * noise
+            self.noise.copy_(torch.cat([self.noise[:, N:], noise], 1))
         generators = self.generators if explore else [torch.Generator(self.device).manual_seed(0)]
         draws = randn(generators, c.iterations, N, c.samples * A, A)
         plans = self.search(obs, self.plans[:, :N] if warm else torch.zeros_like(noise), draws)

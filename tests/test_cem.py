@@ -309,7 +309,7 @@ def test_a_run_resumed_within_an_episode_continues_identically():
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
 def test_the_noise_of_exploration_has_zero_mean_and_the_deviation_asked_for(noise):
     """In half ranges, around the plan; 4000 rows, so that 5 standard errors are 0.08 of it."""
-    agent = ready(noise=noise, iterations=1, samples=2)
+    agent = ready(noise=noise, noise_memory=0.0, iterations=1, samples=2, num_envs=4000)
     plan = torch.tensor([-0.1, 0.15])
     agent.search = lambda obs, mean, draws: plan.expand(*obs.shape[:2], 2)
     gaps = inside(agent.act(torch.zeros(2, 4000, 3))) - plan
@@ -318,6 +318,23 @@ def test_the_noise_of_exploration_has_zero_mean_and_the_deviation_asked_for(nois
     if noise:
         pairs = gaps.transpose(0, 1).flatten(1).T  # the noise of seeds and dimensions
         assert (torch.corrcoef(pairs) - torch.eye(4)).abs().max() < 0.08
+
+
+def test_noise_lasts_from_one_step_to_the_next():
+    """With the deviation and the correlation asked for; each environment has its own, and only
+    exploring in as many environments or fewer draws it."""
+    agent = ready(noise=0.1, noise_memory=0.8, iterations=1, samples=2, num_envs=4000)
+    agent.search = lambda obs, mean, draws: torch.zeros_like(mean)
+    for _ in range(20):
+        before = inside(agent.act(torch.zeros(2, 4000, 3)))
+    agent.act(torch.zeros(2, 5, 3), explore=False)
+    agent.act(torch.zeros(2, 4001, 3))
+    parts = [inside(agent.act(torch.zeros(2, size, 3))) for size in (1000, 3000)]
+    for gap, last in ((before, before), (torch.cat(parts, 1), before)):
+        assert ((gap.std(1) - 0.1).abs() < 0.006).all()
+        wanted = 1 if gap is last else 0.8
+        products = (gap * last).mean(1) / (gap.std(1) * last.std(1))
+        assert ((products - wanted).abs() < 0.05).all()
 
 
 def test_noisy_actions_are_clamped_to_the_bounds():
