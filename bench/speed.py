@@ -357,9 +357,9 @@ def median_ratio(values: list[float], others: list[float]) -> float:
 
 
 def shown(values: list[float], algorithm: str) -> str:
-    """The median: steps/s, or for CEM milliseconds per decision."""
+    """The median: steps/s, or for a decision of CEM milliseconds."""
     middle = statistics.median(values)
-    if algorithm.startswith("cem"):
+    if algorithm.startswith("cem-"):
         return f"{1000 / middle:.2g} ms"
     return f"{middle:.0f}" if middle >= 50 else f"{middle:.1f}"
 
@@ -371,7 +371,7 @@ def markdown(result: dict) -> str:
     peers = {"sb3": "x SB3", "sbx": "x SBX"} | ({"rl8": "x rl8"} if "rl8" in sides else {})
     limited = any("limit" in row for row in result["rows"])
     headings = ["algorithm", "side", "seeds", "mode",
-                "steps/s (CEM: decisions/s), median (min to max)", *peers.values()]
+                "steps/s (cem-2, cem-6: decisions/s), median (min to max)", *peers.values()]
     headings += ["of the limit"] * limited
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for (algorithm, side, seeds, mode), row in rows.items():

@@ -193,6 +193,8 @@ TABLES = {
     "speed-amx-spread.md": lambda: speed.markdown(result("speed-amx")),
     "speed-amx-sac.md": lambda: speed.summary(result("speed-amx-sac")),
     "speed-amx-sac-spread.md": lambda: speed.markdown(result("speed-amx-sac")),
+    "speed-amx-torch.md": lambda: speed.summary(result("speed-amx-torch")),
+    "speed-amx-torch-spread.md": lambda: speed.markdown(result("speed-amx-torch")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
     "pruning-replay.md": lambda: pruning.table(result("pruning-replay")),
@@ -404,7 +406,8 @@ def test_a_results_settings_are_its_commands_and_can_be_taken(name):
 
 # Lines changed, measured. Each misses its goal in house.FORKS (40, 90, 60, 120, 140): the losses
 # stand in stanzas with a heading each, and XQC has parts of its own: the projection, the rewards'
-# scale, targets of several steps, held noise. CEM needs noise that lasts. A change that adds to one of them fails here.
+# scale, targets of several steps, held noise. CEM needs noise that lasts. A change that adds to
+# one of them fails here.
 COSTS = {("sac", "droq"): 46, ("sac", "crossq"): 96, ("crossq", "bro"): 67, ("crossq", "cem"): 149,
          ("crossq", "xqc"): 273, ("ppo", "ppo_discrete"): 60, ("ppo", "ppo_lstm"): 120}
 
