@@ -204,8 +204,9 @@ def edges():
             torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True))
 
 
+@pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("below", [0.0, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("below", [0.0, 3.0])
 def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
     """And a choice of the user's own, which may look alike, stays a choice: its gradient alone is
     a product with a sign too."""

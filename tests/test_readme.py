@@ -291,6 +291,10 @@ PROSE = {
         *(ours(name, "4", "bf16-compiled", "sbx", "speed-amx") for name in ("crossq", "droq")),
         ours("sac", "8", "fp32-compiled", "sbx"),
         *(ours(name, "4", "fp32-compiled", "sbx") for name in ("crossq", "droq"))],
+    "Eight seeds of PPO make {:.1f} times as many seed-steps a second as four, and {:.1f} times as "
+    "many as one": lambda: [
+        ratio("speed-amx", ("ppo", "lab", "8", "fp32-eager"), ("ppo", "lab", n, "fp32-eager"))
+        for n in ("4", "1")],
     "one seed of SAC in fp32 is faster there ({:.2f})": lambda: [
         ours("sac", "1", "fp32-compiled", "sbx")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
