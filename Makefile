@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: learn test test-all test-ray test-track check results bench throughput clean
+.PHONY: learn test test-all test-ray test-track test-export check results bench throughput clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,27 +23,27 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# --engine ray, in a virtual environment of its own on top of .venv, which stays without Ray.
-.ray-venv/installed: $(VENV)/installed
-	$(PYTHON) -m venv .ray-venv
+# --engine ray, --track and --format onnx: their packages in a virtual environment each, on top of
+# .venv, which stays without them.
+ray_extras := ray==2.60.0
+track_extras := mlflow==3.17.2 wandb==0.31.0
+export_extras := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+
+.%-venv/installed: $(VENV)/installed
+	$(PYTHON) -m venv .$*-venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-		$$(.ray-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lab.pth
-	.ray-venv/bin/python -m pip install -q ray==2.60.0
+		$$(.$*-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lab.pth
+	.$*-venv/bin/python -m pip install -q $($*_extras)
 	touch $@
 
 test-ray: .ray-venv/installed
 	.ray-venv/bin/python -m pytest tests/test_ray.py
 
-# --track, likewise with MLflow and W&B.
-.track-venv/installed: $(VENV)/installed
-	$(PYTHON) -m venv .track-venv
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-		$$(.track-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lab.pth
-	.track-venv/bin/python -m pip install -q mlflow==3.17.2 wandb==0.31.0
-	touch $@
-
 test-track: .track-venv/installed
 	.track-venv/bin/python -m pytest tests/test_tracking.py
+
+test-export: .export-venv/installed
+	.export-venv/bin/python -m pytest tests/test_export.py -m "not slow"
 
 # Takes days; resumes where it stopped.
 results: $(VENV)/installed
@@ -64,4 +64,4 @@ throughput: $(VENV)/installed .bench-venv/installed
 	$(BIN)/python bench/throughput.py --peers .bench-venv/bin/python
 
 clean:
-	rm -rf $(VENV) .bench-venv .ray-venv .track-venv
+	rm -rf $(VENV) .bench-venv .ray-venv .track-venv .export-venv
