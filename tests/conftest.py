@@ -79,6 +79,14 @@ def jobs_here(monkeypatch):
     monkeypatch.setattr(train, "run_jobs", run_jobs)
 
 
+def few_updates(path):
+    """Flags of lab.check for the checks that learn no task."""
+    few = {"update_epochs": 2, "replay_ratio": 0.125, "iterations": 2}
+    fields = load_agent(path).Config.__dataclass_fields__
+    return [word for name, value in few.items() if name in fields
+            for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def small_config(module, **settings):
     fields = module.Config.__dataclass_fields__
     return module.Config(**{k: v for k, v in {**SMALL, **settings}.items() if k in fields})

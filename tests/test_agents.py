@@ -18,6 +18,7 @@ from lab.training.plasticity import measure
 from tests.conftest import (
     AGENTS,
     drive,
+    few_updates,
     flat_state,
     make_agent,
     make_steps,
@@ -36,14 +37,8 @@ COSTLY = ("bro", "cem", "crossq", "droq", "xqc")
 
 
 @functools.cache
-def subject(path, epochs):
-    return check.parse([str(path), *epochs])
-
-
-def epochs(path, name):
-    """PPO's ten epochs are for the checks that learn a task."""
-    few = path.stem.startswith("ppo") and name not in LONG
-    return ("--update-epochs", "2") if few else ()
+def subject(path, long):
+    return check.parse([str(path), *([] if long else few_updates(path))])
 
 
 @pytest.mark.parametrize("path, name", [
@@ -51,7 +46,7 @@ def epochs(path, name):
         pytest.mark.slow] if path.stem in COSTLY and name in LONG else [])
     for path in AGENTS for name in check.CHECKS])
 def test_the_agent_passes_every_check(path, name):
-    assert check.failure(check.CHECKS[name], subject(path, epochs(path, name))) is None
+    assert check.failure(check.CHECKS[name], subject(path, name in LONG)) is None
 
 
 def parameters(agent):

@@ -24,7 +24,7 @@ SETTINGS = {
     "sync": {"backend": "sync"},
     "workers": {"backend": "workers", "workers": 2},
     "groups": {"backend": "workers", "workers": 2, "groups": 2},
-    "crowd": {"backend": "workers", "workers": 5, "groups": 2},  # more workers than environments
+    "crowd": {"backend": "workers", "workers": 9, "groups": 2},  # more workers than environments
     "envpool": {"backend": "envpool"},
     "torch": {"backend": "torch"},
 }
@@ -510,9 +510,7 @@ def test_workers_give_what_the_plain_loop_gives_to_the_bit(make, env_id):
 
 
 @on_each(*((name, "torch/Pendulum-v1" if name == "torch" else "Pendulum-v1") for name in SETTINGS),
-         *((name, env_id) for name in ("sync", "envpool")
-           for env_id in ("HalfCheetah-v5", "BipedalWalker-v3")),
-         *(pytest.param("workers", env_id, marks=pytest.mark.slow)  # as sync: host.py cleans both
+         *((name, env_id) for name in ("sync", "workers", "envpool")
            for env_id in ("HalfCheetah-v5", "BipedalWalker-v3")),
          *(("torch", f"torch/{name}") for name in torch_tasks.ENVS if name != "Pendulum-v1"))
 def test_a_broken_seed_does_not_break_its_simulator(make, env_id):
