@@ -26,6 +26,6 @@ def train(folder, agent="agents/sac.py", processes=2, **options):
     return run
 
 
-def group(run, env_id=EPISODIC, agent="sac"):
-    """The folder of its seeds."""
-    return recorder.group_folder(run, env_id, agent)
+def group(run, env_id=EPISODIC):
+    """The folder of SAC's seeds."""
+    return recorder.group_folder(run, env_id, "sac")
