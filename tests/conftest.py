@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import signal
@@ -9,9 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as learn_vectorised.py, b
 
 import torch
 
+from lab import train
 from lab.agent import action_kind, check_ranges, load_agent, restore_state, save_state  # noqa: F401
 from lab.check.driver import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
 from lab.envs.spec import EnvSpec, discrete_spec
+from lab.training import loop
+from lab.training.processes import attempt
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -54,6 +58,33 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """A picture takes half a second."""
+    monkeypatch.setattr(train, "draw_learning_curves", lambda *_: None)
+
+
+@pytest.fixture
+def jobs_here(monkeypatch):
+    """Jobs run in this process."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def run_jobs(jobs, processes, report, engine=None):
+        found = {index: attempt(loop.train, job, functools.partial(report, index))
+                 for index, job in enumerate(jobs)}
+        return {index: failure.reason for index, failure in found.items() if failure}
+
+    monkeypatch.setattr(train, "run_jobs", run_jobs)
+
+
+def few_updates(path):
+    """Flags of lab.check for the checks that learn no task."""
+    few = {"update_epochs": 2, "replay_ratio": 0.125, "iterations": 2}
+    fields = load_agent(path).Config.__dataclass_fields__
+    return [word for name, value in few.items() if name in fields
+            for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def small_config(module, **settings):

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lab import accelerate
@@ -180,9 +182,10 @@ def test_an_update_that_fails_leaves_the_precision_as_it_was():
 # Gradients of compiled ReLUs
 
 
-@pytest.fixture
-def compiled():
-    """-> compile(fn), and (choices, signs) in each graph after the pass."""
+@pytest.fixture(params=["graph", pytest.param("C++", marks=[pytest.mark.slow, needs_compiler])])
+def compiled(request):
+    """-> compile(fn), and (choices, signs) in each graph after the pass. The graph itself runs, or
+    what inductor writes for it in C++, which takes seconds."""
     ops, seen = torch.ops.aten, []
 
     class Spy(GraphPass):
@@ -194,8 +197,14 @@ def compiled():
         def uuid(self):
             """Not from the cache."""
 
+    def graph_alone(graph, inputs):
+        return compile_fx(graph, inputs, config_patches=options,
+                          inner_compile=lambda graph, *_, **__: make_boxed_func(graph))
+
     torch._dynamo.reset()
-    return lambda fn: torch.compile(fn, options={"joint_custom_post_pass": Spy()}), seen
+    options = {"joint_custom_post_pass": Spy()}
+    how = {"backend": graph_alone} if request.param == "graph" else {"options": options}
+    return lambda fn: torch.compile(fn, **how), seen
 
 
 def edges():
@@ -204,8 +213,6 @@ def edges():
             torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True))
 
 
-@pytest.mark.slow
-@needs_compiler
 @pytest.mark.parametrize("below", [0.0, 3.0])
 def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
     """And a choice of the user's own, which may look alike, stays a choice: its gradient alone is
@@ -222,8 +229,6 @@ def test_the_gradient_of_a_compiled_relu_needs_no_mask(compiled, below):
     assert seen == [(1, 2)]
 
 
-@pytest.mark.slow
-@needs_compiler
 def test_choices_of_the_forward_pass_stay_as_they_are(compiled):
     """Of numbers that a product with 0 would not make 0, and of other types. Where such a number
     comes as a gradient to a ReLU that is shut, it shows, as the docstring says."""
@@ -244,8 +249,6 @@ def test_choices_of_the_forward_pass_stay_as_they_are(compiled):
     assert len(seen) == 1 and seen[0][1] >= 1
 
 
-@pytest.mark.slow
-@needs_compiler
 def test_the_gradient_of_a_choice_keeps_its_type(compiled):
     """The sign would be of the ReLU's."""
     def loss(x, y):

@@ -117,8 +117,9 @@ def test_the_settings_reach_the_agent(tmp_path):
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("num_envs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_agent_keeps_the_contract(path, num_envs):
+    """With its own settings; lab.check has small ones and 4 environments."""
     check_contract(path, {}, spec_for(load_agent(path)), num_envs, "cpu")
 
 

@@ -15,6 +15,7 @@ from lab.training.recorder import read_metrics
 from lab.tuning.run import tune
 from lab.watch import __main__ as watch
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 HERE = Path(__file__).with_name("before_the_move")
 TARGET = "lab.probe_envs_lab_Target-v0/tiny"
 

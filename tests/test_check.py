@@ -14,6 +14,7 @@ from lab.check import __main__ as check
 from lab.check import driver
 from lab.envs import probes
 from lab.errors import guarded
+from tests.conftest import few_updates
 from tests.test_agent_file import KEEPS_THE_CONTRACT
 
 TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-5:]
@@ -109,6 +110,11 @@ def broken(folder, name):
     return path
 
 
+def broken_subject(folder, name):
+    path = broken(folder, name)
+    return check.parse([str(path), *([] if name in TRAINED else few_updates(path))])
+
+
 # One that trains is quick, the others are slow; and one is seen by every quick check.
 TRAINED = [name for name, (*_, checks, _) in BROKEN.items() if checks == TRAINING]
 
@@ -117,7 +123,7 @@ TRAINED = [name for name, (*_, checks, _) in BROKEN.items() if checks == TRAININ
     pytest.param(name, marks=[pytest.mark.slow] if name in TRAINED[1:] else []) for name in BROKEN])
 def test_a_broken_agent_is_caught(tmp_path, name):
     *_, wanted = BROKEN[name]
-    subject = check.parse([str(broken(tmp_path, name))])
+    subject = broken_subject(tmp_path, name)
     for each in wanted:
         reason = check.failure(check.CHECKS[each], subject)
         assert reason and "\n" not in reason, each
@@ -128,7 +134,7 @@ def test_a_broken_agent_is_caught(tmp_path, name):
     for name in BROKEN])
 def test_a_broken_agent_is_caught_by_name_and_by_no_other_check(tmp_path, name):
     *_, checks, wanted = BROKEN[name]
-    subject = check.parse([str(broken(tmp_path, name))])
+    subject = broken_subject(tmp_path, name)
     reasons = {each: check.failure(check.CHECKS[each], subject) for each in checks}
     assert {each for each, reason in reasons.items() if reason} == wanted, reasons
     assert not any("\n" in reason for reason in reasons.values() if reason)

@@ -36,7 +36,7 @@ def sigterm():
 
 
 def tiny(folder, *flags):
-    return [*TINY, "--runs", str(folder / "runs"), *flags]
+    return [*TINY, "--eval-every", "150", "--runs", str(folder / "runs"), *flags]
 
 
 def patched(verb, line):
@@ -76,8 +76,8 @@ def finished(tmp_path_factory):
     """A short logged run of two seeds."""
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.redirect_stdout(None):
-        assert train.run(tiny(folder, "--seeds", "2", "--gamma", "0.9", "--name", "first",
-                              "--log")) == 0
+        assert train.run([*TINY, "--runs", str(folder / "runs"), "--seeds", "2", "--gamma", "0.9",
+                          "--name", "first", "--log"]) == 0
     return next((folder / "runs").iterdir())
 
 
@@ -389,7 +389,7 @@ def test_a_logged_run_leaves_its_metrics_events_picture_and_settings(finished):
 
 
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsys, processes):
+def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, no_curves, processes):
     """Also where its seeds are split over two processes."""
     again = ["--config", str(finished / "config.json"), "--runs", str(tmp_path), "--processes",
              processes]
@@ -398,7 +398,7 @@ def test_the_same_command_twice_gives_the_same_metrics(finished, tmp_path, capsy
         assert metrics(next(tmp_path.iterdir()), seed=seed) == metrics(finished, seed=seed)
 
 
-def test_an_agent_of_ones_own_trains(tmp_path, capsys):
+def test_an_agent_of_ones_own_trains(tmp_path, no_curves):
     path = write(tmp_path, SAC.replace("gamma: float = 0.99", "gamma: float = 0.7"))
     assert train.run([path, *tiny(tmp_path, "--log", "--steps", "40")]) == 0
     run = next((tmp_path / "runs").iterdir())
@@ -442,7 +442,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(tmp_path, capsys, monkeypatch)
     assert not capsys.readouterr().err
 
 
-def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch):
+def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch, no_curves):
     path = write(tmp_path, SAC)
     with monkeypatch.context() as patch:
         interrupt(patch, signal.SIGINT, at=9)
@@ -461,7 +461,8 @@ def test_a_run_is_not_resumed_with_a_changed_agent(tmp_path, capsys, monkeypatch
     assert metrics(run, agent="mine")[-1]["step"] == 300
 
 
-def test_a_changed_setting_of_the_agent_names_the_way_to_resume_as_well(tmp_path, capsys):
+def test_a_changed_setting_of_the_agent_names_the_way_to_resume_as_well(
+        tmp_path, capsys, no_curves):
     """Its Config would not take what the run holds."""
     path = write(tmp_path, SAC)
     assert train.run([path, *tiny(tmp_path, "--log", "--steps", "10")]) == 0
@@ -476,7 +477,8 @@ def test_a_changed_setting_of_the_agent_names_the_way_to_resume_as_well(tmp_path
 
 @pytest.mark.parametrize("steps, note", [
     (300, "learning_starts 5000 becomes 30 in a run of 300 steps"), (None, "")])
-def test_a_setting_that_a_short_run_changes_is_said_once(tmp_path, capsys, steps, note):
+def test_a_setting_that_a_short_run_changes_is_said_once(tmp_path, capsys, jobs_here, steps, note):
+    """Not by each of two jobs."""
     flags = ["--seeds", "2", "--processes", "2"] if steps else ["--learning-starts", "30"]
     assert train.run(tiny(tmp_path, *flags)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "learning_starts" in line]
@@ -529,7 +531,7 @@ def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("log", ["--log", "--no-log"])
-def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, log):
+def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, no_curves, log):
     diverges = """loss = torch.zeros(len(self.generators))
     if self.transitions > 150 and self.replay.size > 1:
         loss[1] = float("nan")
@@ -542,7 +544,7 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, l
     assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)
 
 
-def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, capsys):
+def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, capsys, no_curves):
     """Pendulum's rewards are negative: an agent that is trained on 0 alone is judged by them."""
     argv = tiny(tmp_path, "agents/sac.py", "--log", "--clip-reward", "0", "1")
     assert train.run(argv) == 0
@@ -556,7 +558,7 @@ def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, c
     assert again.clip_reward == (0.0, 1.0)
 
 
-def test_a_held_action_and_the_failures_are_declared_and_kept(tmp_path, capsys):
+def test_a_held_action_and_the_failures_are_declared_and_kept(tmp_path, capsys, no_curves):
     argv = tiny(tmp_path, "agents/sac.py", "--log", "--action-repeat", "2", "--failure-below", "-9")
     assert train.run(argv) == 0
     assert ("trained and evaluated with each action held for 2 steps, trained with terminations "

@@ -1,7 +1,6 @@
 """lab.evaluate, and the weights of each seed's best evaluation."""
 
 import csv
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,38 +9,20 @@ import pytest
 import torch
 
 from lab import evaluate
-from lab import train as script
 from lab.agent import build_agent, restore_state, save_state
 from lab.envs.shard import FRESH, seed_of
 from lab.envs.spec import make_one, probe
 from lab.errors import guarded
-from lab.options import Simple, parse_args
+from lab.options import parse_args
 from lab.report import __main__ as report
-from lab.training import checkpoint, logger, loop, recorder
+from lab.training import checkpoint, logger, loop
 from lab.training.job import make_jobs
-from tests.conftest import SMALL
-
-EPISODIC = "tests.probe_envs:lab-tests/Courses-v0"
-STEPS = 24
+from tests.small_run import EPISODIC, STEPS, group, train
 
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
-
-def train(folder, *flags, env=EPISODIC, agent="agents/sac.py", seeds=3, processes=2, **settings):
-    """A run in stacks, trained in this process -> its folder."""
-    _, config = parse_args([agent])
-    config |= {k: v for k, v in SMALL.items() if k in config} | settings
-    options = Simple(agent=agent, env=(env,), seeds=seeds, steps=STEPS, eval_every=8,
-                     eval_episodes=2, log=True, name="trained")
-    options = dataclasses.replace(options, **dict(flags))
-    run = recorder.create_run_folder(folder, "trained", Path(agent),
-                                     script.describe(options, config, "trained"))
-    for job in make_jobs(options, config, processes, run):
-        loop.train(job, lambda message: None)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +34,6 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def group(run, env_id=EPISODIC):
-    return recorder.group_folder(run, env_id, "sac")
 
 
 def evaluated(capsys, *argv):
@@ -134,7 +111,7 @@ def test_episodes_do_not_depend_on_how_many_run_at_once_or_on_training(run, caps
 
 
 def test_a_failure_is_a_termination_below_the_runs_bound(tmp_path, capsys):
-    run = train(tmp_path, ("failure_below", -9.0), ("action_repeat", 2), seeds=1)
+    run = train(tmp_path, seeds=1, failure_below=-9.0, action_repeat=2)
     result, out = evaluated(capsys, run, "--episodes", 8)
     starts = [seed_of(0, (FRESH, 0), n) for n in range(8)]
     wanted = list(plain(run, 0, (0, 0), starts, repeat=2))
@@ -171,7 +148,7 @@ def test_exploring_and_another_environment(run, capsys):
 
 
 def test_a_run_in_torch(tmp_path, capsys):
-    run = train(tmp_path, env="torch/ContinuousCartPole-v1", seeds=2, processes=1)
+    run = train(tmp_path, env=("torch/ContinuousCartPole-v1",), seeds=2, processes=1)
     result, _ = evaluated(capsys, run, "--episodes", 3)
     for episode in result["episodes"]:
         assert episode["episode_return"] == episode["length"]
@@ -220,9 +197,9 @@ def test_each_seeds_weights_are_kept_at_its_best_evaluation(tmp_path, monkeypatc
 def test_a_resumed_run_keeps_the_best_weights(tmp_path, monkeypatch):
     returns = [[3.0, 1.0], [2.0, 5.0], [1.0, 1.0]]
     scripted(monkeypatch, returns)
-    whole = best_of(train(tmp_path, ("checkpoint_every", 8), seeds=2, processes=1))
+    whole = best_of(train(tmp_path, seeds=2, processes=1, checkpoint_every=8))
     scripted(monkeypatch, returns)
-    run = train(tmp_path, ("checkpoint_every", 8), seeds=2, processes=1)
+    run = train(tmp_path, seeds=2, processes=1, checkpoint_every=8)
     max(group(run).glob("stack_0_1/step_*.pt")).unlink()  # back to step 16
     scripted(monkeypatch, returns[2:])
     options, config = parse_args(["--resume", str(run)])
@@ -234,7 +211,7 @@ def test_a_resumed_run_keeps_the_best_weights(tmp_path, monkeypatch):
 
 
 def test_no_keep_best_keeps_none(tmp_path, capsys):
-    run = train(tmp_path, ("keep_best", False), seeds=1)
+    run = train(tmp_path, seeds=1, keep_best=False)
     assert best_of(run, "stack_0_0") == {}
     assert "has no best weights" in refused(capsys, run, "--which", "best")
 

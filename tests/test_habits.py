@@ -93,7 +93,7 @@ def test_a_first_seed_out_of_range_is_refused(tmp_path, capsys, first):
     assert "--first-seed must lie in [0, 4294967295]" in line
 
 
-def test_a_finished_run_is_given_more_seeds_and_the_report_pools_them(tmp_path, capsys):
+def test_a_finished_run_is_given_more_seeds_and_the_report_pools_them(tmp_path, capsys, no_curves):
     def trained(*flags):
         assert train.run(tiny(tmp_path, "--log", "--name", "more", "--steps", "40", *flags)) == 0
         return max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)

@@ -1,6 +1,5 @@
 """A finished run that is made longer, or given more seeds: --resume --steps, --resume --seeds."""
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -14,8 +13,7 @@ from lab.check.driver import drive, flat_state, make_steps, same
 from lab.envs.spec import EnvSpec
 from lab.options import Simple, Tune, Vectorised
 from lab.report import __main__ as report
-from lab.training import checkpoint, loop, recorder
-from lab.training.processes import attempt
+from lab.training import checkpoint, recorder
 from lab.tuning.run import tune
 from tests.conftest import AGENTS, SMALL
 
@@ -24,17 +22,7 @@ SAC = ("agents/sac.py --env Pendulum-v1 --actor-width 8 --qf-width 8 --batch-siz
        "--checkpoint-every 20 --log --processes 1 --name a")
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    """Jobs run in this process."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
-    def run_jobs(jobs, processes, report, engine=None):
-        found = {index: attempt(loop.train, job, functools.partial(report, index))
-                 for index, job in enumerate(jobs)}
-        return {index: failure.reason for index, failure in found.items() if failure}
-
-    monkeypatch.setattr(script, "run_jobs", run_jobs)
+pytestmark = pytest.mark.usefixtures("jobs_here", "no_curves")
 
 
 def run(folder, flags, kind=Simple):

@@ -14,7 +14,7 @@ from torch import distributions, nn
 from agents import ppo
 from lab.agent import load_agent
 from lab.check import __main__ as check
-from tests.conftest import drive, make_agent, make_spec, make_steps
+from tests.conftest import drive, few_updates, make_agent, make_spec, make_steps
 
 DIFFS = {re.search(r"^\+\+\+ \.\./(\w+)\.py$", text, re.MULTILINE)[1]: text
          for text in re.findall(r"```diff\n(.*?)```", Path("docs/own-agent.md").read_text(),
@@ -52,6 +52,7 @@ def test_there_are_four():
     for name in DIFFS for each in check.CHECKS])
 def test_a_model_passes_every_check(models, name, each):
     flags = ["--frames", "1"] if name == "transformer" else []
+    flags += few_updates(models[name]) if each in QUICK else []
     subject = check.parse([str(models[name]), *flags])
     assert check.failure(check.CHECKS[each], subject) is None
 

@@ -21,7 +21,7 @@ from lab.report import runs as reported
 from lab.training import checkpoint, loop, recorder
 from lab.training.job import make_jobs
 from tests.conftest import AGENTS
-from tests.test_evaluate import EPISODIC, STEPS, group, train
+from tests.small_run import EPISODIC, STEPS, group, train
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +126,8 @@ def test_a_failed_seed_other_networks_and_damage_are_user_errors(run):
 
 def started(tmp_path, source, seeds=2, agent="agents/sac.py"):
     """The agent of a run that starts from the weights of another, and the run."""
-    run = train(tmp_path / "new", ("init_from", source), ("steps", 1), ("eval_every", 1),
-                seeds=seeds, processes=1, agent=agent)
+    run = train(tmp_path / "new", agent, processes=1, init_from=source, seeds=seeds, steps=1,
+                eval_every=1)
     stack = f"stack_0_{seeds - 1}"
     return states(run, stack, Path(agent).stem)["agent"], run
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_started_from_is_one_line(run, capsys, tmp_path, flags, w
 
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     """A client asks the server; the loop at 50 Hz sends each action."""
-    run = train(tmp_path, ("eval_every", STEPS), ("eval_episodes", 1), env="Pendulum-v1")
+    run = train(tmp_path, env=("Pendulum-v1",), eval_every=STEPS, eval_episodes=1)
     page = Path("docs/policy.md").read_text().replace("runs/walk", str(run))
     names, sent = {}, []
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

@@ -37,7 +37,7 @@ from lab.training.job import make_jobs
 from lab.tuning import run as tuning_run
 from lab.watch import __main__ as watch
 from tests import house
-from tests.test_evaluate import train as trained
+from tests.small_run import train as trained
 
 PAGES = {str(path.relative_to(readme.ROOT)): path.read_text() for path in readme.PAGES}
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
@@ -110,7 +110,7 @@ def test_the_loop_that_is_quoted_is_the_loop_that_runs():
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """For the commands that need a run."""
-    return str(trained(tmp_path_factory.mktemp("runs"), ("eval_env", "none"), env="Pendulum-v1"))
+    return str(trained(tmp_path_factory.mktemp("runs"), env=("Pendulum-v1",), eval_env="none"))
 
 
 @pytest.mark.parametrize("line", COMMANDS)

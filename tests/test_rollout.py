@@ -594,7 +594,7 @@ def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
     ("clip_reward", {"clip_reward": (-1.0, 1.0)}), ("action_repeat", {"action_repeat": 2}),
     ("failure_below", {"failure_below": -1.0})])
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
-    job = make_job(run=str(tmp_path), checkpoint_every=50)
+    job = make_job(run=str(tmp_path), steps=20, checkpoint_every=10)
     run(job)
     config = job.config | settings.pop("config", {})
     with pytest.raises(UserError, match=f"started with {name} = .* not .*: restore") as caught:

@@ -12,6 +12,7 @@ from lab.stopping import reason_to_stop
 from lab.training import recorder
 from lab.training.job import make_jobs
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 TINY = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "60",
         "--eval-every", "20", "--eval-episodes", "1", "--log-every", "10", "--log"]
 

@@ -34,7 +34,7 @@ def run(*argv):
 
 def small(path):
     fields = load_agent(path).Config.__dataclass_fields__
-    return [word for name, value in SMALL.items() if name in fields
+    return [word for name, value in {**SMALL, "replay_ratio": 1.0}.items() if name in fields
             for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -55,7 +55,7 @@ def test_no_argument_is_ppo_on_an_environment_in_torch():
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("layout", ["--backend torch --env {}",
                                     "--env {} --backend workers --workers 2 --groups 2"])
-def test_every_agent_trains_on_many_environments(path, layout, tmp_path):
+def test_every_agent_trains_on_many_environments(path, layout, tmp_path, no_curves):
     in_torch, by_workers = tasks_for(path)
     task = in_torch if "torch" in layout else by_workers
     flags = [*layout.format(task).split(), "--num-envs", 4, "--seeds", 2, "--steps", 60, "--log",

@@ -1,6 +1,6 @@
 """lab.watch: returns, frames, and errors."""
 
-import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,23 +16,21 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import train as script
 from lab.agent import build_agent, restore_state
 from lab.envs.shard import EVALUATION, seed_of
 from lab.envs.spec import make_one, probe
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
-from lab.options import Simple, parse_args
 from lab.policy import Part, PolicyStack
-from lab.training import checkpoint, loop, recorder
-from lab.training.job import make_jobs
+from lab.training import checkpoint, recorder
 from lab.watch import __main__ as watch
 from lab.watch import camera, film
-from tests import probe_envs
-from tests.conftest import AGENTS, SMALL, is_discrete
+from tests import probe_envs, small_run
+from tests.conftest import AGENTS, is_discrete
+from tests.small_run import STEPS
 
 PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
-STEPS, EPISODES = 24, 2  # of training; of each evaluation
+EPISODES = 2  # of each evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +47,7 @@ def no_dry_run(monkeypatch):
     monkeypatch.setattr(camera, "check", lambda *_: None)
 
 
-def train(folder, *flags, env=(PAINTED,), agent="agents/sac.py", processes=2, steps=STEPS,
-          stop=None):
-    """A run of stacks, trained in this process -> its folder."""
-    _, config = parse_args([str(agent)])
-    config |= {k: v for k, v in SMALL.items() if k in config}
-    options = Simple(agent=str(agent), env=tuple(env), seeds=4, steps=steps,
-                     eval_every=steps, eval_episodes=EPISODES, log=True, name="film")
-    options = dataclasses.replace(options, **dict(flags))
-    run = recorder.create_run_folder(folder, "film", Path(agent),
-                                     script.describe(options, config, "film"))
-    for place, job in enumerate(make_jobs(options, config, processes, run)):
-        if place != stop:
-            loop.train(job, lambda message: None)
-    return run
+train = functools.partial(small_run.train, env=(PAINTED,), seeds=4, eval_every=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +62,7 @@ def run(trained, tmp_path):
 
 
 def group(run, env_id=PAINTED):
-    return recorder.group_folder(run, env_id, "sac")
+    return small_run.group(run, env_id)
 
 
 def filmed(capsys, *argv):
@@ -266,7 +251,7 @@ def test_a_seed_that_failed_is_named():
 
 def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
         tmp_path, capsys, no_dry_run):
-    run = train(tmp_path, ("action_repeat", 2), ("failure_below", 0.0), ("seeds", 1), processes=1)
+    run = train(tmp_path, processes=1, seeds=1, action_repeat=2, failure_below=0.0)
     returns, _ = filmed(capsys, run, "--episodes", EPISODES)
     rows = recorder.read_metrics(group(run) / "seed_0" / "metrics.jsonl")
     assert rows[-1]["step"] == STEPS
@@ -279,8 +264,8 @@ def test_held_actions_are_held_in_a_film_which_shows_each_once_in_real_time(
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_every_agent_is_filmed(tmp_path, capsys, no_dry_run, path):
     painted = PAINTED.replace("Painted", "Choices" if is_discrete(path) else "Painted")
-    run = train(tmp_path, agent=path, env=(painted,), processes=1)
-    returns, _ = filmed(capsys, run, "--seeds", 2)
+    run = train(tmp_path, agent=path, env=(painted,), seeds=2, processes=1)
+    returns, _ = filmed(capsys, run)
     folder = recorder.group_folder(run, painted, path.stem)
     rows = recorder.read_metrics(folder / "seed_1/metrics.jsonl")
     if path.stem != "cem":  # its search draws numbers for all of a seed's environments at once
@@ -363,7 +348,7 @@ def test_mujoco_moves_in_a_film_as_elsewhere(tmp_path, capsys, monkeypatch):
         camera.check("Hopper-v5")
     except UserError as error:
         pytest.skip(str(error))
-    run = train(tmp_path, ("eval_episodes", 1), ("seeds", 1), env=("Hopper-v5",), processes=1)
+    run = train(tmp_path, env=("Hopper-v5",), seeds=1, processes=1, eval_episodes=1)
     folder = group(run, "Hopper-v5")
     returns, _ = filmed(capsys, run, "--episodes", 1, "--max-seconds", 0.1)
     rows = recorder.read_metrics(folder / "seed_0" / "metrics.jsonl")
