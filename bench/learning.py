@@ -9,7 +9,7 @@ Missing are experiments without a result, or with a run in runs/ that has not en
 run is resumed; one that fails does not stop the others. `--run` stores a run as far as it got,
 without training. Stored are config, versions, learning curves, and every evaluation of every seed
 in scores.csv; of BipedalWalkerHardcore also 100 unseen terrains of each seed, in fresh.json. From
-these, learning.md, summary.md, bf16.md and curves.png are made.
+these, learning.md, summary.md, bf16.md, mujoco.md and curves.png are made.
 `python bench/readme.py` puts the tables into the docs.
 """
 
@@ -169,6 +169,9 @@ EXPERIMENTS = {
 }
 # experiments that ran with the same seeds in fp32 and in bf16 (name + "-bf16")
 PAIRS = ("sac-halfcheetah", "sac-hopper", "crossq-halfcheetah", "crossq-hopper")
+# random and TD3's returns by which papers normalise (SimbaV2, arXiv 2502.15280)
+TD3 = {"HalfCheetah-v4": (-289.4, 10574), "Hopper-v4": (18.8, 3226), "Walker2d-v4": (2.8, 3946),
+       "Ant-v4": (-70.3, 3942), "Humanoid-v4": (120.4, 5165)}
 CHANGES = r"--(?:action-repeat|clip-reward|failure-below)(?: -?[\d.]+)+"  # of the task
 # README.md's table: every agent, with the results that miss their targets
 SUMMARY = ("sac-halfcheetah", "crossq-halfcheetah", "bro-halfcheetah", "crossq-walker2d",
@@ -364,6 +367,30 @@ def summary(scores: Scores) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mujoco(scores: Scores) -> str:
+    """XQC's returns at 100 000 steps beside the published ones, and their means in units of TD3:
+    (return - random's) / (TD3's - random's)."""
+    found: dict[str, dict[str, float]] = {}  # label -> environment -> return
+    for row in published.rows():
+        if row.steps == 100_000 and row.environment in TD3:
+            detail = " " + row.source.split(", ")[0] if row.algorithm == "bro" else ""
+            found.setdefault(row.algorithm + detail, {})[row.environment] = row.mean
+    found["**xqc, here**"] = {env: statistics.fmean(last(scores[name])[1]) for env in TD3
+                              if (name := f"xqc-{env[:-3].lower()}") in scores}
+    rows = []
+    for label, returns in found.items():
+        norms = [(returns[env] - random) / (td3 - random)
+                 for env, (random, td3) in TD3.items() if env in returns]
+        if len(norms) >= 4:
+            cells = [label, *(f"{returns[env]:.0f}" if env in returns else "" for env in TD3),
+                     f"{statistics.fmean(norms[:4]):.2f}",
+                     f"{statistics.fmean(norms):.2f}" if len(norms) == len(TD3) else ""]
+            rows.append((statistics.fmean(norms[:4]), "| " + " | ".join(cells) + " |"))
+    head = ["agent", *(env[:-3] for env in TD3), "mean of the first four / TD3", "of all / TD3"]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+                      *(line for _, line in sorted(rows, reverse=True))]) + "\n"
+
+
 def draw(scores: Scores, path: Path) -> None:
     """One panel per environment and length: thin lines for seeds, their mean with its 95% t
     interval, crosses for published means. Of a pair in fp32 and bf16, only bf16."""
@@ -411,7 +438,7 @@ def draw_curve(axis: Any, color: str, returns: dict[tuple[int, int], float], nam
 def write_tables() -> None:
     scores = read()
     for name, text in (("learning.md", table(scores)), ("summary.md", summary(scores)),
-                       ("bf16.md", pairs(scores))):
+                       ("bf16.md", pairs(scores)), ("mujoco.md", mujoco(scores))):
         (RESULTS / name).write_text(text)
         print(text)
     draw(scores, RESULTS / "curves.png")

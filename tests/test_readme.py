@@ -186,6 +186,7 @@ def result(name):
 TABLES = {
     "learning.md": lambda: learning.table(learning.read()),
     "summary.md": lambda: learning.summary(learning.read()),
+    "mujoco.md": lambda: learning.mujoco(learning.read()),
     "bf16.md": lambda: learning.pairs(learning.read()),
     "speed.md": lambda: speed.summary(result("speed")),
     "speed-spread.md": lambda: speed.markdown(result("speed")),
@@ -278,6 +279,13 @@ def h100_point(name, step):
     return next((seconds, value) for at, seconds, value, _ in h100(name)["curve"] if at >= step)
 
 
+def of_td3():
+    """On the first four tasks of mujoco.md: XQC's mean here, and the best published one."""
+    rows = [line.split("|") for line in learning.mujoco(learning.read()).splitlines()[2:]]
+    here = [float(row[-3]) for row in rows if "here" in row[1]]
+    return here + [max(float(row[-3]) for row in rows if "here" not in row[1])]
+
+
 # What the pages say in words, and the figures in it.
 PROSE = {
     "PPO {:.1f} and SAC {:.1f} times as many seed-steps a second on one core (8 seeds; SAC in "
@@ -346,6 +354,7 @@ PROSE = {
     "Pendulum-v1. The confirmed returns were {:.0f} with pruning and {:.0f} without": lambda: [
         1 - result("pruning")["rows"][0]["steps"] / result("pruning")["rows"][1]["steps"],
         *(sum(row["confirmed"]) / len(row["confirmed"]) for row in result("pruning")["rows"])],
+    "XQC has {:.2f} of TD3's final return on average, the best published agent {:.2f}": of_td3,
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
