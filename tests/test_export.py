@@ -22,7 +22,7 @@ from lab.export import numpy_code
 from lab.policy import load_policy
 from lab.training import checkpoint, recorder
 from tests.conftest import AGENTS
-from tests.test_evaluate import EPISODIC, STEPS, group, train
+from tests.small_run import EPISODIC, STEPS, group, train
 
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, (
     "onnx", "onnxscript", "onnxruntime"))), reason="no onnx, onnxscript and onnxruntime")
@@ -87,7 +87,7 @@ def trained_as(tmp_path_factory):
     @functools.cache
     def trained_case(name):
         path, env_id = CASES[name]
-        return train(tmp_path_factory.mktemp(name), agent=str(path), env=env_id, seeds=2,
+        return train(tmp_path_factory.mktemp(name), agent=str(path), env=(env_id,), seeds=2,
                      processes=1)
     return trained_case
 
