@@ -368,25 +368,24 @@ def summary(scores: Scores) -> str:
 
 
 def mujoco(scores: Scores) -> str:
-    """XQC's returns at 100 000 steps beside the published ones, and their means in units of TD3:
+    """XQC's returns at 100 000 steps beside the published ones, and their mean in units of TD3:
     (return - random's) / (TD3's - random's)."""
     found: dict[str, dict[str, float]] = {}  # label -> environment -> return
     for row in published.rows():
         if row.steps == 100_000 and row.environment in TD3:
-            detail = " " + row.source.split(", ")[0] if row.algorithm == "bro" else ""
-            found.setdefault(row.algorithm + detail, {})[row.environment] = row.mean
+            label = row.source.split(", ")[0] if row.algorithm == "bro" else row.algorithm
+            found.setdefault(label, {})[row.environment] = row.mean
     found["**xqc, here**"] = {env: statistics.fmean(last(scores[name])[1]) for env in TD3
                               if (name := f"xqc-{env[:-3].lower()}") in scores}
     rows = []
     for label, returns in found.items():
         norms = [(returns[env] - random) / (td3 - random)
                  for env, (random, td3) in TD3.items() if env in returns]
-        if len(norms) >= 4:
-            cells = [label, *(f"{returns[env]:.0f}" if env in returns else "" for env in TD3),
-                     f"{statistics.fmean(norms[:4]):.2f}",
-                     f"{statistics.fmean(norms):.2f}" if len(norms) == len(TD3) else ""]
-            rows.append((statistics.fmean(norms[:4]), "| " + " | ".join(cells) + " |"))
-    head = ["agent", *(env[:-3] for env in TD3), "mean of the first four / TD3", "of all / TD3"]
+        if len(norms) == len(TD3):
+            mean = statistics.fmean(norms)
+            cells = [label, *(f"{returns[env]:.0f}" for env in TD3), f"{mean:.2f}"]
+            rows.append((mean, "| " + " | ".join(cells) + " |"))
+    head = ["agent", *(env[:-3] for env in TD3), "mean / TD3"]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
                       *(line for _, line in sorted(rows, reverse=True))]) + "\n"
 

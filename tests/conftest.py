@@ -108,3 +108,17 @@ def runs(pid):
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
+    from tests import small_run  # it imports this file
+
+    return small_run.train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy, to be written into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

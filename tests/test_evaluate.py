@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,6 @@ from tests.small_run import EPISODIC, STEPS, group, train
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
-    return train(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def evaluated(capsys, *argv):

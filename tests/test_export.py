@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,12 +75,6 @@ def quick(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
-    return train(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
 def trained_as(tmp_path_factory):
     """-> the run of a case, trained at the first call. Not to be written into."""
     @functools.cache
@@ -90,11 +83,6 @@ def trained_as(tmp_path_factory):
         return train(tmp_path_factory.mktemp(name), agent=str(path), env=(env_id,), seeds=2,
                      processes=1)
     return trained_case
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def exported(capsys, *argv):

@@ -29,17 +29,6 @@ def threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Seeds 0 and 1 in one stack, 2 in another. Not to be written into."""
-    return train(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
 def states(run, stack="stack_0_1", name="sac"):
     folder = recorder.group_folder(run, EPISODIC, name)
     return checkpoint.load_latest(folder / stack)

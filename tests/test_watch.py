@@ -56,11 +56,6 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.fixture
-def run(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
 def group(run, env_id=PAINTED):
     return small_run.group(run, env_id)
 
