@@ -1,7 +1,7 @@
 """The tuner against random search, plain bayes_opt and Optuna's samplers, on noisy objectives.
 
     python bench/tuning.py --peers .bench-venv/bin/python       test functions, time of an ask
-    python bench/tuning.py --pruning                            savings by pruning on Pendulum-v1
+    python bench/tuning.py --pruning                            studies with and without pruning
 
 Each repeat makes 40 evaluations of 3 seeds. A seed's return is the objective plus noise as in RL:
 normal with a fifth of the objective's standard deviation over the space, and one seed in twenty
@@ -143,7 +143,7 @@ def measure(method: str, name: str, repeat: int) -> float:
     return maximum - objective(**settings)
 
 
-def time_of_an_ask(trials: int = 100, repeats: int = 5) -> list[float]:
+def time_of_an_ask(trials: int, repeats: int = 5) -> list[float]:
     """CPU seconds of an ask with that many completed trials in six dimensions."""
     from lab.tuning import surrogate
     from lab.tuning.trials import Trial
@@ -173,8 +173,9 @@ def markdown(result: dict) -> str:
             low, middle, high = np.percentile(values, [25, 50, 75]) if values else [math.nan] * 3
             cells.append(f"{middle:.3g} ({low:.3g} to {high:.3g})" if values else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", "One ask at 100 recorded trials in six dimensions: "
-              f"{statistics.median(result['ask_s']):.1f} s of one core"] if result["ask_s"] else []
+    asks = ", ".join(f"{statistics.median(seconds):.1f} s of one core at {trials} recorded trials"
+                     for trials, seconds in result["ask_s"].items())
+    lines += ["", f"One ask in six dimensions: {asks}"]
     return "\n".join(lines) + "\n"
 
 
@@ -199,7 +200,8 @@ def compare(options: argparse.Namespace) -> None:
                   f"{statistics.median(regret[f'{method}, {name}']):.3g}", flush=True)
     result = {
         "command": "python bench/tuning.py", "repeats": options.repeats, "regret": regret,
-        "ask_s": time_of_an_ask(), "processor": processor(), "python": platform.python_version(),
+        "ask_s": {str(trials): time_of_an_ask(trials) for trials in (100, 500)},
+        "processor": processor(), "python": platform.python_version(),
         "versions": versions(sys.executable, ["bayesian-optimization", "scikit-learn", "scipy"]),
         "peer_versions": versions(options.peers, ["optuna", "torch"]) if options.peers else {},
     }
@@ -214,62 +216,87 @@ def write(out: Path, result: dict, table: str) -> None:
 
 # Pruning
 
-STUDY = ("agents/sac.py --env Pendulum-v1 --steps 4_000 --trials 20 --seeds 2 --space "
-         "actor_lr=log:1e-5:1e-2 qf_lr=log:1e-5:1e-2 gamma=0.8:0.999 batch_size=logint:32:256 "
-         "tau=log:1e-3:1e-1")
+STUDY = "--trials 20 --seeds 2 --workers 1 --space "
+STUDIES = {
+    "SAC, Pendulum-v1": (
+        4_000, "agents/sac.py --env Pendulum-v1 --actor-width 64 --qf-width 64", STUDY +
+        "actor_lr=log:1e-4:1e-1 qf_lr=log:1e-4:1e-1 gamma=0.8:0.999 batch_size=logint:16:256 "
+        "tau=log:1e-3:1e-1"),
+    "PPO, Pendulum-v1": (
+        60_000, "agents/ppo.py --env Pendulum-v1 --num-steps 1024", STUDY +
+        "lr=log:1e-4:1e-2 gamma=0.8:0.999 gae_lambda=0.5:1 update_epochs=int:3:20 "
+        "clip_coef=log:0.05:1"),
+    "PPO, CartPole-v1": (
+        20_000, "agents/ppo_discrete.py --env CartPole-v1 --num-steps 256", STUDY +
+        "lr=log:1e-4:1e-1 gamma=0.8:0.999 gae_lambda=0.5:1 update_epochs=int:3:20 "
+        "clip_coef=log:0.05:1"),
+}
+RULE = "--prune --pruner percentile --patience None --n-warmup-steps {}"  # a third of the steps
 
 
-def study(seed: int, flag: str, extra: list[str]) -> dict:
-    """Run a study -> environment steps of its trials, and confirmed returns of the best setting."""
-    name = f"bench{flag}-{seed}"
-    subprocess.run([sys.executable, "hypertune.py", *STUDY.split(), "--study-seed", str(seed), flag,
-                    "--name", name, *extra], cwd=ROOT, check=True)
+def study(name: str, prune: bool) -> dict:
+    """Run or resume a study -> the steps of its trials, and its confirmed returns."""
+    steps, run, rest = STUDIES[name]
+    flags = RULE.format(steps // 3) if prune else "--no-prune"
+    label = f"pruning-{Path(run.split()[0]).stem}-{'with' if prune else 'without'}"
+    command = f"{run} --steps {steps} {rest} {flags} --name {label}"
+    subprocess.run([sys.executable, "hypertune.py", *command.split()], cwd=ROOT, check=True)
     from lab.tuning.trials import Journal
 
-    folder = ROOT / "runs/studies" / name
+    folder = ROOT / "runs/studies" / label
     journal = Journal(folder / "trials.jsonl")
     trials, seeds = journal.trials(), journal.header["seeds"]
     journal.close()
     best = json.loads((folder / "best.json").read_text())["study"]
-    return {"seed": seed, "pruning": flag == "--prune", "best": best["is"],
+    return {"study": name, "pruning": prune, "command": f"python hypertune.py {command}",
             "steps": sum(max(t.evaluations, default=0) * seeds for t in trials),
             "pruned": sum(t.state == "pruned" for t in trials), "trials": len(trials),
-            "confirmed": best["confirmed"]}
+            "best": best["is"], "confirmed": best["confirmed"], "defaults": best["defaults"]}
 
 
-def pruning(options: argparse.Namespace, extra: list[str]) -> None:
-    rows = [study(seed, flag, extra) for seed in range(options.repeats)
-            for flag in ("--prune", "--no-prune")]
-    lines = ["| study | trials | pruned | environment steps | confirmed return of the best, n |",
-             "|---|---|---|---|---|"]
-    for row in rows:
-        name = f"{row['seed']}, {'with' if row['pruning'] else 'without'} pruning"
-        lines.append(f"| {name} | {row['trials']} | {row['pruned']} | {row['steps']} | "
-                     f"{statistics.mean(row['confirmed']):.1f}, {len(row['confirmed'])} |")
-    spent = {flag: sum(row["steps"] for row in rows if row["pruning"] == flag)
-             for flag in (True, False)}
-    lines += ["", f"Pruning saved {1 - spent[True] / spent[False]:.0%} of the environment steps."]
-    write(options.out, {"command": f"hypertune.py {STUDY}", "rows": rows}, "\n".join(lines) + "\n")
+def pruning(options: argparse.Namespace) -> None:
+    from lab.training.recorder import versions
+
+    rows = [study(name, prune) for name in STUDIES for prune in (False, True)]
+    write(options.out, {"command": "python bench/tuning.py --pruning", "versions": versions(),
+                        "rows": rows}, pruning_table(rows))
+
+
+def pruning_table(rows: list[dict]) -> str:
+    """Each pair of studies: without pruning, and with it."""
+    from lab import stats
+
+    lines = ["| study | pruned | environment steps saved | confirmed return of the best, without "
+             "pruning | with pruning | of the defaults |", "|---|---|---|---|---|---|"]
+
+    def cell(returns: list[float]) -> str:
+        mean, low, high = stats.t_interval(returns)
+        return f"{mean:.0f} ({low:.0f} to {high:.0f})"
+
+    for without, pruned in zip(rows[::2], rows[1::2], strict=True):
+        saved = 1 - pruned["steps"] / without["steps"]
+        cells = [pruned["study"], f"{pruned['pruned']} of {pruned['trials']}", f"{saved:.0%}",
+                 *(cell(row["confirmed"]) for row in (without, pruned)), cell(pruned["defaults"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", help="Python of the virtual environment with Optuna")
-    parser.add_argument("--repeats", type=int, help="default: 10, with --pruning 3")
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument("--pruning", action="store_true",
-                        help="studies with and without pruning; other flags go to hypertune.py")
+    parser.add_argument("--pruning", action="store_true", help="studies with and without pruning")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    options, extra = parser.parse_known_args()
-    options.repeats = options.repeats or (3 if options.pruning else 10)
+    options = parser.parse_args()
     name = "pruning" if options.pruning else "tuning"
     options.out = options.out or ROOT / f"bench/results/{name}.json"
     if options.measure:
         method, name, repeats = options.measure
         print(json.dumps([measure(method, name, repeat) for repeat in range(int(repeats))]))
     elif options.pruning:
-        pruning(options, extra)
+        pruning(options)
     else:
         compare(options)
 

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from bench import (
+    breakdown,
     cluster,
     learning,
     memory,
@@ -196,6 +197,7 @@ TABLES = {
     "speed-amx-sac-spread.md": lambda: speed.markdown(result("speed-amx-sac")),
     "speed-amx-torch.md": lambda: speed.summary(result("speed-amx-torch")),
     "speed-amx-torch-spread.md": lambda: speed.markdown(result("speed-amx-torch")),
+    "breakdown.md": lambda: breakdown.markdown(result("breakdown")),
     "throughput.md": lambda: throughput.markdown(result("throughput")),
     "tuning.md": lambda: tuning.markdown(result("tuning")),
     "pruning-replay.md": lambda: pruning.table(result("pruning-replay")),
@@ -223,6 +225,13 @@ def ratio(name, one, other):
     """Of two cases of a result file."""
     speeds = {tuple(row["case"]): row["steps_per_s"] for row in result(name)["rows"]}
     return speed.median_ratio(speeds[one], speeds[other])
+
+
+def transitions(replay_ratio=1.0, **case):
+    """SAC's per second with 32 environments."""
+    case = case | {"replay_ratio": replay_ratio}
+    (row,) = (row for row in result("breakdown")["rows"] if case.items() <= row.items())
+    return breakdown.NUM_ENVS / sum(row["seconds"].values())
 
 
 def ours(algorithm, seeds, mode, peer, name="speed"):
@@ -303,6 +312,18 @@ PROSE = {
     "many as one": lambda: [
         ratio("speed-amx", ("ppo", "lab", "8", "fp32-eager"), ("ppo", "lab", n, "fp32-eager"))
         for n in ("4", "1")],
+    "a second torch thread {:.0%}": lambda: [
+        transitions(workers=1, threads=2) / transitions(workers=1, threads=1) - 1],
+    "to step them in two processes ({:.2f} times)": lambda: [
+        transitions(workers=2, threads=1, replay_ratio=1 / 32)
+        / transitions(workers=1, threads=1, replay_ratio=1 / 32)],
+    "CrossQ makes {:.2f} of the steps/s with one seed and {:.2f} with eight": lambda: [
+        ratio("speed-templates", *(("crossq", side, seeds, "bf16-compiled")
+                                   for side in ("checkout", "lab"))) for seeds in ("1", "8")],
+    "SAC makes {:.2f} of the steps/s with one seed and {:.2f} with eight, CrossQ {:.2f} and {:.2f}":
+    lambda: [ratio("speed-medium", (name, "checkout", seeds, "fp32-compiled"),
+                   (name, "lab", seeds, "bf16-compiled"))
+             for name in ("sac", "crossq") for seeds in ("1", "8")],
     "one seed of SAC in fp32 is faster there ({:.2f})": lambda: [
         ours("sac", "1", "fp32-compiled", "sbx")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [

@@ -1,0 +1,124 @@
+"""What bounds SAC with 32 HalfCheetah environments of one seed on two cores.
+
+    python bench/breakdown.py
+
+Wall time of a vector step (32 transitions) by part of the training loop, on an otherwise idle
+machine. "Waiting" is for the environments, after the update. Updates are compiled, in bf16.
+Beside it, the operations of the updates, by processor time in the torch profiler, which makes calls
+look slower than they are.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.accelerate import Accelerator, prepare_process  # noqa: E402
+from lab.agent import build_agent  # noqa: E402
+from lab.training.job import Job, make_training  # noqa: E402
+from lab.training.recorder import versions  # noqa: E402
+
+ENV, NUM_ENVS, STEPS = "HalfCheetah-v5", 32, 12
+PARTS = ("act", "update", "waiting", "observe")
+# workers, torch threads, gradient steps per transition
+CASES = [(workers, threads, ratio) for ratio in (1.0, 0.25, 1 / NUM_ENVS)
+         for workers, threads in ((1, 1), (1, 2), (2, 1), (2, 2))]
+KINDS = {  # how the profiler's names begin
+    "matrix products": ("aten::bmm",), "kernels of the compiler": ("## Call CompiledFxGraph",),
+    "Adam": ("Optimizer", "aten::_fused_adam_"),
+    "calls of compiled functions": ("CompiledFunction", "Torch-Compiled", "TorchDynamo", "AOT")}
+
+
+def training(workers: int, ratio: float) -> Job:
+    return Job(agent_path=str(ROOT / "agents/sac.py"),
+               config={"replay_ratio": ratio, "learning_starts": NUM_ENVS}, env_id=ENV, seeds=(0,),
+               steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=NUM_ENVS,
+               backend="workers" if workers > 1 else "sync", workers=workers)
+
+
+def measure(workers: int, threads: int, ratio: float) -> dict[str, float]:
+    """Seconds of a vector step by part."""
+    prepare_process(threads)
+    job = training(workers, ratio)
+    envs = make_training(job)
+    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
+                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    spent, obs = dict.fromkeys(PARTS, 0.0), envs.reset()
+    for step in range(4 + STEPS):
+        if step == 4:  # compiled
+            spent = dict.fromkeys(PARTS, 0.0)
+        times = [time.perf_counter()]
+        actions = envs.send_groups(agent.act, obs)
+        times.append(time.perf_counter())
+        agent.update()
+        times.append(time.perf_counter())
+        t = envs.receive()
+        times.append(time.perf_counter())
+        agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
+        times.append(time.perf_counter())
+        obs = t.obs
+        for part, start, end in zip(PARTS, times, times[1:], strict=False):
+            spent[part] += (end - start) / STEPS
+    envs.close()
+    return spent
+
+
+def operations() -> dict[str, float]:
+    """Share of the updates' processor time by kind of operation."""
+    prepare_process()
+    job = training(1, 1.0)
+    envs = make_training(job)
+    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
+                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    obs, zeros = envs.reset(), torch.zeros(1, NUM_ENVS)
+    for _ in range(5):
+        agent.observe(obs, agent.act(obs), zeros, obs, zeros, zeros)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:  # the last one is compiled
+            agent.update()
+    envs.close()
+    spent: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "other")
+        spent[kind] += event.self_cpu_time_total
+    return {kind: seconds / spent.total() for kind, seconds in spent.most_common()}
+
+
+def markdown(result: dict) -> str:
+    headings = ["gradient steps a transition", "processes that step", "torch threads",
+                "transitions/s", *PARTS]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row in result["rows"]:
+        total = sum(row["seconds"].values())
+        shares = " | ".join(f"{row['seconds'][part] / total:.0%}" for part in PARTS)
+        lines.append(f"| {row['replay_ratio']:.3g} | {row['workers']} | {row['threads']} | "
+                     f"{NUM_ENVS / total:.0f} | {shares} |")
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in result["operations"].items())
+    return "\n".join(lines) + f"\n\nOperations of the updates: {shares}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/breakdown.json")
+    options = parser.parse_args()
+    rows = []
+    for workers, threads, ratio in CASES:
+        rows.append({"workers": workers, "threads": threads, "replay_ratio": ratio,
+                     "seconds": measure(workers, threads, ratio)})
+        print(rows[-1], flush=True)
+    result = {"command": "python bench/breakdown.py", "versions": versions(),
+              "operations": operations(), "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
