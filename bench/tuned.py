@@ -29,13 +29,13 @@ from lab.training import recorder  # noqa: E402
 
 RESULTS, TUNED = ROOT / "bench/results/tuned", ROOT / "agents/tuned"
 LEAST = 0.8  # probability of improvement over the defaults
-PPO = ("--trials 40 --confirm-seeds 10 --space lr=log:5e-5:5e-3 gamma=0.95:0.9995 "
+PPO = ("--trials 24 --confirm-seeds 10 --space lr=log:5e-5:5e-3 gamma=0.95:0.9995 "
        "gae_lambda=0.8:1 num_steps=cat:512,1024,2048,4096 update_epochs=int:3:20 "
        "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
-DISCRETE = ("--trials 40 --confirm-seeds 10 --space lr=log:1e-4:1e-2 gamma=0.9:0.999 "
+DISCRETE = ("--trials 24 --confirm-seeds 10 --space lr=log:1e-4:1e-2 gamma=0.9:0.999 "
             "gae_lambda=0.8:1 num_steps=cat:128,256,512,1024,2048 update_epochs=int:3:20 "
             "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
-OFF_POLICY = ("--trials 40 --confirm-seeds 10 --space gamma=0.95:0.999 batch_size=logint:64:512 "
+OFF_POLICY = ("--trials 16 --confirm-seeds 8 --space gamma=0.95:0.999 batch_size=logint:64:512 "
               "policy_delay=cat:1,2,3 ")
 TWO_RATES = "actor_lr=log:1e-4:3e-3 qf_lr=log:1e-4:3e-3"
 SOLVED = "{} counts as solved"
