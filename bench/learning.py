@@ -368,15 +368,18 @@ def summary(scores: Scores) -> str:
 
 
 def mujoco(scores: Scores) -> str:
-    """XQC's returns at 100 000 steps beside the published ones, and their mean in units of TD3:
-    (return - random's) / (TD3's - random's)."""
+    """Returns of XQC and CrossQ in bf16 at 100 000 steps beside the published ones, and their mean
+    in units of TD3: (return - random's) / (TD3's - random's)."""
     found: dict[str, dict[str, float]] = {}  # label -> environment -> return
     for row in published.rows():
         if row.steps == 100_000 and row.environment in TD3:
             label = row.source.split(", ")[0] if row.algorithm == "bro" else row.algorithm
             found.setdefault(label, {})[row.environment] = row.mean
-    found["**xqc, here**"] = {env: statistics.fmean(last(scores[name])[1]) for env in TD3
-                              if (name := f"xqc-{env[:-3].lower()}") in scores}
+    for agent in ("xqc", "crossq"):
+        names = {env: f"{agent}-{env[:-3].lower()}" for env in TD3}
+        found[f"**{agent}, here**"] = {
+            env: statistics.fmean(last(scores.get(name + "-bf16") or scores[name])[1])
+            for env, name in names.items() if name in scores}
     rows = []
     for label, returns in found.items():
         norms = [(returns[env] - random) / (td3 - random)

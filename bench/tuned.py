@@ -35,14 +35,14 @@ PPO = ("--trials 24 --confirm-seeds 10 --space lr=log:5e-5:5e-3 gamma=0.95:0.999
 DISCRETE = ("--trials 24 --confirm-seeds 10 --space lr=log:1e-4:1e-2 gamma=0.9:0.999 "
             "gae_lambda=0.8:1 num_steps=cat:128,256,512,1024,2048 update_epochs=int:3:20 "
             "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
-OFF_POLICY = ("--trials 16 --confirm-seeds 8 --space gamma=0.95:0.999 batch_size=logint:64:512 "
-              "policy_delay=cat:1,2,3 ")
+OFF_POLICY = ("--trials 16 --confirm-seeds 8 --compile --precision bf16 --space "
+              "gamma=0.95:0.999 batch_size=logint:64:256 policy_delay=cat:1,2,3 ")
 TWO_RATES = "actor_lr=log:1e-4:3e-3 qf_lr=log:1e-4:3e-3"
 SOLVED = "{} counts as solved"
 # study -> arguments of hypertune.py, published return
 STUDIES = {
-    "ppo-halfcheetah": (f"agents/ppo.py --env HalfCheetah-v5 --steps 1_000_000 {PPO}",
-                        "1443 (CleanRL, v4)"),
+    "ppo-halfcheetah": (f"agents/ppo.py --env HalfCheetah-v5 --steps 300_000 {PPO}",
+                        "1443 (CleanRL, v4, at 1 000 000)"),
     "ppo-lander": (f"agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 {PPO}",
                    SOLVED.format(200)),
     "ppo-discrete-cartpole": (
@@ -50,9 +50,9 @@ STUDIES = {
         SOLVED.format(475)),
     "sac-lander": ("agents/sac.py --env LunarLanderContinuous-v3 --steps 50_000 "
                    f"{OFF_POLICY}{TWO_RATES} tau=log:1e-3:5e-2", SOLVED.format(200)),
-    "crossq-biped": ("agents/crossq.py --env BipedalWalker-v3 --steps 100_000 --qf-width 256 "
+    "crossq-biped": ("agents/crossq.py --env BipedalWalker-v3 --steps 60_000 --qf-width 256 "
                      f"{OFF_POLICY}{TWO_RATES}", SOLVED.format(300)),
-    "xqc-biped": ("agents/xqc.py --env BipedalWalker-v3 --steps 100_000 --action-repeat 2 "
+    "xqc-biped": ("agents/xqc.py --env BipedalWalker-v3 --steps 60_000 --action-repeat 2 "
                   f"--clip-reward -1 10 --failure-below -99 {OFF_POLICY}"
                   "lr=log:1e-4:3e-3 tau=log:1e-3:5e-2", SOLVED.format(300)),
 }
