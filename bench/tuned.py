@@ -125,7 +125,7 @@ def store(name: str, folder: Path) -> None:
 def ship(best: dict[str, Any], source: str) -> None:
     """Write the settings that differ from the defaults of the agent's Config."""
     agent, env = best["options"]["agent"], best["options"]["env"][0]
-    defaults = settings.plain_config(load_agent(agent).Config())
+    defaults = json.loads(json.dumps(settings.plain_config(load_agent(agent).Config())))
     differ = {key: value for key, value in best["config"].items() if value != defaults[key]}
     path = TUNED / f"{recorder.safe_name(env)}.json"
     path.parent.mkdir(exist_ok=True)
