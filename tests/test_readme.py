@@ -375,6 +375,10 @@ PROSE = {
     "Pendulum-v1. The confirmed returns were {:.0f} with pruning and {:.0f} without": lambda: [
         1 - result("pruning")["rows"][0]["steps"] / result("pruning")["rows"][1]["steps"],
         *(sum(row["confirmed"]) / len(row["confirmed"]) for row in result("pruning")["rows"])],
+    "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
+        statistics.fmean(last("xqc-biped-raw"))],
+    "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
+        mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
     "XQC has {:.2f} of TD3's final return on average, the best published agent {:.2f}": of_td3,
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
