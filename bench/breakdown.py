@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -37,20 +38,22 @@ KINDS = {  # how the profiler's names begin
     "calls of compiled functions": ("CompiledFunction", "Torch-Compiled", "TorchDynamo", "AOT")}
 
 
-def training(workers: int, ratio: float) -> Job:
-    return Job(agent_path=str(ROOT / "agents/sac.py"),
-               config={"replay_ratio": ratio, "learning_starts": NUM_ENVS}, env_id=ENV, seeds=(0,),
-               steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=NUM_ENVS,
-               backend="workers" if workers > 1 else "sync", workers=workers)
+def build(workers: int, threads: int, ratio: float) -> tuple[Any, Any]:
+    """-> environments, agent."""
+    prepare_process(threads)
+    job = Job(agent_path=str(ROOT / "agents/sac.py"),
+              config={"replay_ratio": ratio, "learning_starts": NUM_ENVS}, env_id=ENV, seeds=(0,),
+              steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=NUM_ENVS,
+              backend="workers" if workers > 1 else "sync", workers=workers)
+    envs = make_training(job)
+    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
+                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    return envs, agent
 
 
 def measure(workers: int, threads: int, ratio: float) -> dict[str, float]:
     """Seconds of a vector step by part."""
-    prepare_process(threads)
-    job = training(workers, ratio)
-    envs = make_training(job)
-    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
-                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    envs, agent = build(workers, threads, ratio)
     spent, obs = dict.fromkeys(PARTS, 0.0), envs.reset()
     for step in range(4 + STEPS):
         if step == 4:  # compiled
@@ -73,11 +76,7 @@ def measure(workers: int, threads: int, ratio: float) -> dict[str, float]:
 
 def operations() -> dict[str, float]:
     """Share of the updates' processor time by kind of operation."""
-    prepare_process()
-    job = training(1, 1.0)
-    envs = make_training(job)
-    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
-                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    envs, agent = build(1, 1, 1.0)
     obs, zeros = envs.reset(), torch.zeros(1, NUM_ENVS)
     for _ in range(5):
         agent.observe(obs, agent.act(obs), zeros, obs, zeros, zeros)
