@@ -5,7 +5,8 @@
 
 Each measurement runs in its own process, pinned to the same core. Seconds are processor time of all
 its threads, so that other programs cost little. A repeat runs all measurements once, so drift of
-the machine affects all sides equally; ratios are taken within a repeat.
+the machine affects all sides equally; ratios are taken within a repeat. The result file is written
+after each repeat, and the same command goes on from there if it was cut.
 Hyperparameters are equal. SAC: 256x256, batch 256, one update per step, all learning rates 3e-4.
 DroQ: the same with 20 updates per step, dropout 0.01 and layer norm. CrossQ: critics 1024 wide, an
 actor update every third update, learning rates 1e-3. PPO: CleanRL's settings, which are SB3's
@@ -325,20 +326,22 @@ def summary(result: dict) -> str:
         if not rows:
             continue
         peers = [rows[label][mode] for label, mode in PEERS.values() if label in rows]
-        headings = [title, *MODES.values(), *["of the limit: fp32, bf16"] * bool(limits)]
+        columns = [mode for mode in MODES if any(mode in modes for modes in rows.values())]
+        headings = [title, *(MODES[mode] for mode in columns)]
+        headings += ["of the limit: fp32, bf16"] * bool(limits)
         lines += ["", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
         for label, modes in rows.items():
             ratios = {} if label in dict(PEERS.values()) else {
                 mode: ", ".join(f"{median_ratio(values, peer):.2f}" for peer in peers)
                 for mode, values in modes.items()}
-            cells = [shown(modes[mode], algorithm) if mode in modes else "" for mode in MODES]
+            cells = [shown(modes[mode], algorithm) if mode in modes else "" for mode in columns]
             cells = [f"{cell} ({ratios[mode]})" if ratios.get(mode) else cell
-                     for mode, cell in zip(MODES, cells, strict=True)]
+                     for mode, cell in zip(columns, cells, strict=True)]
             if limits:
                 cells.append(shares(modes, limits))
             lines.append("| " + " | ".join([label, *cells]) + " |")
         if limits:
-            cells = [shown(limits[mode], algorithm) if mode in limits else "" for mode in MODES]
+            cells = [shown(limits[mode], algorithm) if mode in limits else "" for mode in columns]
             lines.append("| " + " | ".join(["the limit", *cells, ""]) + " |")
     return "\n".join(lines[1:]) + "\n"
 
@@ -402,6 +405,37 @@ def kept_rows(options: argparse.Namespace, processor: str) -> list[dict]:
     return rows
 
 
+def begun_rows(options: argparse.Namespace, setting: dict) -> dict[tuple[str, ...], dict]:
+    """Rows of the result file, if the same measurement was cut after some of its repeats."""
+    if not options.out.exists():
+        return {}
+    result = json.loads(options.out.read_text())
+    if result | setting != result:
+        return {}
+    rows = {tuple(row["case"]): row for row in result["rows"]}
+    rows = {case: rows[case] for case in cases(options)}
+    return rows if repeats_done(rows) < options.repeats else {}
+
+
+def repeats_done(rows: dict[tuple[str, ...], dict]) -> int:
+    return min(len(row["steps_per_s"]) for row in rows.values())
+
+
+def measured_with(options: argparse.Namespace) -> dict:
+    """What must be equal for two repeats to belong to one result."""
+    sys.path.insert(0, str(ROOT))
+    from lab.training.recorder import processor
+
+    peers = ["torch", "stable-baselines3", "sbx-rl", "rl8", "jax", "gymnasium", "mujoco", "numpy"]
+    return {
+        "command": shlex.join(["python", "bench/speed.py", *map(shortened, sys.argv[1:])]),
+        "environment": ENV, "cores": 1, "processor": processor(),
+        "python": platform.python_version(),
+        "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
+        "peer_versions": versions(options.peers, peers) if options.peers else {},
+    }
+
+
 def measure(side: str, *rest: str) -> float:
     """What a process of its own measures."""
     if side == "memory":
@@ -424,11 +458,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", help="Python of the virtual environment with SB3, SBX and rl8")
     parser.add_argument("--checkout", type=Path, help="another checkout, measured beside this one")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--algorithms", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--seeds", nargs="+", help="only these numbers of seeds")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES,
+                        default=[mode for mode in MODES if mode != "bf16-eager"])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/speed.json")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -438,11 +473,13 @@ def main() -> None:
     if not options.peers and not options.checkout:
         parser.error("--peers is required; `make bench` creates that virtual environment")
 
-    sys.path.insert(0, str(ROOT))
-    from lab.training.recorder import processor
-
-    kept = kept_rows(options, processor())
-    rows = {case: {"steps_per_s": [], "limit": []} for case in cases(options)}
+    setting = measured_with(options)
+    kept = kept_rows(options, setting["processor"])
+    rows = begun_rows(options, setting) or {
+        case: {"steps_per_s": [], "limit": []} for case in cases(options)}
+    done_before = repeats_done(rows)
+    if done_before:
+        print(f"{done_before} of {options.repeats} repeats are in {options.out}", flush=True)
     limited = [name for name in options.algorithms if name in MEASURED]
 
     def pinned(*arguments: str, script: str | Path = __file__, python: str = sys.executable
@@ -451,8 +488,8 @@ def main() -> None:
 
     flops = {name: pinned("flops", name) for name in limited}
     memory = pinned("memory")
-    start_time, total = time.monotonic(), len(rows) * options.repeats
-    for repeat in range(options.repeats):
+    start_time, total = time.monotonic(), len(rows) * (options.repeats - done_before)
+    for repeat in range(options.repeats - done_before):
         rates = {precision: pinned("rate", precision) for precision in ("fp32", "bf16")}
         steps = {name: pinned("environment", name) for name in limited}
         for number, ((algorithm, side, seeds, mode), row) in enumerate(rows.items()):
@@ -470,21 +507,15 @@ def main() -> None:
             left = (time.monotonic() - start_time) / done * (total - done)
             print(f"{done}/{total} {algorithm} {side} {seeds} {mode}: {speed:.0f} steps/s, "
                   f"ETA {left:.0f} s", flush=True)
-        write(options, kept, rows, flops, memory, processor())
+        write(options, setting, kept, rows, flops, memory)
     print(f"{options.out.with_suffix('.md').read_text()}\nwritten: {options.out}")
 
 
-def write(options: argparse.Namespace, kept: list[dict], rows: dict, flops: dict[str, float],
-          memory: float, processor: str) -> None:
+def write(options: argparse.Namespace, setting: dict, kept: list[dict], rows: dict,
+          flops: dict[str, float], memory: float) -> None:
     """Write the result file and its tables, after each repeat: a cut loses only the rest."""
-    peers = ["torch", "stable-baselines3", "sbx-rl", "rl8", "jax", "gymnasium", "mujoco", "numpy"]
-    result = {
-        "command": shlex.join(["python", "bench/speed.py", *map(shortened, sys.argv[1:])]),
-        "environment": ENV, "repeats": options.repeats, "cores": 1, "processor": processor,
-        "python": platform.python_version(),
-        "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"]),
-        "peer_versions": versions(options.peers, peers) if options.peers else {},
-        "memory_mib_8_seeds_sac_100k_steps": round(memory),
+    result = setting | {
+        "repeats": repeats_done(rows), "memory_mib_8_seeds_sac_100k_steps": round(memory),
         "flops_per_step": flops,
         "rows": kept + [{"case": case} | {name: values for name, values in row.items() if values}
                         for case, row in rows.items()],
