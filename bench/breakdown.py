@@ -1,11 +1,11 @@
-"""What bounds SAC with 32 HalfCheetah environments of one seed on two cores.
+"""What bounds SAC: with 32 HalfCheetah environments of one seed on two cores, and with 8 seeds.
 
     python bench/breakdown.py
 
 Wall time of a vector step (32 transitions) by part of the training loop, on an otherwise idle
 machine. "Waiting" is for the environments, after the update. Updates are compiled, in bf16.
-Beside it, the operations of the updates, by processor time in the torch profiler, which makes calls
-look slower than they are.
+Beside it, the operations of the updates on one core, by their time in the torch profiler, which
+makes calls look slower than they are.
 """
 
 import argparse
@@ -32,22 +32,26 @@ PARTS = ("act", "update", "waiting", "observe")
 # workers, torch threads, gradient steps per transition
 CASES = [(workers, threads, ratio) for ratio in (1.0, 0.25, 1 / NUM_ENVS)
          for workers, threads in ((1, 1), (1, 2), (2, 1), (2, 2))]
+# of the operations: seeds, environments per seed, precision
+PROFILES = [(1, NUM_ENVS, "bf16"), (8, 1, "bf16"), (8, 1, "fp32")]
 KINDS = {  # how the profiler's names begin
     "matrix products": ("aten::bmm",), "kernels of the compiler": ("## Call CompiledFxGraph",),
     "Adam": ("Optimizer", "aten::_fused_adam_"),
     "calls of compiled functions": ("CompiledFunction", "Torch-Compiled", "TorchDynamo", "AOT")}
 
 
-def build(workers: int, threads: int, ratio: float) -> tuple[Any, Any]:
+def build(workers: int, threads: int, ratio: float, seeds: int = 1, num_envs: int = NUM_ENVS,
+          precision: str = "bf16") -> tuple[Any, Any]:
     """-> environments, agent."""
     prepare_process(threads)
     job = Job(agent_path=str(ROOT / "agents/sac.py"),
-              config={"replay_ratio": ratio, "learning_starts": NUM_ENVS}, env_id=ENV, seeds=(0,),
-              steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=NUM_ENVS,
+              config={"replay_ratio": ratio, "learning_starts": num_envs}, env_id=ENV,
+              seeds=tuple(range(seeds)),
+              steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=num_envs,
               backend="workers" if workers > 1 else "sync", workers=workers)
     envs = make_training(job)
-    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, NUM_ENVS, job.steps,
-                        "cpu", Accelerator(compiled=True, precision="bf16"))
+    agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, num_envs, job.steps,
+                        "cpu", Accelerator(compiled=True, precision=precision))
     return envs, agent
 
 
@@ -74,10 +78,10 @@ def measure(workers: int, threads: int, ratio: float) -> dict[str, float]:
     return spent
 
 
-def operations() -> dict[str, float]:
-    """Share of the updates' processor time by kind of operation."""
-    envs, agent = build(1, 1, 1.0)
-    obs, zeros = envs.reset(), torch.zeros(1, NUM_ENVS)
+def operations(seeds: int, num_envs: int, precision: str) -> dict[str, float]:
+    """Share of the updates' time by kind of operation."""
+    envs, agent = build(1, 1, NUM_ENVS / num_envs, seeds, num_envs, precision)
+    obs, zeros = envs.reset(), torch.zeros(seeds, num_envs)
     for _ in range(5):
         agent.observe(obs, agent.act(obs), zeros, obs, zeros, zeros)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:  # the last one is compiled
@@ -99,8 +103,13 @@ def markdown(result: dict) -> str:
         shares = " | ".join(f"{row['seconds'][part] / total:.0%}" for part in PARTS)
         lines.append(f"| {row['replay_ratio']:.3g} | {row['workers']} | {row['threads']} | "
                      f"{NUM_ENVS / total:.0f} | {shares} |")
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in result["operations"].items())
-    return "\n".join(lines) + f"\n\nOperations of the updates: {shares}\n"
+    kinds = [*KINDS, "other"]
+    lines += ["", "| seeds | environments per seed | precision | " + " | ".join(kinds) + " |",
+              "|---" * (3 + len(kinds)) + "|"]
+    for row in result["operations"]:
+        shares = " | ".join(f"{row['shares'].get(kind, 0):.0%}" for kind in kinds)
+        lines.append(f"| {row['seeds']} | {row['num_envs']} | {row['precision']} | {shares} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -112,8 +121,11 @@ def main() -> None:
         rows.append({"workers": workers, "threads": threads, "replay_ratio": ratio,
                      "seconds": measure(workers, threads, ratio)})
         print(rows[-1], flush=True)
+    profiles = [{"seeds": seeds, "num_envs": num_envs, "precision": precision,
+                 "shares": operations(seeds, num_envs, precision)}
+                for seeds, num_envs, precision in PROFILES]
     result = {"command": "python bench/breakdown.py", "versions": versions(),
-              "operations": operations(), "rows": rows}
+              "operations": profiles, "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))

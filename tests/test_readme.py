@@ -231,6 +231,12 @@ def transitions(replay_ratio=1.0, **case):
     return breakdown.NUM_ENVS / sum(row["seconds"].values())
 
 
+def operations(**case):
+    """Shares of SAC's update."""
+    (row,) = (row for row in result("breakdown")["operations"] if case.items() <= row.items())
+    return row["shares"]
+
+
 def ours(algorithm, seeds, mode, peer, name="speed"):
     return ratio(name, (algorithm, "lab", seeds, mode), (algorithm, peer, "1", "fp32"))
 
@@ -310,6 +316,8 @@ PROSE = {
         for n in ("4", "1")],
     "a second torch thread {:.0%}": lambda: [
         transitions(workers=1, threads=2) / transitions(workers=1, threads=1) - 1],
+    "the products are only {:.0%} of the update": lambda: [
+        operations(seeds=8, precision="bf16")["matrix products"]],
     "to step them in two processes ({:.2f} times)": lambda: [
         transitions(workers=2, threads=1, replay_ratio=1 / 32)
         / transitions(workers=1, threads=1, replay_ratio=1 / 32)],
@@ -392,8 +400,9 @@ PROSE = {
     "BRO after {} 000, at {:.0f}, with": lambda: [
         learning.last(learning.read()["bro-hardcore"])[0] // 1000,
         statistics.fmean(last("bro-hardcore"))],
-    "CrossQ on Hopper is {:.0%} lower in bf16": lambda: [
-        1 - mean_over_run("crossq-hopper-bf16") / mean_over_run("crossq-hopper")],
+    "CrossQ on HalfCheetah is {:.0%} lower in bf16. CrossQ on Hopper is {:.0%} lower in bf16":
+    lambda: [1 - mean_over_run(f"crossq-{env}-bf16") / mean_over_run(f"crossq-{env}")
+             for env in ("halfcheetah", "hopper")],
 }
 
 
