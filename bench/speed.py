@@ -393,23 +393,18 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept_rows(options: argparse.Namespace, processor: str) -> list[dict]:
+def kept_rows(result: dict, options: argparse.Namespace, processor: str) -> list[dict]:
     """Rows of the result file for the algorithms that are not measured in this run."""
-    if not options.out.exists():
-        return []
-    result = json.loads(options.out.read_text())
-    rows = [row for row in result["rows"] if row["case"][0] not in options.algorithms]
+    rows = [row for row in result.get("rows", []) if row["case"][0] not in options.algorithms]
     if rows and result["processor"] != processor:
         raise SystemExit(f"{options.out} was measured on another processor, {result['processor']}: "
                          "measure all algorithms, or choose another --out")
     return rows
 
 
-def begun_rows(options: argparse.Namespace, setting: dict) -> dict[tuple[str, ...], dict]:
+def begun_rows(result: dict, options: argparse.Namespace, setting: dict
+               ) -> dict[tuple[str, ...], dict]:
     """Rows of the result file, if the same measurement was cut after some of its repeats."""
-    if not options.out.exists():
-        return {}
-    result = json.loads(options.out.read_text())
     if result | setting != result:
         return {}
     rows = {tuple(row["case"]): row for row in result["rows"]}
@@ -474,12 +469,13 @@ def main() -> None:
         parser.error("--peers is required; `make bench` creates that virtual environment")
 
     setting = measured_with(options)
-    kept = kept_rows(options, setting["processor"])
-    rows = begun_rows(options, setting) or {
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    kept = kept_rows(before, options, setting["processor"])
+    rows = begun_rows(before, options, setting) or {
         case: {"steps_per_s": [], "limit": []} for case in cases(options)}
-    done_before = repeats_done(rows)
-    if done_before:
-        print(f"{done_before} of {options.repeats} repeats are in {options.out}", flush=True)
+    repeats = options.repeats - repeats_done(rows)
+    if repeats < options.repeats:
+        print(f"{repeats} of {options.repeats} repeats are left", flush=True)
     limited = [name for name in options.algorithms if name in MEASURED]
 
     def pinned(*arguments: str, script: str | Path = __file__, python: str = sys.executable
@@ -488,8 +484,8 @@ def main() -> None:
 
     flops = {name: pinned("flops", name) for name in limited}
     memory = pinned("memory")
-    start_time, total = time.monotonic(), len(rows) * (options.repeats - done_before)
-    for repeat in range(options.repeats - done_before):
+    start_time, total = time.monotonic(), len(rows) * repeats
+    for repeat in range(repeats):
         rates = {precision: pinned("rate", precision) for precision in ("fp32", "bf16")}
         steps = {name: pinned("environment", name) for name in limited}
         for number, ((algorithm, side, seeds, mode), row) in enumerate(rows.items()):

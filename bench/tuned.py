@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import learning  # noqa: E402
+from bench import learning, tuning  # noqa: E402
 from lab import settings, stats  # noqa: E402
 from lab.agent import load_agent  # noqa: E402
 from lab.training import recorder  # noqa: E402
@@ -38,25 +38,24 @@ DISCRETE = ("--trials 24 --confirm-seeds 10 --space lr=log:1e-4:1e-2 gamma=0.9:0
 OFF_POLICY = ("--trials 16 --confirm-seeds 8 --compile --precision bf16 --space "
               "gamma=0.95:0.999 batch_size=logint:64:256 policy_delay=cat:1,2,3 ")
 TWO_RATES = "actor_lr=log:1e-4:3e-3 qf_lr=log:1e-4:3e-3"
-EARLY = "--patience None --n-warmup-steps {} "  # pruning after a third of the steps
 SOLVED = "{} counts as solved"
 # study -> arguments of hypertune.py, published return
 STUDIES = {
     "ppo-halfcheetah": ("agents/ppo.py --env HalfCheetah-v5 --steps 300_000 "
-                        f"{EARLY.format(100_000)}{PPO}", "1443 (CleanRL, v4, at 1 000 000)"),
+                        f"{tuning.RULE.format(100_000)} {PPO}", "1443 (CleanRL, v4, at 1 000 000)"),
     "ppo-lander": ("agents/ppo.py --env LunarLanderContinuous-v3 --steps 500_000 "
-                   f"{EARLY.format(166_000)}{PPO}", SOLVED.format(200)),
+                   f"{tuning.RULE.format(166_000)} {PPO}", SOLVED.format(200)),
     "ppo-discrete-cartpole": (
         f"agents/ppo_discrete.py --env CartPole-v1 --steps 30_000 {DISCRETE}",
         SOLVED.format(475)),
     "sac-lander": ("agents/sac.py --env LunarLanderContinuous-v3 --steps 50_000 "
-                   f"{EARLY.format(16_000)}{OFF_POLICY}{TWO_RATES} tau=log:1e-3:5e-2",
+                   f"{tuning.RULE.format(16_000)} {OFF_POLICY}{TWO_RATES} tau=log:1e-3:5e-2",
                    SOLVED.format(200)),
     "crossq-biped": ("agents/crossq.py --env BipedalWalker-v3 --steps 60_000 --qf-width 256 "
-                     f"{EARLY.format(20_000)}{OFF_POLICY}{TWO_RATES}", SOLVED.format(300)),
+                     f"{tuning.RULE.format(20_000)} {OFF_POLICY}{TWO_RATES}", SOLVED.format(300)),
     "xqc-biped": ("agents/xqc.py --env BipedalWalker-v3 --steps 60_000 --action-repeat 2 "
-                  f"--clip-reward -1 10 --failure-below -99 {EARLY.format(20_000)}{OFF_POLICY}"
-                  "lr=log:1e-4:3e-3 tau=log:1e-3:5e-2", SOLVED.format(300)),
+                  f"--clip-reward -1 10 --failure-below -99 {tuning.RULE.format(20_000)} "
+                  f"{OFF_POLICY}lr=log:1e-4:3e-3 tau=log:1e-3:5e-2", SOLVED.format(300)),
 }
 # settings found by hand: agent, environment, experiments of bench/learning.py with them and with
 # the defaults, published return
@@ -97,8 +96,7 @@ def row(name: str) -> Row:
 
 def table(found: Sequence[Row]) -> str:
     def cell(returns: Sequence[float]) -> str:
-        mean, low, high = stats.t_interval(returns)
-        return f"{mean:.0f} ({low:.0f} to {high:.0f}), n={len(returns)}" if returns else ""
+        return f"{tuning.interval(returns)}, n={len(returns)}" if returns else ""
 
     lines = ["| agent | environment | steps | defaults | tuned | P(better) | ships | published | "
              "result |", "|---|---|---|---|---|---|---|---|---|"]

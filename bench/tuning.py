@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -262,21 +263,23 @@ def pruning(options: argparse.Namespace) -> None:
                         "rows": rows}, pruning_table(rows))
 
 
-def pruning_table(rows: list[dict]) -> str:
-    """Each pair of studies: without pruning, and with it."""
+def interval(returns: Sequence[float]) -> str:
+    """The mean and its 95% t interval."""
     from lab import stats
 
+    mean, low, high = stats.t_interval(returns)
+    return f"{mean:.0f} ({low:.0f} to {high:.0f})"
+
+
+def pruning_table(rows: list[dict]) -> str:
+    """Each pair of studies: without pruning, and with it."""
     lines = ["| study | pruned | environment steps saved | confirmed return of the best, without "
              "pruning | with pruning | of the defaults |", "|---|---|---|---|---|---|"]
-
-    def cell(returns: list[float]) -> str:
-        mean, low, high = stats.t_interval(returns)
-        return f"{mean:.0f} ({low:.0f} to {high:.0f})"
-
     for without, pruned in zip(rows[::2], rows[1::2], strict=True):
         saved = 1 - pruned["steps"] / without["steps"]
         cells = [pruned["study"], f"{pruned['pruned']} of {pruned['trials']}", f"{saved:.0%}",
-                 *(cell(row["confirmed"]) for row in (without, pruned)), cell(pruned["defaults"])]
+                 *(interval(row["confirmed"]) for row in (without, pruned)),
+                 interval(pruned["defaults"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

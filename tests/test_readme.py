@@ -330,6 +330,12 @@ PROSE = {
              for name in ("sac", "crossq") for seeds in ("1", "8")],
     "one seed of SAC in fp32 is faster there ({:.2f})": lambda: [
         ours("sac", "1", "fp32-compiled", "sbx")],
+    "Eight seeds make {:.1f} times as many seed-steps as SBX in bf16 (target 2) and {:.1f} times "
+    "in fp32 (target 1.4)": lambda: [
+        ours("sac", "8", f"{precision}-compiled", "sbx") for precision in ("bf16", "fp32")],
+    "Eight seeds make {:.2f} times as many steps as SB3 in eager mode (target 5) and {:.2f} times "
+    "compiled (target 7)": lambda: [
+        ours("ppo", "8", f"fp32-{how}", "sb3") for how in ("eager", "compiled")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
         ours("droq", "1", "bf16-compiled", "sbx")],
     "PPO runs {:.1f} times and SAC (in bf16) {:.1f} times as many seed-steps per second":
@@ -381,8 +387,7 @@ PROSE = {
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
     "XQC has {:.2f} of TD3's final return on average, the best published agent {:.2f}": of_td3,
-    "take {} MiB in all": lambda: [
-        result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
+    "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
     "the one in bf16 on Walker2d just outside ({:.0f})": lambda: [
@@ -411,7 +416,8 @@ def test_with_amx_the_goals_are_passed_that_the_docs_name():
         return ours(algorithm, seeds, mode, "sbx")
 
     assert amx("crossq", "1", "bf16-compiled") > 3 and amx("crossq", "1", "fp32-compiled") > 1.2
-    assert amx("droq", "4", "fp32-compiled") > 1.6 and amx("droq", "4", "bf16-compiled") > 2.5
+    assert amx("droq", "1", "fp32-compiled") > 1.5 and amx("droq", "4", "fp32-compiled") > 1.6
+    assert amx("droq", "4", "bf16-compiled") > 2.5
     assert amx("sac", "8", "bf16-compiled") > 2 and amx("sac", "1", "bf16-compiled") < 1.5
     assert amx("sac", "8", "fp32-compiled") < 1.4 and amx("crossq", "1", "fp32-compiled") < 1.3
 
