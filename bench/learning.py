@@ -56,6 +56,7 @@ NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 XQC = "agents/xqc.py {} --compile --precision bf16"
 # begins with CrossQ's step size: a run of 100 000 steps is short
 XQC_FAST = XQC + " --lr 1e-3 --lr-end 1e-4"
+XQC_LONGER = XQC_FAST.format("--env {} --seeds 5 --steps 300_000")
 RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
              "--precision bf16")
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
@@ -84,6 +85,12 @@ EXPERIMENTS = {
     "xqc-walker2d": (XQC_FAST.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
     "xqc-ant": (XQC_FAST.format(ANT), "3018; 3196 (FlashSAC); both wider"),
     "xqc-humanoid": (XQC_FAST.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
+    "xqc-halfcheetah-300k": (
+        XQC_LONGER.format("HalfCheetah-v4"), "10622; 11481 (FlashSAC); both wider"),
+    "xqc-hopper-300k": (XQC_LONGER.format("Hopper-v4"), "3580; 3674 (FlashSAC); both wider"),
+    "xqc-walker2d-300k": (XQC_LONGER.format("Walker2d-v4"), "5668; 6050 (FlashSAC); both wider"),
+    "xqc-ant-300k": (XQC_LONGER.format("Ant-v4"), "4892; 6087 (FlashSAC); both wider"),
+    "xqc-humanoid-300k": (XQC_LONGER.format("Humanoid-v4"), "9088; 10570 (FlashSAC); both wider"),
     "ppo-halfcheetah": (MILLION.format("HalfCheetah-v4"), "3517; 1443 (CleanRL)"),
     "ppo-hopper": (MILLION.format("Hopper-v4"), "3392; 2383 (CleanRL)"),
     "ppo-walker2d": (MILLION.format("Walker2d-v4"), "1621; 2288 (CleanRL)"),
@@ -367,27 +374,30 @@ def summary(scores: Scores) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mujoco(scores: Scores) -> str:
-    """Returns of XQC and CrossQ in bf16 at 100 000 steps beside the published ones, and their mean
-    in units of TD3: (return - random's) / (TD3's - random's)."""
+def mujoco(scores: Scores, steps: int = 100_000) -> str:
+    """Returns of XQC and CrossQ in bf16 after `steps` beside the published ones, and their mean in
+    units of TD3: (return - random's) / (TD3's - random's). A dash where we have no run."""
     found: dict[str, dict[str, float]] = {}  # label -> environment -> return
     for row in published.rows():
-        if row.steps == 100_000 and row.environment in TD3:
+        if row.steps == steps and row.environment in TD3:
             label = row.source.split(", ")[0] if row.algorithm == "bro" else row.algorithm
             found.setdefault(label, {})[row.environment] = row.mean
+    found = {label: returns for label, returns in found.items() if len(returns) == len(TD3)}
+    length = "" if steps == 100_000 else f"-{steps // 1000}k"
     for agent in ("xqc", "crossq"):
-        names = {env: f"{agent}-{env[:-3].lower()}" for env in TD3}
-        found[f"**{agent}, here**"] = {
-            env: statistics.fmean(last(scores.get(name + "-bf16") or scores[name])[1])
-            for env, name in names.items() if name in scores}
+        names = {env: f"{agent}-{env[:-3].lower()}{length}" for env in TD3}
+        ours = {env: statistics.fmean(last(scores.get(name + "-bf16") or scores[name])[1])
+                for env, name in names.items() if name in scores}
+        if ours:
+            found[f"**{agent}, here**"] = ours
     rows = []
     for label, returns in found.items():
         norms = [(returns[env] - random) / (td3 - random)
                  for env, (random, td3) in TD3.items() if env in returns]
-        if len(norms) == len(TD3):
-            mean = statistics.fmean(norms)
-            cells = [label, *(f"{returns[env]:.0f}" for env in TD3), f"{mean:.2f}"]
-            rows.append((mean, "| " + " | ".join(cells) + " |"))
+        mean = statistics.fmean(norms) if len(norms) == len(TD3) else None
+        cells = [label, *(f"{returns[env]:.0f}" if env in returns else "-" for env in TD3),
+                 "-" if mean is None else f"{mean:.2f}"]
+        rows.append((mean or 0, "| " + " | ".join(cells) + " |"))
     head = ["agent", *(env[:-3] for env in TD3), "mean / TD3"]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
                       *(line for _, line in sorted(rows, reverse=True))]) + "\n"

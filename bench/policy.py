@@ -74,7 +74,7 @@ def measure(path: Path, seed: int | None) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["| policy | one decision: median | 99% | after its tick: median | 99% | largest |",
+    lines = ["| policy | one decision: median | 99% | delay: median | 99% | largest |",
              "|---|---|---|---|---|---|"]
     for name, row in result["rows"].items():
         decision, late = row["decision_us"], row["late_ms"]

@@ -176,7 +176,7 @@ def markdown(result: dict) -> str:
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     asks = ", ".join(f"{statistics.median(seconds):.1f} s of one core at {trials} recorded trials"
                      for trials, seconds in result["ask_s"].items())
-    lines += ["", f"One ask in six dimensions: {asks}"]
+    lines += ["", f"One suggestion with six parameters: {asks}"]
     return "\n".join(lines) + "\n"
 
 

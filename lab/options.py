@@ -60,17 +60,18 @@ class Options:
     log_every: int | None = None  # steps between rows of metrics; none: 100 per run
     checkpoint_every: int | None = None  # steps; none: a tenth of the run or 5 minutes, 0: the end
     # When to stop before the last step, by the mean evaluation of the seeds
-    stop_at: float | None = None  # stop once it is at least this
-    stop_at_evals: int = 1  # in that many evaluations in a row
+    stop_at: float | None = None  # stop once the mean evaluation of the seeds reaches this return
+    stop_at_evals: int = 1  # it has to in that many evaluations in a row
     stop_plateau: int | None = None  # stop once that many evaluations bring no new best
-    stop_rtol: float = 0.01  # which has to be this share above the one before
+    stop_rtol: float = 0.01  # a new best is higher than the old one by this share of it
     # How to run
     compile: bool = False  # torch.compile the update
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of matrix products in the update
     # library for fp32 matrix products on a CPU: torch's BLAS or oneDNN; none: measured, the faster
     # one that computes in fp32 on this processor
     fp32_library: Library | None = None
-    cuda: bool = False  # train on the GPU; with several, each process takes the next
+    # train on the GPU; of several, each process takes the one with the fewest jobs
+    cuda: bool = False
     # take the settings of a run's config.json, or of a YAML file with the names of flags as keys;
     # flags override it
     config: Path | None = None
@@ -119,9 +120,13 @@ Pruner = Literal["median", "percentile", "vizier"]
 class Tune(Options):
     """Options of hypertune.py. Agent settings given as flags apply to every trial."""
 
+    env: tuple[str, ...] = ("Pendulum-v1",)  # the environment: one gymnasium id
     seeds: int = 2  # new seeds per trial
     first_seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # each trial has its own seeds
     steps: int = 2_000  # environment steps per seed
+    name: str | None = None  # name of the study's folder; none: the agent's name and the time
+    # continue the study in this folder; to change flags, run its command with the same --name
+    resume: Path | None = None
     log: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = True  # always
     # The search
     space: tuple[str, ...] = (  # NAME=LOW:HIGH log:LOW:HIGH int:LOW:HIGH logint:LOW:HIGH cat:A,B,C
@@ -187,6 +192,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
         kept = OLDER | kept
     module = load_agent(path)
+    script = sys.modules["__main__"].__doc__ or ""
+    description = f"{script}\nThe agent:\n\n{module.__doc__ or ''}"
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
     kept = {key: value for key, value in kept.items() if key not in others}
@@ -201,7 +208,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
         raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
-    options, config = read_flags(argv, index, *defaults, module.__doc__)
+    options, config = read_flags(argv, index, *defaults, description)
     if resume:
         return (extend(options, kept) if kind is not Tune else options), config
     flags = given_flags(argv)
@@ -209,7 +216,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
         return options, config
     words = [word for name, value in read_tuned(options).items() if name not in flags
              for word in _flag(name, value)]
-    return read_flags([*argv, *words], index, *defaults, module.__doc__)
+    return read_flags([*argv, *words], index, *defaults, description)
 
 
 def extend(options: Options, before: dict[str, Any]) -> Options:
@@ -345,7 +352,7 @@ def _is_file(word: str, flag: str) -> bool:
 
 
 def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any,
-               description: str | None) -> tuple[Any, dict[str, Any]]:
+               description: str) -> tuple[Any, dict[str, Any]]:
     """-> options and the agent's settings; `options` and `config` give the fields and defaults.
     UserError on unknown flags and on a field that is in both."""
     taken = {field.name for field in dataclasses.fields(options)}

@@ -328,7 +328,7 @@ PROSE = {
     lambda: [ratio("speed-medium", (name, "checkout", seeds, "fp32-compiled"),
                    (name, "lab", seeds, "bf16-compiled"))
              for name in ("sac", "crossq") for seeds in ("1", "8")],
-    "one seed of SAC in fp32 is faster there ({:.2f})": lambda: [
+    "one seed of SAC in fp32 runs here at {:.2f} of its speed": lambda: [
         ours("sac", "1", "fp32-compiled", "sbx")],
     "Eight seeds make {:.1f} times as many seed-steps as SBX in bf16 (target 2) and {:.1f} times "
     "in fp32 (target 1.4)": lambda: [
@@ -386,7 +386,7 @@ PROSE = {
     "SAC ends at {:.0f} after 200 000 steps": lambda: [statistics.fmean(last("sac-biped-raw"))],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
-    "XQC has {:.2f} of TD3's final return on average, the best published agent {:.2f}": of_td3,
+    "XQC has {:.2f} of TD3's return on average, the best published agent {:.2f}": of_td3,
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
