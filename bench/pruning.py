@@ -152,8 +152,9 @@ class Rule(NamedTuple):
             trial = Trial(recorded.number, recorded.settings)
             for step, returns in recorded.evaluations.items():
                 trial.record(step, returns)
-                if prune(trial, history, self.pruner, self.percentile or 50, self.startup,
-                         int(study.steps * Fraction(self.warmup)), 1, self.patience):
+                if step < study.steps and prune(
+                        trial, history, self.pruner, self.percentile or 50, self.startup,
+                        int(study.steps * Fraction(self.warmup)), 1, self.patience):
                     cuts[trial.number], trial.state = step, "pruned"
                     break
             else:

@@ -12,7 +12,9 @@ with a probability above 0.8. bench/results/tuned.md is the table of both.
 import argparse
 import gzip
 import json
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,10 +27,12 @@ sys.path.insert(0, str(ROOT))
 from bench import learning, tuning  # noqa: E402
 from lab import settings, stats  # noqa: E402
 from lab.agent import load_agent  # noqa: E402
+from lab.options import Options  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
 RESULTS, TUNED = ROOT / "bench/results/tuned", ROOT / "agents/tuned"
 LEAST = 0.8  # probability of improvement over the defaults
+TASK = ("action_repeat", "clip_reward", "failure_below")  # options that change the task
 PPO = ("--trials 24 --confirm-seeds 10 --space lr=log:5e-5:5e-3 gamma=0.95:0.9995 "
        "gae_lambda=0.8:1 num_steps=cat:512,1024,2048,4096 update_epochs=int:3:20 "
        "clip_coef=0.1:0.4 ent_coef=cat:0,0.001,0.01")
@@ -66,8 +70,10 @@ BY_HAND = [("ppo", "LunarLanderContinuous-v3", "ppo-lunarlander", "ppo-lunarland
 class Row(NamedTuple):
     agent: str
     env: str
+    task: str  # flags that change it
     steps: int
-    source: str
+    source: str  # folder of the result, in bench/results/
+    what: str  # of the study: the trial, or its defaults
     tuned: Sequence[float]  # returns, empty if nothing beat the defaults
     defaults: Sequence[float]
     published: str
@@ -78,20 +84,39 @@ class Row(NamedTuple):
         return stats.probability_of_improvement(self.tuned, self.defaults) if self.tuned else 0.0
 
 
+def done(name: str) -> bool:
+    return (RESULTS / name / "best.json").exists()
+
+
 def rows() -> list[Row]:
     scores, found = learning.read(), []
     for agent, env, tuned, defaults, published in BY_HAND:
         (steps, with_them), (_, without) = (learning.last(scores[n]) for n in (tuned, defaults))
-        found.append(Row(agent, env, steps, f"{tuned}, by hand", with_them, without, published))
-    return found + [row(name) for name in STUDIES if (RESULTS / name).exists()]
+        found.append(Row(agent, env, "", steps, tuned, "by hand", with_them, without,
+                         published))
+    return found + [row(name) for name in STUDIES if done(name)]
 
 
 def row(name: str) -> Row:
     best = json.loads((RESULTS / name / "best.json").read_text())
     options, study = best["options"], best["study"]
     tuned = [] if study["is"] == "defaults" else study["confirmed"]
-    return Row(Path(options["agent"]).stem, options["env"][0], options["steps"],
-               f"tuned/{name}, {study['is']}", tuned, study["defaults"], STUDIES[name][1])
+    task = " ".join(re.findall(learning.CHANGES, STUDIES[name][0]))
+    return Row(Path(options["agent"]).stem, options["env"][0], task, options["steps"],
+               f"tuned/{name}", study["is"], tuned, study["defaults"],
+               STUDIES[name][1])
+
+
+def shipped(found: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """Agent and environment -> the row whose settings ship: the best of those that beat the
+    defaults."""
+    best: dict[tuple[str, str], Row] = {}
+    for each in found:
+        key = each.agent, each.env
+        if each.improvement > LEAST and (key not in best or statistics.fmean(each.tuned)
+                                         > statistics.fmean(best[key].tuned)):
+            best[key] = each
+    return best
 
 
 def table(found: Sequence[Row]) -> str:
@@ -100,37 +125,49 @@ def table(found: Sequence[Row]) -> str:
 
     lines = ["| agent | environment | steps | defaults | tuned | P(better) | ships | published | "
              "result |", "|---|---|---|---|---|---|---|---|---|"]
+    ships = shipped(found).values()
     for each in found:
-        cells = [each.agent, each.env, each.steps, cell(each.defaults), cell(each.tuned),
-                 f"{each.improvement:.2f}", "yes" if each.improvement > LEAST else "no",
-                 each.published, each.source]
+        env = f"{each.env} `{each.task}`" if each.task else each.env
+        cells = [each.agent, env, each.steps, cell(each.defaults), cell(each.tuned),
+                 f"{each.improvement:.2f}", "yes" if each in ships else "no", each.published,
+                 f"{each.source}, {each.what}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    missing = [name for name in STUDIES if not (RESULTS / name).exists()]
+    missing = [name for name in STUDIES if not done(name)]
     return "\n".join(lines) + (f"\n\nStudies still to run: {', '.join(missing)}" * bool(missing)
                                ) + "\n"
 
 
 def store(name: str, folder: Path) -> None:
-    """Keep a finished study, and its best settings if they beat the defaults."""
+    """Keep a finished study."""
     kept = RESULTS / name
     kept.mkdir(parents=True, exist_ok=True)
     journal = (folder / "trials.jsonl").read_bytes()
     (kept / "trials.jsonl.gz").write_bytes(gzip.compress(journal, mtime=0))
-    for file in ("config.json", "versions.json", "study.png", "best.json"):
+    for file in ("config.json", "versions.json", "study.png", "best.json"):  # best.json: it is done
         shutil.copy(folder / file, kept / file)
-    if row(name).improvement > LEAST:
-        ship(json.loads((kept / "best.json").read_text()), f"bench/results/tuned/{name}")
 
 
-def ship(best: dict[str, Any], source: str) -> None:
-    """Write the settings that differ from the defaults of the agent's Config."""
-    agent, env = best["options"]["agent"], best["options"]["env"][0]
-    defaults = json.loads(json.dumps(settings.plain_config(load_agent(agent).Config())))
-    differ = {key: value for key, value in best["config"].items() if value != defaults[key]}
-    path = TUNED / f"{recorder.safe_name(env)}.json"
-    path.parent.mkdir(exist_ok=True)
-    before = json.loads(path.read_text()) if path.exists() else {}
-    recorder.write_json(path, before | {Path(agent).stem: {"settings": differ, "source": source}})
+def ship(found: Sequence[Row]) -> None:
+    """Write agents/tuned/ anew: what differs from the defaults, of the task too, and how many seeds
+    it was tuned on, from 0."""
+    files: dict[Path, dict[str, Any]] = {}
+    for (agent, env), each in sorted(shipped(found).items()):
+        folder, by_hand = RESULTS.parent / each.source, each.what == "by hand"
+        of_run = json.loads((folder / "config.json").read_text())
+        best = of_run if by_hand else json.loads((folder / "best.json").read_text())
+        defaults = json.loads(json.dumps(settings.plain_config(
+            load_agent(f"agents/{agent}.py").Config())))
+        differ = {key: best["options"][key] for key in TASK
+                  if best["options"].get(key, getattr(Options, key)) != getattr(Options, key)}
+        differ |= {key: value for key, value in best["config"].items() if value != defaults[key]}
+        seeds = of_run["options"]["seeds"] * of_run["options"].get("trials", 1)
+        files.setdefault(TUNED / f"{recorder.safe_name(env)}.json", {})[agent] = {
+            "settings": differ, "seeds": seeds, "source": f"bench/results/{each.source}"}
+    TUNED.mkdir(exist_ok=True)
+    for path in TUNED.glob("*.json"):
+        path.unlink()
+    for path, content in files.items():
+        recorder.write_json(path, content)
 
 
 def main() -> None:
@@ -138,13 +175,16 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--list", action="store_true", help="print the commands")
     options = parser.parse_args()
-    for name in options.studies or [n for n in STUDIES if not (RESULTS / n).exists()]:
+    if unknown := set(options.studies) - set(STUDIES):
+        parser.error(f"no study {' or '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
+    for name in options.studies or [n for n in STUDIES if not done(n)]:
         command = ["hypertune.py", *STUDIES[name][0].split(), "--name", name]
         print("python", *command, flush=True)
         if not options.list:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             store(name, ROOT / "runs/studies" / name)
     if not options.list:
+        ship(rows())
         (RESULTS.parent / "tuned.md").write_text(table(rows()))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
-from lab.errors import CodeError, UserError, first_line
+from lab.errors import CodeError, RefusedError, UserError, first_line
 from lab.matmul import Products, RecordProducts
 from lab.settings import build
 
@@ -74,7 +74,7 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
                              device=device, accelerate=accelerate)
     except Exception as error:
         if isinstance(error, ValueError) and _raised_in(path, error):  # by the agent itself
-            raise UserError(f"{Path(path).name} on {spec.id}: {first_line(error)}") from error
+            raise RefusedError(f"{Path(path).name} on {spec.id}: {first_line(error)}") from error
         place = place_of(path, error) or path
         raise CodeError(f"{place}: Agent() failed: {type(error).__name__}: "
                         f"{first_line(error)}") from error

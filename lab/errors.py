@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Invalid user input. The message is one line: what is wrong and what to do."""
 
 
+class RefusedError(UserError):
+    """An agent refuses its settings or the environment."""
+
+
 class CodeError(UserError):
     """The user's code raised an exception, which is __cause__: its traceback is printed too."""
 

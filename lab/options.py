@@ -6,6 +6,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -23,7 +24,7 @@ from lab.accelerate import physical_cores
 from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
-from lab.errors import UserError
+from lab.errors import UserError, one_line
 from lab.matmul import Library
 from lab.stopping import stops
 
@@ -146,7 +147,7 @@ class Tune(Options):
     n_startup_trials: int = 4  # completed trials before the first one is pruned
     n_warmup_steps: int | None = None  # no trial is pruned before it; none: two thirds of the steps
     interval_steps: int = 1  # steps between checks
-    # evaluations that bring no new best before a trial may be pruned; None: it may still improve
+    # a trial whose last PATIENCE + 1 evaluations brought a new best is not pruned; None: it may be
     patience: int | None = 1
     # Confirmation: at the end, the best three settings and the defaults train again
     confirm_seeds: int = 8  # held-out seeds to confirm the best three settings and the defaults
@@ -214,6 +215,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     flags = given_flags(argv)
     if not options.tuned or "tuned" not in flags:  # a run's config.json has the settings already
         return options, config
+    if source:
+        raise UserError(f"--tuned and --config {source} both have settings: leave one out")
     words = [word for name, value in read_tuned(options).items() if name not in flags
              for word in _flag(name, value)]
     return read_flags([*argv, *words], index, *defaults, description)
@@ -237,13 +240,16 @@ def read_tuned(options: Options) -> dict[str, Any]:
     if others:
         raise UserError("--tuned takes one --env, since each environment has its own settings")
     file = path.parent / "tuned" / (re.sub(r"[^\w.-]+", "_", env_id) + ".json")
-    found = _read_file(file) if file.is_file() else {}
-    if path.stem not in found:
+    try:
+        found = _read_file(file) if file.is_file() else {}
+        if path.stem in found:
+            return dict(found[path.stem]["settings"])
         known = sorted({f"{agent} on {other.stem}" for other in file.parent.glob("*.json")
                         for agent in _read_file(other)})
-        raise UserError(f"--tuned: {file} has no settings of {path.stem}; leave it out, or take "
-                        f"{' or '.join(known) or 'an agent with a folder tuned/ beside it'}")
-    return found[path.stem]["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--tuned: a file in {file.parent} is broken: {one_line(error)}") from error
+    raise UserError(f"--tuned: {file} has no settings of {path.stem}; leave it out, or take "
+                    f"{' or '.join(known) or 'an agent with a folder tuned/ beside it'}")
 
 
 def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
@@ -271,7 +277,7 @@ def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
         hint = f"; did you mean {near[0]}?" if near else f" of {SCRIPTS[kind]} and {agent}"
         raise UserError(f"{path}: unknown setting {name}{hint}")
     given = given_flags(argv)
-    flags = [word for name, value in content.items() if name not in given and value is not None
+    flags = [word for name, value in content.items() if name not in given
              for word in _flag(name, value)]
     at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--config")
     rest = [*argv[:at], *argv[at + 2 - ("=" in argv[at]):]]
@@ -505,6 +511,8 @@ def check_options(options: Options) -> None:
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
         low, high = options.clip_reward
         raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
+    if options.failure_below is not None and math.isnan(options.failure_below):
+        raise UserError("--failure-below must be a number, not nan")
     if options.stop_rtol < 0:
         raise UserError(f"--stop-rtol must be 0 or more, not {options.stop_rtol}")
     if stops(options) and options.eval_env == "none":

@@ -17,7 +17,7 @@ import torch
 from ruamel.yaml import YAML
 
 from lab import train
-from lab.options import Simple, parse_args
+from lab.options import Simple, Tune, parse_args
 from lab.training import progress
 from lab.training.recorder import read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
@@ -328,6 +328,8 @@ def test_a_yaml_file_brings_settings_by_the_names_of_their_flags(tmp_path):
     assert (config["lr"], config["num_steps"], config["gamma"]) == (3e-4, 1000, 0.9)
     assert config["lr_schedule"] == ((0.0, 3e-4), (1e6, 0.0))
     assert config["norm_adv"] is False and options.name is None and options.config is None
+    options, _ = parse_args(["--config", write(tmp_path, "patience: null", "n.yml")], Tune)
+    assert options.patience is None
     options, config = parse_args([f"--config={write(tmp_path, 'tau: 0.1', 'other.yml')}",
                                   "agents/sac.py"])
     assert (options.agent, config["tau"]) == ("agents/sac.py", 0.1)

@@ -52,6 +52,10 @@ def test_what_a_rule_cuts_saves_and_loses(studies):
     assert row["lost"][0] == pytest.approx((46.5 - 25.5) / spread, abs=1e-4)
 
 
+def test_no_trial_is_pruned_at_its_last_evaluation(studies):
+    assert pruning.Rule("median", None, "1", 5, None).cuts(studies[0]) == {}
+
+
 @pytest.mark.parametrize("rule", [
     pruning.Rule("median", None, "1/2", 6, None),  # one trial less: the sixth completes
     pruning.Rule("percentile", 90, "1/2", 5, None),  # a bar of 1.4

@@ -11,6 +11,7 @@ import scipy.stats
 from lab.errors import UserError
 from lab.report import compare, published, runs
 from lab.report import warnings as report_warnings
+from lab.training import recorder
 
 V4, V5 = "HalfCheetah-v4", "HalfCheetah-v5"
 
@@ -263,6 +264,23 @@ def test_what_no_study_tuned_on_these_seeds_is_not_told(tmp_path):
     given = write_run(tmp_path / "given", {V4: seeds(*range(5))}, settings={"gamma": 0.99},
                       config=str(defaults / "best.json"))
     assert warnings(given) == [], "nothing beat the defaults"
+
+
+def test_seeds_that_settings_which_ship_were_tuned_on_are_told(tmp_path):
+    agent = tmp_path / "sac.py"
+    shipped = {"sac": {"settings": {}, "seeds": 4, "source": "a/study"}}
+    (tmp_path / "tuned").mkdir()
+    recorder.write_json(tmp_path / f"tuned/{V4}.json", shipped)
+    first, other = (write_run(tmp_path / str(n), {V4: seeds(*range(5), first=n)}, tuned=True)
+                    for n in (2, 4))
+    for run in (first, other):
+        content = json.loads((run / "config.json").read_text())
+        content["options"]["agent"] = str(agent)
+        recorder.write_json(run / "config.json", content)
+    assert warnings(first) == [
+        f"2 in {V4} is reported on seeds that its settings were tuned on (2, 3; a/study), so its "
+        "mean is biased upwards: --first-seed 4 takes others"]
+    assert warnings(other) == []
 
 
 def test_a_studys_own_trials_are_told_and_its_confirmation_is_not(tmp_path):

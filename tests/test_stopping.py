@@ -110,6 +110,7 @@ def test_a_run_with_a_rule_gets_no_more_seeds(tmp_path, capsys):
     (["--stop-at-evals", "0"], "--stop-at-evals must be at least 1, not 0"),
     (["--stop-plateau", "0"], "--stop-plateau must be at least 1, not 0"),
     (["--stop-rtol", "-1"], "--stop-rtol must be 0 or more, not -1"),
+    (["--failure-below", "nan"], "--failure-below must be a number, not nan"),
     (["--stop-at", "5", "--eval-env", "none"], "need evaluations: --eval-env must be own or same"),
 ])
 def test_bad_rules_are_refused(flags, line, capsys):

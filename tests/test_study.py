@@ -1,6 +1,7 @@
 """Studies with a fake trainer: states of trials, kills, bad input."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +46,7 @@ class FakeProcesses:
     given = []  # the jobs, in order
     told = 0  # messages, of all trials
     killed_at = None  # message at which SIGKILL comes
+    by_default = staticmethod(lambda job: train(job))
 
     def __init__(self):
         self.running, self.ended = {}, set()
@@ -60,7 +63,7 @@ class FakeProcesses:
     def give(self, key, job):
         type(self).given.append(job)
         held_out = job.seeds[0] >= HELD_OUT
-        fate = train if held_out else self.fates.get(key, train)
+        fate = self.by_default if held_out else self.fates.get(key, self.by_default)
         self.running[key] = fate(job)
 
     def end(self, key):
@@ -282,6 +285,49 @@ def test_what_a_study_leaves(finished):
     assert (folder / "study.png").read_bytes()[:4] == b"\x89PNG"
     for path in ("config.json", "versions.json", "sac.py"):
         assert (folder / path).exists()
+
+
+def test_more_held_out_seeds_train_beside_those_that_are_done(tmp_path):
+    assert tune(tmp_path, "--trials", "1", "--confirm-seeds", "2") == 0
+    runs = [Path(job.run) for job in FakeProcesses.given if job.seeds[0] >= HELD_OUT]
+    for run in runs:
+        (run / "Pendulum-v1/sac/stack_1000000_1000001").mkdir()
+    FakeProcesses.given.clear()
+    assert tune(tmp_path, "--trials", "1", "--confirm-seeds", "3") == 0
+    assert [(job.run, job.seeds) for job in FakeProcesses.given] == [
+        (str(run), (1_000_002,)) for run in runs]
+    for run in runs:
+        assert json.loads((run / "config.json").read_text())["options"]["seeds"] == 3
+
+
+def test_a_setting_that_loses_a_held_out_seed_does_not_win(tmp_path, capsys, monkeypatch):
+    """The others' mean would: it says nothing about the lost one."""
+    def loses_one(job):
+        if job.config["actor_lr"] != 3e-4:  # the defaults
+            seeds = job.seeds[:1] if job.seeds[0] >= HELD_OUT else job.seeds
+            job = dataclasses.replace(job, seeds=seeds)
+        yield from train(job)
+
+    monkeypatch.setattr(sys.modules[__name__], "value", lambda job, *_: -job.config["gamma"])
+    monkeypatch.setattr(FakeProcesses, "by_default", staticmethod(loses_one))
+    assert tune(tmp_path, "--trials", "2", "--gamma", "0.995") == 1
+    best = json.loads((tmp_path / "studies/mine/best.json").read_text())
+    assert best["study"]["is"] == "defaults" and best["study"]["confirmed"] == [-0.995] * 3
+    out, err = capsys.readouterr()
+    assert "nothing beat the defaults" in out and "trial_1: a seed diverged" in err
+
+
+def test_a_study_starts_from_the_weights_of_one_seed_and_tells_its_best_settings(tmp_path, capsys):
+    runs = ["--runs", str(tmp_path)]
+    argv = [*SMALL[:6], "--steps", "20", "--log", "--eval-episodes", "1", "--name", "before", *runs]
+    assert script.run(argv) == 0
+    (run,) = tmp_path.glob("before-*")
+    assert tune(tmp_path, "--trials", "1", "--init-from", str(run)) == 2
+    assert "each trial has its own seeds, so give the folder of one" in capsys.readouterr().err
+    seed = run / "Pendulum-v1/sac/seed_0"
+    assert tune(tmp_path, "--trials", "1", "--init-from", str(seed)) == 0
+    options, _ = parse_args(["--config", str(tmp_path / "studies/mine/best.json")])
+    assert options.init_from == seed
 
 
 def test_the_table_by_hand():

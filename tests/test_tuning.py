@@ -283,8 +283,9 @@ def test_how_many_trials_are_near_the_best_by_hand():
               make(2, {10: [6.0, 6.0 + 8**0.5]}), make(3, {10: [99.0, 99.0]}, "pruned"),
               make(4, {}, "failed")]
     assert surrogate.near_best(trials) == (
-        "2 of 3 completed trials are within one standard error (1.7) of the best observed return, "
-        "10.0 (trial 0)")
+        "2 of 3 completed trials are within one standard error (1.7, from its seeds and those of "
+        "all trials) of the best observed return, 10.0 (trial 0)")
+    assert "needs two seeds" in surrogate.near_best([make(0, {10: [8.0]}), make(1, {10: [9.0]})])
 
 
 def test_a_parameter_that_matters_is_told_from_one_that_does_not():

@@ -31,6 +31,7 @@ def find(methods: Sequence[Method]) -> list[str]:
                       for origin in origins(run.options)]
             found += evaluated_elsewhere(method, run)
             found += tuned_on(method, run)
+            found += shipped_with(method, run)
     return found
 
 
@@ -125,6 +126,25 @@ def tuned_on(method: Method, run: Run) -> Iterator[str]:
             yield (f"{method.name} in {study.environment} is reported on seeds that the study "
                    f"{study.folder.name} tuned its settings on ({_span(overlap)}), so its mean is "
                    f"biased upwards: {study.folder / 'confirmed'} has held-out seeds")
+
+
+def shipped_with(method: Method, run: Run) -> Iterator[str]:
+    """Warn if a run with --tuned reports seeds that these settings were tuned on."""
+    if not run.options.get("tuned"):
+        return
+    agent = Path(run.options["agent"])
+    for env_id in run.options["env"]:
+        file = agent.parent / "tuned" / f"{recorder.safe_name(env_id)}.json"
+        result = method.results.get(label(env_id, run.options))
+        try:
+            entry = json.loads(file.read_text())[agent.stem]
+            seeds, source = range(entry["seeds"]), entry["source"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if result and (overlap := sorted(result.seeds.keys() & set(seeds))):
+            yield (f"{method.name} in {result.environment} is reported on seeds that its settings "
+                   f"were tuned on ({_span(overlap)}; {source}), so its mean is biased upwards: "
+                   f"--first-seed {len(seeds)} takes others")
 
 
 def _span(seeds: Sequence[int]) -> str:

@@ -164,15 +164,23 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
 
 def stacks_of(options: Options, env_id: str, seeds: range, processes: int
               ) -> list[tuple[int, ...]]:
-    """The seeds in stacks. A resumed run keeps its own, unless these are among the new ones, and
-    gets others for its new seeds."""
-    new = shares_of(options, seeds, len(options.env), processes)
-    group = group_folder(options.resume or Path(), env_id, Path(options.agent).stem)
-    old = [tuple(members_of(stack)) for stack in group.glob("stack_*_*")] if options.resume else []
+    """The seeds in stacks. A resumed run keeps its own."""
+    if options.resume:
+        group = group_folder(options.resume, env_id, Path(options.agent).stem)
+        return join_stacks(options, group, seeds, len(options.env), processes)
+    return shares_of(options, seeds, len(options.env), processes)
+
+
+def join_stacks(rules: Any, group: Path, seeds: range, environments: int, processes: int
+                ) -> list[tuple[int, ...]]:
+    """The seeds in stacks, where some have been trained: these keep their stacks, unless they are
+    among the new ones."""
+    new = shares_of(rules, seeds, environments, processes)
+    old = [tuple(members_of(stack)) for stack in group.glob("stack_*_*")]
     if set(old) <= set(new):
         return new
     rest = [seed for seed in seeds if not any(seed in stack for stack in old)]
-    return sorted(old) + (split_seeds(rest, len(options.env), processes) if rest else [])
+    return sorted(old) + (split_seeds(rest, environments, processes) if rest else [])
 
 
 def check_names(options: Options) -> None:

@@ -16,7 +16,7 @@ import torch
 from lab.accelerate import prepare_process
 from lab.agent import place_of
 from lab.envs.worker import die_with
-from lab.errors import CodeError, UserError, first_line, guard_output
+from lab.errors import CodeError, RefusedError, UserError, first_line, guard_output
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 
@@ -158,7 +158,8 @@ def attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure 
     except UserError as error:
         if isinstance(error, CodeError) and error.__cause__:
             traceback.print_exception(error.__cause__)
-        return Failure(str(error), "settings")
+        settings = isinstance(error, CodeError | RefusedError)
+        return Failure(str(error), "settings" if settings else "error")
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -12,8 +12,8 @@ def prune(trial: Trial, trials: Sequence[Trial], pruner: Pruner = "median",
           percentile: float = 25.0, n_startup_trials: int = 5, n_warmup_steps: int = 0,
           interval_steps: int = 1, patience: int | None = None) -> bool:
     """Whether to stop `trial` at its last evaluation: if its best evaluation so far is strictly
-    below the bar that the completed trials set, and if it brought no new best in the last
-    `patience` evaluations. Arguments as in Optuna's PercentilePruner and PatientPruner."""
+    below the bar that the completed trials set, and if the last `patience` + 1 evaluations brought
+    no new best. Arguments as in Optuna's PercentilePruner and PatientPruner."""
     steps = sorted(trial.evaluations)
     step, before = steps[-1], steps[-2] if len(steps) > 1 else -1
     due = n_warmup_steps + (step - n_warmup_steps) // interval_steps * interval_steps

@@ -65,6 +65,9 @@ def _tune(options: Tune, config: dict[str, Any], searched: Space, job: Job, engi
 def check(options: Tune, config: dict[str, Any]) -> tuple[Tune, Space, Job]:
     """-> the options with the library for fp32 products, the space, and the job of the defaults.
     UserError if a trial could not start; writes no files."""
+    if options.init_from and not recorder.is_seed(options.init_from):
+        raise UserError(f"--init-from {options.init_from}: each trial has its own seeds, so give "
+                        "the folder of one seed, such as seed_0")
     [job, *_] = make_jobs(options, config, 1, None)
     if len(options.env) != 1:
         raise UserError(f"a study takes one --env, not {' '.join(options.env)}")

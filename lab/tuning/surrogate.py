@@ -227,13 +227,16 @@ def ranked(space: Space, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
 def near_best(trials: Sequence[Trial]) -> str:
     """How many completed trials are within one standard error of the best observed return."""
     completed = [trial for trial in trials if trial.state == "completed"]
+    if np.isnan([trial.noise() for trial in completed]).all():
+        return "how many trials are near the best: needs two seeds a trial"
     observations = observe(completed)
     best = max(observations, key=lambda o: o.value)
     number = completed[observations.index(best)].number
     error = best.variance**0.5
     near = sum(o.value >= best.value - error for o in observations)
     return (f"{near} of {len(completed)} completed trials are within one standard error "
-            f"({error:.1f}) of the best observed return, {best.value:.1f} (trial {number})")
+            f"({error:.1f}, from its seeds and those of all trials) of the best observed return, "
+            f"{best.value:.1f} (trial {number})")
 
 
 class Candidate(NamedTuple):
