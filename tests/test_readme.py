@@ -383,7 +383,8 @@ PROSE = {
         for side in ("lab, 1 seed x 32", "lab, 4 seeds x 8")],
     "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
         statistics.fmean(last("xqc-biped-raw"))],
-    "SAC ends at {:.0f} after 200 000 steps": lambda: [statistics.fmean(last("sac-biped-raw"))],
+    "SAC ends at {:.0f} and CrossQ at {:.0f} after 200 000 steps": lambda: [
+        statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
     "XQC has {:.2f} of TD3's return on average, the best published agent {:.2f}": of_td3,
