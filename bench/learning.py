@@ -428,7 +428,8 @@ def draw(scores: Scores, path: Path) -> None:
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.grid(alpha=0.3)
         axis.plot([], [], "X", color="white", markeredgecolor="black", label="published")
-        axis.legend(fontsize=8)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # it would hide the curves
+        axis.legend(fontsize=8, **(below if len(experiments) > 5 else {}))
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
     figure.savefig(path, dpi=80)
