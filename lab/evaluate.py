@@ -96,18 +96,24 @@ def evaluate_group(run: TrainedRun, group: Group, options: Options) -> dict[str,
     env_id, kwargs = options.env or group.env_id, () if options.env else run.options.env_kwargs
     seeds, policies = list(group.stacks), None
     episodes: dict[int, list[Episode]] = {seed: [] for seed in seeds}
-    rounds = range(0, options.episodes, AT_ONCE)
+    # an agent that explores with what it did before counts on the number in training
+    at_once = (run.options.num_envs or 1) if options.explore else AT_ONCE
+    rounds = range(0, options.episodes, at_once)
     for first in track(rounds, "evaluating", transient=True, disable=not sys.stdout.isatty()):
-        config = VecEnvConfig(env_id, seeds, min(AT_ONCE, options.episodes - first),
-                              action_repeat=run.options.action_repeat, env_kwargs=kwargs)
+        number = at_once if options.explore else min(at_once, options.episodes - first)
+        config = VecEnvConfig(env_id, seeds, number, action_repeat=run.options.action_repeat,
+                              env_kwargs=kwargs)
         with contextlib.closing(FreshTorch(config) if is_torch(env_id) else Fresh(config)) as envs:
             if policies is None:
                 policies = load_stack(run, group, seeds, envs.spec, options.which)
+                if options.explore and policies.with_memory:
+                    raise UserError(f"--explore: {run.options.agent} explores with a memory that "
+                                    "only training advances; leave it out")
                 if not set(seeds) - set(policies.failed):
                     raise UserError(f"{group.folder}: seed {seeds[0]} failed in training")
             for seed, played in zip(seeds, envs.play(policies, first, options.explore),
                                     strict=True):
-                episodes[seed] += played
+                episodes[seed] += played[:options.episodes - first]
             for index, value in envs.broken.items():
                 raise UserError(f"{env_id} returned {value} to seed {seeds[index]}")
     assert policies
@@ -174,7 +180,9 @@ def describe(run: TrainedRun, env_id: str, kwargs: Sequence[str], policies: Poli
              episodes: dict[int, list[Episode]], options: Options) -> dict[str, Any]:
     """-> what the JSON file holds."""
     bound = run.options.failure_below if env_id in run.options.env else None
-    seeds = {seed: {"step": policies.steps[seed]} | summary(played, bound)
+    # some environments have is_success only where it is True
+    tells_success = any(e.success is not None for played in episodes.values() for e in played)
+    seeds = {seed: {"step": policies.steps[seed]} | summary(played, bound, tells_success)
              | ({"picked on": policies.best[seed]} if policies.best else {})
              for seed, played in episodes.items()}
     counted = [row for seed, row in seeds.items() if seed not in policies.failed]
@@ -192,7 +200,8 @@ def describe(run: TrainedRun, env_id: str, kwargs: Sequence[str], policies: Poli
                      for seed, played in episodes.items() for number, episode in enumerate(played)]}
 
 
-def summary(episodes: Sequence[Episode], failure_below: float | None) -> dict[str, float]:
+def summary(episodes: Sequence[Episode], failure_below: float | None, tells_success: bool
+            ) -> dict[str, float]:
     """Means over the episodes of a seed; of yes or no, their share."""
     found = {"return": statistics.fmean(e.episode_return for e in episodes),
              "length": statistics.fmean(e.length for e in episodes),
@@ -201,8 +210,9 @@ def summary(episodes: Sequence[Episode], failure_below: float | None) -> dict[st
         found["failure"] = statistics.fmean(
             e.terminated and e.last_reward is not None and e.last_reward < failure_below
             for e in episodes)
-    known = [e.success for e in episodes if e.success is not None]
-    return found | ({"success": statistics.fmean(known)} if known else {})
+    if tells_success:
+        found["success"] = statistics.fmean(bool(e.success) for e in episodes)
+    return found
 
 
 def show(result: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class PolicyStack:
         self.steps = {seed: part.steps[seed] for part in parts for seed in part.wanted}
         self.best = {seed: part.best[seed] for part in parts for seed in part.wanted if part.best}
         self.failed = [seed for part in parts for seed in part.wanted if seed in part.failed]
+        self.with_memory = any(hasattr(part.agent, "act_with_memory") for part in parts)
 
     def act(self, obs: torch.Tensor, explore: bool) -> torch.Tensor:
         """obs (S, N, O) of the wanted seeds -> actions (S, N, A)."""
@@ -138,8 +139,11 @@ def load_stack(run: TrainedRun, group: Group, seeds: Sequence[int], spec: EnvSpe
 
 def load(run: TrainedRun, stack: Path, wanted: list[int], spec: EnvSpec, which: Which) -> Part:
     members, path = recorder.members_of(stack), run.options.agent
-    agent = build_agent(path, run.config, spec, members, run.options.num_envs or 1,
-                        agent_steps(run.options), "cpu", lambda fn: fn)
+    num_envs = run.options.num_envs or 1
+    agent = build_agent(path, run.config, spec, members, num_envs, num_envs, "cpu", lambda fn: fn)
+    if saves_itself(agent):  # with its replay
+        agent = build_agent(path, run.config, spec, members, num_envs, agent_steps(run.options),
+                            "cpu", lambda fn: fn)
     state = checkpoint.load_latest(stack, replay=saves_itself(agent))
     if state is None:
         raise UserError(f"{stack} has no intact checkpoint")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
     jobs = make_jobs(options, config, processes, options.resume)
     folder = options.resume
     if folder:
-        extend(folder, options)
+        with recorder.writable(folder), tempfile.TemporaryFile(dir=folder):
+            extend(folder, options)
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
                                             describe(options, config, jobs[0].name))
@@ -95,20 +97,31 @@ def extend(folder: Path, options: Options) -> None:
     if options.seeds > before["seeds"] and stops(options):
         raise UserError(f"{folder} has a rule to stop, which needs the mean of all seeds: it gets "
                         "no more seeds; start a new run with --config")
-    for group, stacks in recorder.find_stacks(folder).items():
+    found = recorder.find_stacks(folder)
+    first = before["first_seed"]
+    for env_id in before["env"]:
+        group = recorder.group_folder(folder, env_id, Path(options.agent).stem)
+        stacks = found.get(group, {})
         if stop := recorder.read_stop(group):
             raise UserError(f"{group} stopped at step {stop['step']} by its rule: it gets no "
                             "more steps or seeds: start a new run with --config")
-        for stack in dict.fromkeys(stacks.values()):
-            if (step := checkpoint.last_step(stack)) < before["steps"]:
-                raise UserError(f"{stack} is at step {step} of {before['steps']}: finish the run "
-                                "first, with --resume alone")
+        for seed in range(first, first + before["seeds"]):
+            step = checkpoint.last_step(stacks[seed]) if seed in stacks else 0
+            if step < before["steps"] and not _all_failed(stacks.get(seed)):
+                raise UserError(f"{stacks.get(seed, group)} is at step {step} of {before['steps']}"
+                                ": finish the run first, with --resume alone")
     content["options"] = before | {"steps": options.steps, "seeds": options.seeds,
                                    "extended": options.extended}
     with recorder.writable(folder):
-        temporary = path.with_suffix(".tmp")
-        recorder.write_json(temporary, content)
-        temporary.replace(path)
+        recorder.write_json(path, content)
+
+
+def _all_failed(stack: Path | None) -> bool:
+    """Whether a stack ended early because all its seeds failed."""
+    if stack is None:
+        return False
+    state = checkpoint.load_latest(stack, replay=False)
+    return state is not None and len(state["failed"]) == len(recorder.members_of(stack))
 
 
 class RunSummary:

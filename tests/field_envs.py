@@ -240,6 +240,18 @@ class NoisySteps(Point):
 
 
 @environment()
+class Refuses(Unseeded):
+    """Does not repeat, and raises at an action that was taken elsewhere."""
+
+    taken = {}  # action -> where
+
+    def step(self, action):
+        if self.taken.setdefault(float(action[0]), self.x) != self.x:
+            raise ValueError("illegal action")
+        return super().step(action)
+
+
+@environment()
 class RandomState(Point):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -341,6 +353,20 @@ class Step(Point):
 class Close(Point):
     def close(self):
         raise RuntimeError("the simulator is gone")
+
+
+@environment()
+class ClosesOnce(Point):
+    def close(self):
+        if hasattr(self, "closed"):
+            raise RuntimeError("not connected")
+        self.closed = True
+
+
+class Masked(Point):
+    observation_space = gymnasium.spaces.Dict(
+        {"action_mask": gymnasium.spaces.MultiBinary(2), "x": Point.observation_space})
+    action_space = gymnasium.spaces.Discrete(2)
 
 
 @environment()

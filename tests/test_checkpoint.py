@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -29,6 +30,19 @@ def cut_in_half(path):
 
 def empty(path):
     os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("room", range(1, 4_000, 500))
+def test_a_full_disk_is_an_oserror_wherever_it_stops_torch(tmp_path, room):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError):
+            checkpoint.save(tmp_path, 7, state(7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoint.save(tmp_path, 8, state(8))
+    assert checkpoint.load_latest(tmp_path)["step"] == 8
 
 
 def test_what_was_saved_is_loaded(tmp_path):

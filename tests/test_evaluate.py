@@ -13,6 +13,7 @@ from lab.envs.shard import FRESH, seed_of
 from lab.envs.spec import make_one, probe
 from lab.errors import guarded
 from lab.options import parse_args
+from lab.policy import PolicyStack
 from lab.report import __main__ as report
 from lab.training import checkpoint, logger, loop
 from lab.training.job import make_jobs
@@ -135,6 +136,27 @@ def test_exploring_and_another_environment(run, capsys):
         e["length"] for e in plain_result["episodes"])
 
 
+def test_exploring_agents_see_as_many_environments_as_in_training(tmp_path, capsys, monkeypatch):
+    run = train(tmp_path, seeds=1, processes=1)
+    monkeypatch.setattr(evaluate, "AT_ONCE", 2)
+    one, _ = evaluated(capsys, run, "--episodes", 3)
+    several, _ = evaluated(capsys, run, "--episodes", 3, "--explore", "--out", run / "noisy")
+    assert len(one["episodes"]) == len(several["episodes"]) == 3
+    monkeypatch.setattr(PolicyStack, "with_memory", True, raising=False)
+    monkeypatch.setattr(PolicyStack, "__init__", lambda self, parts: self.__dict__.update(
+        seeds=[0], failed=[]))
+    assert "explores with a memory that only training" in refused(
+        capsys, run, "--explore", "--out", run / "memory")
+
+
+def test_success_counts_every_episode_where_only_some_tell_it():
+    episode = evaluate.Episode(1.0, 5, True, 1.0, None)
+    played = [episode._replace(success=True), episode, episode]
+    assert evaluate.summary(played, None, True)["success"] == pytest.approx(1 / 3)
+    assert evaluate.summary([episode], None, True)["success"] == 0
+    assert "success" not in evaluate.summary([episode], None, False)
+
+
 def test_a_run_in_torch(tmp_path, capsys):
     run = train(tmp_path, env=("torch/ContinuousCartPole-v1",), seeds=2, processes=1)
     result, _ = evaluated(capsys, run, "--episodes", 3)
@@ -180,6 +202,20 @@ def test_each_seeds_weights_are_kept_at_its_best_evaluation(tmp_path, monkeypatc
     assert [result["seeds"][seed]["picked on"] for seed in "01"] == [3.0, 5.0]
     last, _ = evaluated(capsys, run, "--episodes", 2)
     assert last["episodes"] != result["episodes"] and "which is optimistic" in out
+
+
+def test_a_seed_that_failed_keeps_its_best_weights(tmp_path, monkeypatch):
+    seen = scripted(monkeypatch, [[1.0, 1.0], [2.0, 9.0], [3.0, 9.0]])
+    real = logger.TrainLogger.step
+
+    def fails(log, step, metrics, agent):
+        real(log, step, {"loss/x": torch.tensor([0.0, float("nan")])} if step == 16 else metrics,
+             agent)
+
+    monkeypatch.setattr(logger.TrainLogger, "step", fails)
+    run = train(tmp_path, seeds=2, processes=1)
+    (stack,) = group(run).glob("stack_*")
+    assert checkpoint.load_latest(stack)["best"]["steps"] == [24, 8] and len(seen) == 3
 
 
 def test_a_resumed_run_keeps_the_best_weights(tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from gymnasium.wrappers import FlattenObservation, FrameStackObservation
 
 from lab import train
 from lab.agent import load_agent
-from lab.envs import check
+from lab.envs import check, spec
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
 from lab.envs.shard import EVALUATION, TRAINING
@@ -28,7 +29,7 @@ from lab.options import Simple, Tune, Vectorised
 from lab.plan import benchmark
 from lab.report import __main__ as report
 from lab.train import run
-from lab.training import logger, loop
+from lab.training import checkpoint, logger, loop
 from lab.training.job import Job, dry_run
 from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
@@ -153,6 +154,46 @@ def test_a_value_that_is_not_finite_fails_its_seed_and_names_the_environment(nam
     assert failures[0]["reason"].endswith("at step 20")
     assert {step for seed, step in rows if seed == 0} == set(range(8, 65, 8))
     assert {step for seed, step in rows if seed == 1} == {8, 16}
+
+
+def test_a_run_ends_when_no_seed_is_left_and_so_does_its_resumption(tmp_path):
+    job = make_job("LateNan", seeds=(1,), run=str(tmp_path))
+    for _ in range(2):
+        messages = []
+        loop.train(job, messages.append)
+        assert sum("failed_seed" in m for m in messages) == 1
+    state = checkpoint.load_latest(job.checkpoints)
+    assert (state["step"], state["failed"]) == (20, [0])
+
+
+def test_an_environment_that_refuses_its_replay_starts_anew():
+    with stack("Refuses", [0, 1], 1) as envs, stack("Refuses", [0, 1], 1) as again:
+        envs.reset(TRAINING, 0)
+        for _ in range(120):
+            envs.step(torch.rand(2, 1, 1))
+        assert envs.can_restore_exactly() is False
+        obs, lost = again.load_state_dict(envs.state_dict(), TRAINING, 120)
+        assert lost == 2 and obs.isfinite().all()
+        assert again.step(torch.rand(2, 1, 1)).obs.isfinite().all()
+
+
+def test_an_environment_is_closed_once():
+    messages = []
+    loop.train(make_job("ClosesOnce", eval_env="same"), messages.append)
+    assert not any("failed_seed" in m for m in messages)
+
+
+@pytest.mark.parametrize("outside, known", [(False, True), (True, False)])
+def test_a_mask_that_a_wrapper_moves_is_refused(outside, known):
+    def make():
+        env = FlattenObservation(field_envs.Masked())
+        return FlattenObservation(FrameStackObservation(env, 3)) if outside else env
+
+    if known:
+        assert spec.find_mask(make(), "e", 2) == 0
+    else:
+        with pytest.raises(UserError, match="FrameStackObservation changes the observation that"):
+            spec.find_mask(make(), "e", 2)
 
 
 def test_a_torch_environment_whose_state_turns_nan_is_named():

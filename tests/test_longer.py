@@ -133,6 +133,17 @@ def test_fewer_is_one_line(finished, capsys, flags, words):
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
 
 
+def test_an_environment_that_never_began_is_finished_first(finished, capsys, tmp_path):
+    path = finished / "config.json"
+    before = path.read_text()
+    content = json.loads(before)
+    content["options"]["env"] = ["Pendulum-v1", "MountainCarContinuous-v0"]
+    path.write_text(json.dumps(content))
+    assert resumed(finished, "--steps 80") == 2
+    assert "MountainCarContinuous-v0/sac is at step 0 of 40: finish" in capsys.readouterr().err
+    path.write_text(before)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs"), SAC + " --steps 40 --seeds 2")

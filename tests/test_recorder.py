@@ -193,6 +193,29 @@ def test_a_full_disk_is_reported_once_and_ends_nothing(tmp_path, capsys):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10]
 
 
+def test_a_full_disk_at_a_flush_ends_nothing_either(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    writer, band = SeedRecorder(tmp_path / "seed_0", 0), AllSeeds(tmp_path, [0])
+    writer.write({"step": 10, "return/eval": 1.0})
+    monkeypatch.setattr(writer.board, "flush", full)
+    monkeypatch.setattr(band.board, "add_scalar", full)
+    for _ in range(2):
+        writer.flush()
+        band.refresh()
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "logging failed, training continues", "all_seeds not written"]
+
+
+def test_a_command_that_is_refused_leaves_the_board_of_the_run(tmp_path):
+    write_seeds(tmp_path)
+    AllSeeds(tmp_path, [0, 1, 2]).refresh()
+    (board,) = (tmp_path / "all_seeds").iterdir()
+    AllSeeds(tmp_path, [0, 1, 2])  # another process has the lock: no row comes
+    assert board.exists()
+
+
 RETURNS = {0: [1.0, 2.0, 3.0], 1: [3.0, 5.0, 6.5], 2: [8.0, 5.0, -1.0]}
 
 

@@ -47,6 +47,7 @@ class EnvShard:
         self.action_space = self.envs[0].action_space if self.envs else None
         self.running = [[0.0, 0] for _ in env_keys]  # return and frames of the running episode
         self.stream = TRAINING
+        self.repeats = True  # False once an environment refused an action that it took before
 
     def reset(self, stream: Sequence[int]) -> None:
         """Reset all environments, seeded with seed, stream and n; writes obs. Later resets are not
@@ -118,8 +119,14 @@ class EnvShard:
             self._begin(i, recall(self.envs[i], self.origins[i].tolist()))
 
     def replay_actions(self) -> None:
-        """Step the selected environments (action not NaN)."""
-        self.step(self._selected())
+        """Step the selected environments (action not NaN). If one raises, its rows and those beside
+        it become NaN, which no saved row equals, and are not stepped any more."""
+        try:
+            if self.repeats:
+                self.step(self._selected())
+        except Exception:
+            self.repeats = False
+            self.rows[:] = np.nan
 
     def _selected(self) -> list[int]:
         return np.flatnonzero(~np.isnan(self.actions[:, 0])).tolist()
@@ -134,7 +141,8 @@ class EnvShard:
         self.rows[i, self.obs_dim : 2 * self.obs_dim] = result[0]
 
     def close(self) -> None:
-        for env in self.envs:
+        envs, self.envs = self.envs, []
+        for env in envs:
             env.close()
 
 

@@ -259,7 +259,8 @@ def as_env_actions(actions: np.ndarray, space: gymnasium.Space) -> np.ndarray:
 
 def find_mask(env: gymnasium.Env, env_id: str, size: int) -> int | None:
     """Where FlattenObservation put the key "action_mask" of a Dict. UserError if the mask has
-    another size than the actions have choices."""
+    another size than the actions have choices, or if a wrapper around it may move it."""
+    outside: list[gymnasium.Wrapper] = []
     for wrapper in wrappers(env):
         inner = wrapper.env.observation_space
         if (isinstance(wrapper, gymnasium.wrappers.FlattenObservation)
@@ -270,7 +271,14 @@ def find_mask(env: gymnasium.Env, env_id: str, size: int) -> int | None:
             if sizes[at] != size:
                 raise UserError(f"{env_id}: action_mask has {sizes[at]} numbers, but the actions "
                                 f"have {size} choices")
+            for other in reversed(outside):
+                if (isinstance(other, gymnasium.ObservationWrapper)
+                        or other.observation_space.shape != wrapper.observation_space.shape):
+                    raise UserError(f"{env_id}: {type(other).__name__} changes the observation "
+                                    "that has the action_mask: apply it to the Dict's other keys, "
+                                    "before FlattenObservation")
             return sum(sizes[:at])
+        outside.append(wrapper)
     return None
 
 

@@ -70,7 +70,12 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         torch.Tensor, lambda x: _put(blocks, x) if x.nbytes >= BLOCK else x, state)
     temporary = folder / f"unfinished_{step}.tmp"
     with open(temporary, "w+b") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)

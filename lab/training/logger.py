@@ -93,7 +93,7 @@ class TrainLogger:
         self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
-        if step >= self.job.steps or self.stopped:
+        if step >= self.job.steps or self.ended:
             return self.job.steps, torch.empty(0)
         obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
         if lost:
@@ -136,10 +136,15 @@ class TrainLogger:
             self.notes = {}
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
-        end = step >= job.steps or self.stopped
+        end = step >= job.steps or self.ended
         if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
         self.cut_before_evaluation(step)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run ends before its last step: by its rule, or because no seed is left."""
+        return bool(self.stopped) or len(self.failed) == len(self.job.seeds)
 
     def evaluates(self, step: int) -> bool:
         return step >= self.job.steps or due(step, self.job.eval_every, self.job.steps_per_act)
@@ -183,7 +188,6 @@ class TrainLogger:
             self.last_eval = self.mean_returns(step, agent)
             if self.evaluation:
                 self.fail_broken(step, self.evaluation, " in evaluation")
-                self.note_best(step, agent)
         self.measure_plasticity(agent)
         columns = {}
         if self.metrics:
@@ -210,6 +214,7 @@ class TrainLogger:
                 if self.recorders:
                     self.recorders[index].write({"step": step} | row | self.speed)
         if evaluating and self.evaluation:
+            self.note_best(step, agent)
             self.decide_to_stop(step)
         stopped = {"stopped": self.stopped} if self.stopped else {}
         self.emit({"step": step, "rows": rows, **self.speed, **self.notes, **stopped})
@@ -226,7 +231,10 @@ class TrainLogger:
         if step < self.job.steps:
             self.stopped = reason_to_stop(self.job, self.means)
         if self.stopped and self.job.group:
-            write_json(self.job.group / STOPPED, {"step": step, "reason": self.stopped})
+            try:
+                write_json(self.job.group / STOPPED, {"step": step, "reason": self.stopped})
+            except OSError as error:
+                self.emit({"step": step, "warning": f"{STOPPED} not written: {error}"})
 
     def note_best(self, step: int, agent: Any) -> None:
         """Copy the weights of each seed whose evaluation is its best so far."""
@@ -237,7 +245,8 @@ class TrainLogger:
             self.best = {"steps": [step] * S, "returns": [-math.inf] * S,
                          "weights": copy.deepcopy(now)}
         for index, value in enumerate(self.last_eval):
-            if value is not None and value > self.best["returns"][index]:
+            better = value is not None and value > self.best["returns"][index]
+            if better and index not in self.failed:
                 self.best["steps"][index], self.best["returns"][index] = step, value
                 copy_seed(self.best["weights"], (S, index), now, (S, index))
 
@@ -278,7 +287,7 @@ class TrainLogger:
                                "resumed run starts new episodes"})
         self.saved = time.perf_counter()
         for recorder in self.recorders:
-            recorder.board.flush()
+            recorder.flush()
 
     def close(self) -> None:
         settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
@@ -296,5 +305,5 @@ class TrainLogger:
             recorder.close(settings | {"seed": self.job.seeds[index]},
                            None if index in self.failed else final,
                            reported_return(self.job.eval_env))
-        if self.evaluation:
+        if self.evaluation and self.evaluation is not self.training:
             self.evaluation.close()

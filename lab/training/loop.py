@@ -39,7 +39,7 @@ def train(job: Job, emit: Emit) -> None:
             obs = t.obs
             step += job.steps_per_act
             log.step(step, metrics, agent)
-            if log.stopped:
+            if log.ended:
                 break
             if interrupts.received:
                 log.save(step, agent)

@@ -142,7 +142,10 @@ def processor() -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """A kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def group_folder(run: Path, env_id: str, agent_name: str) -> Path:
@@ -213,12 +216,21 @@ class SeedRecorder:
 
     def write(self, row: dict[str, float]) -> None:
         """Write one row. A full disk is reported once and does not stop training."""
-        try:
+        with self.reporting():
             self.file.write(json.dumps(row | {"wall_time": time.time()}) + "\n")
             self.file.flush()
             for tag, value in row.items():
                 if tag != "step":
                     self.board.add_scalar(tag, value, row["step"])
+
+    def flush(self) -> None:
+        with self.reporting():
+            self.board.flush()
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if not self.failed:
                 print(f"logging failed, training continues: {error}", file=sys.stderr)
@@ -240,16 +252,32 @@ class AllSeeds:
     """TensorBoard: mean and 95% t interval of the returns over seeds, as a band."""
 
     def __init__(self, folder: Path, seeds: Sequence[int]):
-        self.folder, self.alive = folder, set(seeds)
+        # absolute: an environment in this process may change the working directory
+        self.folder, self.alive = folder.absolute(), set(seeds)
         self.written = dict.fromkeys(RETURNS, -1)  # tag -> last written step
-        shutil.rmtree(folder / "all_seeds", ignore_errors=True)  # rebuilt on resume
-        self.board = tensorboard(folder / "all_seeds")
+        self.failed = False
+
+    @functools.cached_property
+    def board(self) -> Any:
+        """Opened, and rebuilt on resume, by the first row: another process may train the run."""
+        shutil.rmtree(self.folder / "all_seeds", ignore_errors=True)
+        board = tensorboard(self.folder / "all_seeds")
         charts = {tag: ["Margin", [f"{tag}_mean", f"{tag}_lower", f"{tag}_upper"]]
                   for tag in RETURNS}
-        self.board.add_custom_scalars({"mean and 95% interval over the seeds": charts})
+        board.add_custom_scalars({"mean and 95% interval over the seeds": charts})
+        return board
 
     def refresh(self) -> None:
-        """Append the new steps that every seed has reached, failed ones aside."""
+        """Append the new steps that every seed has reached, failed ones aside. A full disk is
+        reported once."""
+        try:
+            self._append()
+        except OSError as error:
+            if not self.failed:
+                print(f"all_seeds not written: {error}", file=sys.stderr)
+            self.failed = True
+
+    def _append(self) -> None:
         rows = [read_metrics(self.folder / f"seed_{seed}" / "metrics.jsonl")
                 for seed in sorted(self.alive)]
         for tag in RETURNS:
