@@ -219,6 +219,39 @@ def test_what_was_changed_about_the_task_is_declared_and_an_older_run_changed_no
     assert warnings(f"x={old}", f"x={new}") == []
 
 
+def test_an_evaluation_at_the_step_is_taken_before_one_that_is_later():
+    curve = [runs.Evaluation(step, float(step), 0.0) for step in range(100, 1_001, 100)]
+
+    def at(step, of=curve):
+        result = runs.Result("a", "E", "sac", {0: runs.Seed(of, of[-1].step, 0.0)})
+        return result.at(step)[0].step
+
+    assert at(500) == 500
+    curve = [curve[0], curve[4]._replace(step=504), *curve[5:]]
+    assert at(500, curve) == 504 and at(496, curve) == 100
+
+
+def test_long_evaluations_are_no_stops(tmp_path):
+    rows, now = [], 0.0
+    for step in range(10, 101, 10):
+        now += 70 if step % 50 == 0 else 3
+        rows.append({"step": step, "wall_time": now} | (
+            {"return/eval": 1.0} if step % 50 == 0 else {}))
+    rows.append({"step": 110, "wall_time": now + 1_000})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed = runs.read_seed(path, "return/eval")
+    assert seed.paused == pytest.approx(997) and seed.curve[-1].seconds == pytest.approx(7 * 3 + 2 * 70)
+
+
+def test_a_version_without_a_reference_does_not_displace_one_that_has_it(tmp_path):
+    returns = {"Walker2d-v4": seeds(*range(5)), "Walker2d-v5": seeds(*range(5))}
+    methods, left_out = runs.load([str(write_run(tmp_path / "a", returns))]), []
+    assert compare.shared(methods, left_out, lambda env_id: env_id.endswith("v4")) == [
+        ("Walker2d-v4", 30)]
+    assert left_out == ["Walker2d-v5 (no reference)"]
+
+
 def write_study(folder, environment=V4, agent="sac", trials=3, best=None, is_="trial 2"):
     """Each trial has two seeds: 0 to 5 were tuned on."""
     folder.mkdir(parents=True)

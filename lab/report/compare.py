@@ -1,8 +1,8 @@
 """Methods across environments, steps to a threshold, and published results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,11 @@ class Shared(NamedTuple):
     step: int
 
 
-def shared(methods: Sequence[Method], left_out: list[str]) -> list[Shared]:
+def shared(methods: Sequence[Method], left_out: list[str],
+           reference: Callable[[str], Any] = lambda environment: True) -> list[Shared]:
     """The environments in which every method has evaluations, each at the last step that all
-    methods reached. Of two versions of an environment, the newer one. Appends to `left_out` the
-    environments that are left out, with the reason."""
+    methods reached, if it has a reference. Of two versions of an environment, the newer one.
+    Appends to `left_out` the environments that are left out, with the reason."""
     found: dict[str, Shared] = {}
     for environment in sorted({e for method in methods for e in method.results}, key=versioned):
         lacking = [m.name for m in methods if environment not in m.results]
@@ -40,6 +41,8 @@ def shared(methods: Sequence[Method], left_out: list[str]) -> list[Shared]:
             left_out.append(f"{environment} (not in {names})")
         elif not all(m.results[environment].at(step) for m in methods):
             left_out.append(f"{environment} (no evaluations at equal steps yet)")
+        elif not reference(environment):
+            left_out.append(f"{environment} (no reference)")
         else:
             task = versioned(environment)[0]
             if task in found:

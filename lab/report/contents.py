@@ -87,7 +87,8 @@ def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
                       for name in ("terminated", "success")]
             picked = number(mean["picked on"]) if "picked on" in mean else "-"
             rows.append([found["environment"], method.name, found["which"],
-                         str(len(found["seeds"])), str(found["episodes_per_seed"]),
+                         str(len(found["seeds"]) - len(found["failed_seeds"])),
+                         str(found["episodes_per_seed"]),
                          number(mean["return"]), span(bounds), *shares, picked])
     if not rows:
         return []
@@ -103,9 +104,7 @@ def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
 def across_environments(methods: Sequence[Method], out: Path, colors: dict[str, str]
                         ) -> list[Block]:
     left_out: list[str] = []
-    shared = compare.shared(methods, left_out)
-    left_out += [f"{e} (no reference)" for e, _ in shared if not published.reference(e)]
-    shared = [each for each in shared if published.reference(each.environment)]
+    shared = compare.shared(methods, left_out, published.reference)
     without = f" Left out: {'; '.join(left_out)}." if left_out else ""
     if not shared:
         return [Heading("Across environments"),

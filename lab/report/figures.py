@@ -17,6 +17,7 @@ from matplotlib import pyplot
 COLORS = [f"C{index}" for index in range(10)]
 BEYOND = 1.05  # no published points beyond this multiple of the longest curve
 pyplot.rcParams.update({
+    "text.parse_math": False,  # names may have dollars
     "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "font.size": 10, "legend.frameon": False, "savefig.dpi": 130})
 

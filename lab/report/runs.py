@@ -25,7 +25,8 @@ SHARED: dict[str, Any] = {
     "action_repeat": 1, "failure_below": None, "eval_env": "own", "init_from": None, "extended": []}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
-PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart
+PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart; rows with
+# an evaluation have a median of their own
 
 
 class Evaluation(NamedTuple):
@@ -61,12 +62,15 @@ class Result:
         return min(finished or ends, default=0)
 
     def at(self, step: int) -> dict[int, Evaluation]:
-        """The last evaluation up to `step` of each seed that reached it."""
+        """The evaluation at `step` of each seed that reached it: the last one up to it, or, if that
+        is over 1% earlier, the first one up to 1% later."""
         found = {}
         for n, seed in sorted(self.seeds.items()):
-            before = [e for e in seed.curve if e.step <= LATE * step]
-            if before and seed.curve[-1].step >= step:
-                found[n] = before[-1]
+            before = [e for e in seed.curve if e.step <= step]
+            after = [e for e in seed.curve if step < e.step <= LATE * step]
+            late = after and not (before and before[-1].step * LATE >= step)
+            if (before or after) and seed.curve[-1].step >= step:
+                found[n] = after[0] if late else before[-1]
         return found
 
     def returns(self, step: int) -> list[float]:
@@ -238,13 +242,16 @@ def read_seed(path: Path, tag: str) -> Seed:
     rows = list(read_rows(path, tag))
     gaps = [max(0.0, now - before)
             for (_, before, _), (_, now, _) in itertools.pairwise(rows)]
-    usual = statistics.median(gaps) if gaps else 0.0
-    longest = max(PAUSE[0], PAUSE[1] * usual)
+    kinds = [value is not None for _, _, value in rows]  # an evaluation takes its own time
+    usual = {kind: statistics.median(
+        [gap for gap, other in zip(gaps, kinds[1:], strict=False) if other == kind] or [0.0])
+        for kind in (False, True)}
     curve, seconds, paused = [], 0.0, 0.0
     for (step, _, value), gap in zip(rows, [0.0, *gaps], strict=False):
-        if gap > longest:
-            paused += gap - usual
-            gap = usual
+        normal = usual[value is not None]
+        if gap > max(PAUSE[0], PAUSE[1] * normal):
+            paused += gap - normal
+            gap = normal
         seconds += gap
         if value is not None:
             curve.append(Evaluation(step, value, seconds))
