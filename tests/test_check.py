@@ -17,9 +17,9 @@ from lab.errors import guarded
 from tests.conftest import few_updates
 from tests.test_agent_file import KEEPS_THE_CONTRACT
 
-TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-5:]
-TRAINING = TRUNCATION, TERMINATION, SUCCESSOR, RING
-QUICK = list(check.CHECKS)[:-5]
+TRUNCATION, TERMINATION, TRACE, SUCCESSOR, RING, LEARNS = list(check.CHECKS)[-6:]
+TRAINING = TRUNCATION, TERMINATION, TRACE, SUCCESSOR, RING
+QUICK = list(check.CHECKS)[:-6]
 (IMPORTS, VERBS, NUMBER, BOUNDS, FROZEN, METRICS, WEIGHTS, SEEDS, ALONE, NAN, RESUME,
  POLICY) = QUICK
 
@@ -51,6 +51,9 @@ BROKEN = {
     "truncation cuts the advantage": (
         "ppo", "gamma * (1 - terminations) * next_values",
         "gamma * (1 - terminations - truncations) * next_values", TRAINING, {TRUNCATION}),
+    "trace through all ends": (
+        "ppo", "(1 - torch.maximum(terminations, truncations))\n", "(1 - 0 * terminations)\n",
+        TRAINING, {TRACE}),
     "next_obs replaced": ("sac", ADDED, NEXT_REPLACED, TRAINING, {SUCCESSOR}),
     "newest joined to oldest": ("sac", ADDED, JOINED, TRAINING, {RING}),
     "gradients shared": ("sac", "self.qf_optimizer.step()\n", """for p in self.qf.parameters():
@@ -260,7 +263,7 @@ def test_an_agent_that_learns_nothing_is_told_so(tmp_path):
     subject = check.parse([str(path), "--gain", "1"])
     failed = {name: reason for name, fn in check.CHECKS.items()
               if (reason := check.failure(fn, subject))}
-    assert {TRUNCATION, TERMINATION, SUCCESSOR, RING, LEARNS, WEIGHTS, SEEDS, NAN} <= set(failed)
+    assert {TRUNCATION, TERMINATION, TRACE, SUCCESSOR, RING, LEARNS, WEIGHTS, SEEDS, NAN} <= set(failed)
     assert "could not decide" in failed[TRUNCATION] or "did not learn" in failed[TRUNCATION]
 
 
@@ -288,7 +291,11 @@ def test_what_is_best_in_a_fork_follows_from_its_steps(gamma):
             after = gamma / 2 * 4  # half of the time it leads to RING
         over = (terminated and mistake != probes.TERMINATED) or (
             truncated and mistake == probes.TRUNCATED)
-        return reward + gamma * after * (not over)
+        surprise = 0.0
+        if (terminated or truncated) and mistake == probes.TRACE:  # by the next episode's reward
+            shown = 2 * env.reset()[0][probes.PRIZE]
+            surprise = env.step([0.0])[1] - shown
+        return reward + gamma * (after * (not over) + surprise)
 
     for mistake in (None, *range(probes.WAY)):
         for state in range(probes.WAY):
@@ -307,8 +314,11 @@ def test_a_fork_ends_and_begins_as_it_says():
                                 (probes.TERMINATED, (True, False), -0.5)):
         env._go(state)
         assert env.step([2.0])[2:4] == ends
-        assert env.reset()[0].tolist() == [0, 0, 0, 0, 0, begins]
+        assert env.reset()[0].tolist() == [*[0] * probes.PRIZE, begins]
         assert env.step([0.0])[1:4] == (2 * begins, True, False)
+    env._go(probes.TRACE)
+    assert env.step([2.0])[1:4] == (0.25, True, False)
+    assert env.reset()[0].argmax() == probes.HIDDEN and env.step([0.0])[1:4] == (-1, True, False)
     env._go(probes.RING)
     flags = [env.step([2.0])[2] for _ in range(3)]
     assert flags == [False, False, True]

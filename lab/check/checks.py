@@ -313,6 +313,11 @@ def _termination(subject: AgentUnderTest) -> None:
     require_best(subject, probes.TERMINATED, "it bootstrapped at a termination")
 
 
+@check("advantages stop at the end of an episode")
+def _trace(subject: AgentUnderTest) -> None:
+    require_best(subject, probes.TRACE, "it counted rewards of the next episode")
+
+
 @check("the successor is the true next_obs")
 def _successor(subject: AgentUnderTest) -> None:
     require_best(subject, probes.SUCCESSOR,

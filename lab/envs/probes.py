@@ -42,13 +42,13 @@ class Target(gymnasium.Env):
         return self.obs
 
 
-# States of Fork: four decisions, one intermediate state (WAY), and PRIZE
-TRUNCATED, SUCCESSOR, TERMINATED, RING, WAY, PRIZE = range(6)
-BEST = 1, 1, 1, -1  # optimal actions in the first four states, scaled to [-1, 1]
+# States of Fork: five decisions, one intermediate state (WAY), and two that pay
+TRUNCATED, SUCCESSOR, TERMINATED, TRACE, RING, WAY, HIDDEN, PRIZE = range(8)
+BEST = 1, 1, 1, 1, -1  # optimal actions in the decision states, scaled to [-1, 1]
 
 
 class Fork(gymnasium.Env):
-    """Four decision states in episodes of at most three steps. In each state, one common bug of an
+    """Five decision states in episodes of at most three steps. In each state, one common bug of an
     agent reverses the sign of the best action.
 
     The action, scaled to u in [-1, 1], trades the immediate reward against a later prize: the state
@@ -61,35 +61,41 @@ class Fork(gymnasium.Env):
                 starts at (PRIZE, -u). An agent that bootstraps from the new episode chooses -1
     TERMINATED  reward 0.5 u, then a termination with the successor (PRIZE, -u). An agent that
                 bootstraps there chooses -1
+    TRACE       reward 0.5 u, then a termination; the next episode starts at (HIDDEN, -u), which gives
+                reward -2 u and terminates, and whose observation does not show u. An agent whose
+                advantages run on into the next episode chooses -1
     RING        reward 4 - 0.5 u; if u > 0, the successor is WAY and then (PRIZE, 0), otherwise the
                 episode terminates. In a replay of two transitions, the oldest is RING when the
                 newest is WAY. An agent that links the two collects the 4 again and again and keeps
                 u > 0
     """
 
-    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (6,), np.float32)
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (8,), np.float32)
     action_space = gymnasium.spaces.Box(-1.0, 3.0, (1,), np.float32)
-    begin_at: float | None = None  # the prize at which the next episode starts
+    begin_at: tuple[int, float] | None = None  # state and prize at which the next episode starts
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None
               ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         if self.begin_at is None:
             return self._go(int(self.np_random.integers(WAY))), {}
-        prize, self.begin_at = self.begin_at, None
-        return self._go(PRIZE, prize), {}
+        (state, prize), self.begin_at = self.begin_at, None
+        return self._go(state, prize), {}
 
     def step(self, action: np.ndarray) -> Step:
         u = float(np.clip((action[0] - 1) / 2, -1, 1))
         if self.state == TRUNCATED:
-            self.begin_at = u
+            self.begin_at = PRIZE, u
             return self._go(PRIZE, u), -0.5 * u, False, True, {}
         if self.state == SUCCESSOR:
-            self.begin_at = -u
+            self.begin_at = PRIZE, -u
             return self._go(PRIZE, u / 2), 0.1 * u, False, True, {}
         if self.state == TERMINATED:
-            self.begin_at = -u
+            self.begin_at = PRIZE, -u
             return self._go(PRIZE, -u), 0.5 * u, True, False, {}
+        if self.state == TRACE:
+            self.begin_at = HIDDEN, -u
+            return self._go(PRIZE), 0.5 * u, True, False, {}
         if self.state == RING:
             return self._go(WAY if u > 0 else PRIZE), 4 - 0.5 * u, u <= 0, False, {}
         if self.state == WAY:
@@ -99,7 +105,7 @@ class Fork(gymnasium.Env):
 
     def _go(self, state: int, prize: float = 0.0) -> np.ndarray:
         self.state, self.prize = state, prize
-        obs = np.zeros(6, np.float32)
+        obs = np.zeros(8, np.float32)
         obs[state] = 1.0 if state < PRIZE else prize
         return obs
 
