@@ -241,7 +241,8 @@ def test_long_evaluations_are_no_stops(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     seed = runs.read_seed(path, "return/eval")
-    assert seed.paused == pytest.approx(997) and seed.curve[-1].seconds == pytest.approx(7 * 3 + 2 * 70)
+    assert seed.paused == pytest.approx(997)
+    assert seed.curve[-1].seconds == pytest.approx(7 * 3 + 2 * 70)
 
 
 def test_a_version_without_a_reference_does_not_displace_one_that_has_it(tmp_path):

@@ -61,9 +61,9 @@ class Fork(gymnasium.Env):
                 starts at (PRIZE, -u). An agent that bootstraps from the new episode chooses -1
     TERMINATED  reward 0.5 u, then a termination with the successor (PRIZE, -u). An agent that
                 bootstraps there chooses -1
-    TRACE       reward 0.5 u, then a termination; the next episode starts at (HIDDEN, -u), which gives
-                reward -2 u and terminates, and whose observation does not show u. An agent whose
-                advantages run on into the next episode chooses -1
+    TRACE       reward 0.5 u, then a termination; the next episode starts at (HIDDEN, -u), which
+                gives reward -2 u and terminates, and whose observation does not show u. An agent
+                whose advantages run on into the next episode chooses -1
     RING        reward 4 - 0.5 u; if u > 0, the successor is WAY and then (PRIZE, 0), otherwise the
                 episode terminates. In a replay of two transitions, the oldest is RING when the
                 newest is WAY. An agent that links the two collects the 4 again and again and keeps
