@@ -403,6 +403,8 @@ PROSE = {
     "its three seeds average {:.0f} on BipedalWalker-v3 after 80 000 steps and {:.0f} after "
     "160 000": lambda: [mean_at("bro-biped", 80_000), mean_at("bro-biped", 160_000)],
     "The run ends at {:.0f}: the critics' weights": lambda: [statistics.fmean(last("bro-biped"))],
+    "it does not walk: {:.0f} on average after 200 000 steps": lambda: [
+        statistics.fmean(last("bro-biped-raw"))],
     "BRO after {} 000, at {:.0f}, with": lambda: [
         learning.last(learning.read()["bro-hardcore"])[0] // 1000,
         statistics.fmean(last("bro-hardcore"))],
