@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,11 @@ def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsy
         assert cells[3:6] == ["3", "4", f"{result['mean']['return']:.1f}"]
         assert cells[-1] == ("-" if picked is None else f"{picked:.1f}")
     assert "is the largest of many and so optimistic" in told
+    path = group(run) / "evaluation_last.json"
+    path.write_text(json.dumps(results[0] | {"failed_seeds": [1]}))
+    assert report.main([str(run), "--out", str(out)]) == 0
+    told = (out / "report.md").read_text()
+    assert re.search(r"\| last \| 2 \|", told), "failed seeds are not counted"
     (group(run) / "evaluation_mine.json").write_text("{}")
     capsys.readouterr()
     assert report.main([str(run), "--out", str(out)]) == 2

@@ -18,9 +18,11 @@ from rich.console import Console
 
 from lab import train as script
 from lab.agent import load_agent
+from lab.errors import RefusedError, UserError
 from lab.options import Simple, Tune, parse_args
 from lab.report import curves
 from lab.training import processes, recorder
+from lab.training.job import Job
 from lab.training.processes import Failure, Processes
 from lab.tuning import run as study_run
 from lab.tuning import space, study, summary, surrogate
@@ -232,6 +234,16 @@ def test_a_study_may_go_on_with_another_rule(tmp_path):
     assert tune(tmp_path, "--trials", "1", "--no-prune") == 0
     assert tune(tmp_path, "--trials", "2", "--n-startup-trials", "1") == 0
     assert trials(tmp_path)[1].state == "pruned"
+
+
+@pytest.mark.parametrize("error, cause", [
+    (UserError("no intact checkpoint"), "error"), (RefusedError("gamma is too high"), "settings")])
+def test_only_what_the_agent_refuses_is_the_settings_fault(error, cause):
+    def work(job, emit):
+        raise error
+
+    job = Job("agents/sac.py", {}, "Pendulum-v1", (0,), 10, 10, 1, 0)
+    assert processes.attempt(work, job, print) == Failure(str(error), cause)
 
 
 def test_no_completed_trial_is_a_failure(tmp_path, capsys):
