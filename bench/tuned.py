@@ -161,7 +161,7 @@ def ship(found: Sequence[Row]) -> None:
                   if best["options"].get(key, getattr(Options, key)) != getattr(Options, key)}
         differ |= {key: value for key, value in best["config"].items() if value != defaults[key]}
         seeds = of_run["options"]["seeds"] * of_run["options"].get("trials", 1)
-        files.setdefault(TUNED / f"{recorder.safe_name(env)}.json", {})[agent] = {
+        files.setdefault(TUNED / settings.tuned_file(Path(), env).name, {})[agent] = {
             "settings": differ, "seeds": seeds, "source": f"bench/results/{each.source}"}
     TUNED.mkdir(exist_ok=True)
     for path in TUNED.glob("*.json"):

@@ -239,7 +239,7 @@ def read_tuned(options: Options) -> dict[str, Any]:
     path, (env_id, *others) = Path(options.agent), options.env
     if others:
         raise UserError("--tuned takes one --env, since each environment has its own settings")
-    file = path.parent / "tuned" / (re.sub(r"[^\w.-]+", "_", env_id) + ".json")
+    file = settings.tuned_file(path, env_id)
     try:
         found = _read_file(file) if file.is_file() else {}
         if path.stem in found:

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lab.agent import build_agent, needed_to_act, restore_state, restore_weights, saves_itself
+from lab.agent import (
+    build_agent,
+    load_agent,
+    needed_to_act,
+    restore_state,
+    restore_weights,
+    saves_itself,
+)
 from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError, first_line
@@ -140,10 +147,9 @@ def load_stack(run: TrainedRun, group: Group, seeds: Sequence[int], spec: EnvSpe
 def load(run: TrainedRun, stack: Path, wanted: list[int], spec: EnvSpec, which: Which) -> Part:
     members, path = recorder.members_of(stack), run.options.agent
     num_envs = run.options.num_envs or 1
-    agent = build_agent(path, run.config, spec, members, num_envs, num_envs, "cpu", lambda fn: fn)
-    if saves_itself(agent):  # with its replay
-        agent = build_agent(path, run.config, spec, members, num_envs, agent_steps(run.options),
-                            "cpu", lambda fn: fn)
+    # only an agent that saves itself needs room for the replay
+    steps = agent_steps(run.options) if saves_itself(load_agent(path).Agent) else num_envs
+    agent = build_agent(path, run.config, spec, members, num_envs, steps, "cpu", lambda fn: fn)
     state = checkpoint.load_latest(stack, replay=saves_itself(agent))
     if state is None:
         raise UserError(f"{stack} has no intact checkpoint")
@@ -155,8 +161,8 @@ def load(run: TrainedRun, stack: Path, wanted: list[int], spec: EnvSpec, which: 
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{stack} does not fit {path}: {type(error).__name__}: {reason}") from error
-    steps = best.get("steps") or [state["step"]] * len(members)
-    return Part(agent, members, wanted, dict(zip(members, steps, strict=True)),
+    reached = best.get("steps") or [state["step"]] * len(members)
+    return Part(agent, members, wanted, dict(zip(members, reached, strict=True)),
                 [members[i] for i in state["failed"]],
                 dict(zip(members, best.get("returns", ()), strict=False)))
 

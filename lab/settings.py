@@ -8,10 +8,16 @@ becomes a string, a member of an Enum its name, a dataclass a dictionary.
 import dataclasses
 import enum
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def tuned_file(agent: Path, env_id: str) -> Path:
+    """Where the settings that ship lie, of all agents beside this one, for the environment."""
+    return agent.parent / "tuned" / (re.sub(r"[^\w.-]+", "_", env_id) + ".json")
 
 
 def plain_config(config: Any) -> dict[str, Any]:

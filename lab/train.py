@@ -62,7 +62,8 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
     folder = options.resume
     if folder:
         with recorder.writable(folder), tempfile.TemporaryFile(dir=folder):
-            extend(folder, options)
+            pass
+        extend(folder, options)
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
                                             describe(options, config, jobs[0].name))
@@ -98,28 +99,26 @@ def extend(folder: Path, options: Options) -> None:
         raise UserError(f"{folder} has a rule to stop, which needs the mean of all seeds: it gets "
                         "no more seeds; start a new run with --config")
     found = recorder.find_stacks(folder)
-    first = before["first_seed"]
+    seeds = range(before["first_seed"], before["first_seed"] + before["seeds"])
     for env_id in before["env"]:
         group = recorder.group_folder(folder, env_id, Path(options.agent).stem)
         stacks = found.get(group, {})
         if stop := recorder.read_stop(group):
             raise UserError(f"{group} stopped at step {stop['step']} by its rule: it gets no "
                             "more steps or seeds: start a new run with --config")
-        for seed in range(first, first + before["seeds"]):
-            step = checkpoint.last_step(stacks[seed]) if seed in stacks else 0
-            if step < before["steps"] and not _all_failed(stacks.get(seed)):
-                raise UserError(f"{stacks.get(seed, group)} is at step {step} of {before['steps']}"
-                                ": finish the run first, with --resume alone")
+        for stack in dict.fromkeys(map(stacks.get, seeds)):  # None: not begun
+            step = checkpoint.last_step(stack) if stack else 0
+            if step < before["steps"] and not (stack and _all_failed(stack)):
+                raise UserError(f"{stack or group} is at step {step} of {before['steps']}: finish "
+                                "the run first, with --resume alone")
     content["options"] = before | {"steps": options.steps, "seeds": options.seeds,
                                    "extended": options.extended}
     with recorder.writable(folder):
         recorder.write_json(path, content)
 
 
-def _all_failed(stack: Path | None) -> bool:
+def _all_failed(stack: Path) -> bool:
     """Whether a stack ended early because all its seeds failed."""
-    if stack is None:
-        return False
     state = checkpoint.load_latest(stack, replay=False)
     return state is not None and len(state["failed"]) == len(recorder.members_of(stack))
 

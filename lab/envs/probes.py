@@ -70,7 +70,7 @@ class Fork(gymnasium.Env):
                 u > 0
     """
 
-    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (8,), np.float32)
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (PRIZE + 1,), np.float32)
     action_space = gymnasium.spaces.Box(-1.0, 3.0, (1,), np.float32)
     begin_at: tuple[int, float] | None = None  # state and prize at which the next episode starts
 
@@ -105,7 +105,7 @@ class Fork(gymnasium.Env):
 
     def _go(self, state: int, prize: float = 0.0) -> np.ndarray:
         self.state, self.prize = state, prize
-        obs = np.zeros(8, np.float32)
+        obs = np.zeros(PRIZE + 1, np.float32)
         obs[state] = 1.0 if state < PRIZE else prize
         return obs
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lab.report.runs import Method, Result, Run, changes, label, origins
+from lab.settings import tuned_file
 from lab.training import recorder
 
 FEW = 5  # warn below this number of seeds
@@ -134,7 +135,7 @@ def shipped_with(method: Method, run: Run) -> Iterator[str]:
         return
     agent = Path(run.options["agent"])
     for env_id in run.options["env"]:
-        file = agent.parent / "tuned" / f"{recorder.safe_name(env_id)}.json"
+        file = tuned_file(agent, env_id)
         result = method.results.get(label(env_id, run.options))
         try:
             entry = json.loads(file.read_text())[agent.stem]

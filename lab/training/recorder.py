@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from lab import stats
@@ -200,6 +201,26 @@ def add_hparams(board: Any, settings: dict[str, Any], final: float, tag: str = "
     board.add_hparams(flat, {f"hparam/{tag.replace('/', '_')}": final}, run_name=".")
 
 
+class ReportedOnce:
+    """A context in which an OSError, such as that of a full disk, is reported the first time and
+    ends nothing."""
+
+    def __init__(self, words: str):
+        self.words, self.reported = words, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self.reported:
+            print(f"{self.words}: {error}", file=sys.stderr)
+        self.reported = True
+        return True
+
+
 class SeedRecorder:
     """Writes the rows of one seed. On resume, rows after step `start` are dropped."""
 
@@ -212,11 +233,11 @@ class SeedRecorder:
         temporary.replace(path)
         self.file = path.open("a")
         self.board = tensorboard(folder, purge_step=start + 1)
-        self.failed = False
+        self.disk = ReportedOnce("logging failed, training continues")
 
     def write(self, row: dict[str, float]) -> None:
         """Write one row. A full disk is reported once and does not stop training."""
-        with self.reporting():
+        with self.disk:
             self.file.write(json.dumps(row | {"wall_time": time.time()}) + "\n")
             self.file.flush()
             for tag, value in row.items():
@@ -224,17 +245,8 @@ class SeedRecorder:
                     self.board.add_scalar(tag, value, row["step"])
 
     def flush(self) -> None:
-        with self.reporting():
+        with self.disk:
             self.board.flush()
-
-    @contextlib.contextmanager
-    def reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self.failed:
-                print(f"logging failed, training continues: {error}", file=sys.stderr)
-            self.failed = True
 
     def close(self, settings: dict[str, Any], final: float | None,
               tag: str = "return/eval") -> None:
@@ -255,7 +267,7 @@ class AllSeeds:
         # absolute: an environment in this process may change the working directory
         self.folder, self.alive = folder.absolute(), set(seeds)
         self.written = dict.fromkeys(RETURNS, -1)  # tag -> last written step
-        self.failed = False
+        self.disk = ReportedOnce("all_seeds not written")
 
     @functools.cached_property
     def board(self) -> Any:
@@ -270,12 +282,8 @@ class AllSeeds:
     def refresh(self) -> None:
         """Append the new steps that every seed has reached, failed ones aside. A full disk is
         reported once."""
-        try:
+        with self.disk:
             self._append()
-        except OSError as error:
-            if not self.failed:
-                print(f"all_seeds not written: {error}", file=sys.stderr)
-            self.failed = True
 
     def _append(self) -> None:
         rows = [read_metrics(self.folder / f"seed_{seed}" / "metrics.jsonl")
