@@ -391,7 +391,7 @@ PROSE = {
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
-    "the one in bf16 on Walker2d just outside ({:.0f})": lambda: [
+    "and so is the one in bf16 on Walker2d ({:.0f})": lambda: [
         standard_error("crossq-walker2d")],
     "DroQ on Hopper reaches the published mean ({:.0f})": lambda: [
         statistics.fmean(last("droq-hopper"))],
