@@ -13,7 +13,7 @@ Departures from the paper, each with its reason
 1. The first actions are uniform, so early data is not biased by an untrained policy.
 2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
 3. Small by default: 2 layers of 256 for the paper's 4 of 512 (actor: 256), one update per
-   transition for two. With half as many steps, the target critics take steps twice as large.
+   transition for two. With half as many steps, tau is twice the paper's and lr three times.
 
     python learn_simple.py agents/xqc.py --env Hopper-v5 --seeds 8 --steps 100_000 --log
 """
@@ -44,8 +44,8 @@ class Config:
     batch_size: int = 256  # transitions per gradient step
     n_step: int = 1  # rewards in a target before it bootstraps
     # Optimisation
-    lr: float = 3e-4  # Adam step size of the networks and the temperature
-    lr_end: float = 3e-5  # step size at the end of the run; linear in between
+    lr: float = 1e-3  # Adam step size of the networks and the temperature
+    lr_end: float = 1e-4  # step size at the end of the run; linear in between
     tau: float = 0.01  # step of the target critics towards the critics
     # Policy
     tune_alpha: bool = True  # learn the temperature; otherwise keep it at alpha

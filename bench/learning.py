@@ -54,9 +54,8 @@ HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_0
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 XQC = "agents/xqc.py {} --compile --precision bf16"
-# begins with CrossQ's step size: a run of 100 000 steps is short
-XQC_FAST = XQC + " --lr 1e-3 --lr-end 1e-4"
-XQC_LONGER = XQC_FAST.format("--env {} --seeds 5 --steps 300_000")
+SMALL_STEPS = "--lr 3e-4 --lr-end 3e-5"  # XQC's until its step size was raised
+XQC_LONGER = XQC.format("--env {} --seeds 5 --steps 300_000")
 RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
              "--precision bf16")
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
@@ -80,11 +79,11 @@ EXPERIMENTS = {
     "crossq-walker2d": (NARROW.format(WALKER) + " --precision bf16", "3914 (wider)"),
     "crossq-ant": (NARROW.format(ANT) + " --precision bf16", "2299 (wider)"),
     "crossq-humanoid": (NARROW.format(HUMANOID) + " --precision bf16", "2603 (wider)"),
-    "xqc-halfcheetah": (XQC_FAST.format(CHEETAH), "8597; 9815 (FlashSAC); both wider"),
-    "xqc-hopper": (XQC_FAST.format(HOPPER), "2828; 2121 (FlashSAC); both wider"),
-    "xqc-walker2d": (XQC_FAST.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
-    "xqc-ant": (XQC_FAST.format(ANT), "3018; 3196 (FlashSAC); both wider"),
-    "xqc-humanoid": (XQC_FAST.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
+    "xqc-halfcheetah": (XQC.format(CHEETAH), "8597; 9815 (FlashSAC); both wider"),
+    "xqc-hopper": (XQC.format(HOPPER), "2828; 2121 (FlashSAC); both wider"),
+    "xqc-walker2d": (XQC.format(WALKER), "3612; 3299 (FlashSAC); both wider"),
+    "xqc-ant": (XQC.format(ANT), "3018; 3196 (FlashSAC); both wider"),
+    "xqc-humanoid": (XQC.format(HUMANOID), "3265; 6138 (FlashSAC); both wider"),
     "xqc-halfcheetah-300k": (
         XQC_LONGER.format("HalfCheetah-v4"), "10622; 11481 (FlashSAC); both wider"),
     "xqc-hopper-300k": (XQC_LONGER.format("Hopper-v4"), "3580; 3674 (FlashSAC); both wider"),
@@ -120,13 +119,13 @@ EXPERIMENTS = {
     "sac-biped-raw": (f"agents/sac.py {RAW_BIPED}", BIPED_TARGET),
     "crossq-biped-raw": (f"agents/crossq.py {RAW_BIPED} --qf-width 256", BIPED_TARGET),
     "bro-biped-raw": (f"agents/bro.py {RAW_BIPED} --qf-width 128", BIPED_TARGET),
-    "xqc-biped-raw": (f"agents/xqc.py {RAW_BIPED}", BIPED_TARGET),
+    "xqc-biped-raw": (f"agents/xqc.py {RAW_BIPED} {SMALL_STEPS}", BIPED_TARGET),
     "xqc-biped": (
         XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
         BIPED_TARGET + ", both on the raw task"),
     "xqc-hardcore": (
         XQC.format(f"--env BipedalWalkerHardcore-v3 --seeds 5 --steps 1_000_000 {WALKING}")
-        + " --eval-every 50_000 --eval-episodes 25", "235 (TQC at 2 000 000)"),
+        + f" --eval-every 50_000 --eval-episodes 25 {SMALL_STEPS}", "235 (TQC at 2 000 000)"),
     "crossq-hardcore": (HARDCORE.format("crossq", 256), "235 (TQC at 2 000 000)"),
     "bro-hardcore": (HARDCORE.format("bro", 128), "235 (TQC at 2 000 000)"),
     "cem-lunarlander": (

@@ -381,8 +381,15 @@ PROSE = {
     "each {:.1f} times": lambda: [
         ratio("throughput", ("training", side), ("training", "sb3 SubprocVecEnv"))
         for side in ("lab, 1 seed x 32", "lab, 4 seeds x 8")],
+    "All five seeds walk: {:.0f} on average after 60 000 steps, each above {:.0f}, and {:.0f} "
+    "after 200 000": lambda: [
+        mean_at("xqc-biped", 60_000), math.floor(min(
+            value for (_, step), value in learning.read()["xqc-biped"].items() if step == 60_000)),
+        statistics.fmean(last("xqc-biped"))],
     "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
         statistics.fmean(last("xqc-biped-raw"))],
+    "for its slow target critics: {:.0f} on average, where CrossQ has {:.0f}": lambda: [
+        statistics.fmean(last(f"{agent}-lunarlander")) for agent in ("xqc", "crossq")],
     "SAC ends at {:.0f} and CrossQ at {:.0f} after 200 000 steps": lambda: [
         statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
