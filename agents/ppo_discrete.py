@@ -8,9 +8,8 @@ Every tensor starts with S, the seeds that train side by side; read it as 1.
 Departures from CleanRL, each with its reason
 1. A truncated episode bootstraps from V(its true last observation): truncation does not end the
    task.
-2. Observation statistics change only between updates, so that the policy learns from the inputs
-   that it acted on, but for a rollout's first step: it is acted just before the update. The first
-   rollout is not normalised.
+2. Observation statistics change only in updates, so that the policy learns from the inputs that it
+   acted on, but for a rollout's first step. The first rollout is not normalised.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
    Adam's step count is shared and keeps counting, so no seed affects another.
 
