@@ -110,14 +110,13 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_compiled_and_eager_updates_agree(path):
-    """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. With
-    small steps of Adam, as where a gradient is near 0, rounding may turn one."""
+    """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. XQC
+    takes smaller steps than by default: where a gradient is near 0, rounding turns a whole one."""
     torch._dynamo.reset()
     steps, module = make_steps((0, 1), 1, 100), load_agent(path)
-    small = {name: 1e-4 for name in ("lr", "lr_end", "actor_lr", "qf_lr")
-             if hasattr(module.Config, name)}
+    steps_of_xqc = {"lr": 3e-4, "lr_end": 3e-5} if path.stem == "xqc" else {}
     histories = [drive(make_agent(module, accelerate=Accelerator(compiled), replay_ratio=1.0,
-                                  **small), steps) for compiled in (False, True)]
+                                  **steps_of_xqc), steps) for compiled in (False, True)]
     assert len(histories[0]) == len(histories[1]) > 10
     for eager, compiled in zip(*histories, strict=True):
         for name in eager:
