@@ -61,7 +61,7 @@ RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --co
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
 WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
 XQC_HARDCORE = (
-    XQC.format(f"--env BipedalWalkerHardcore-v3 --seeds 5 --steps 1_000_000 {WALKING}")
+    XQC.format(f"--env BipedalWalkerHardcore-v3 --seeds {{}} --steps 1_000_000 {WALKING}")
     + " --eval-every 50_000 --eval-episodes 25")
 POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
@@ -126,8 +126,10 @@ EXPERIMENTS = {
     "xqc-biped": (
         XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
         BIPED_TARGET + ", both on the raw task"),
-    "xqc-hardcore": (XQC_HARDCORE, "235 (TQC at 2 000 000)"),
-    "xqc-hardcore-small-steps": (f"{XQC_HARDCORE} {SMALL_STEPS}", "235 (TQC at 2 000 000)"),
+    "xqc-hardcore": (XQC_HARDCORE.format("4 --first-seed 5"), "235 (TQC at 2 000 000)"),
+    "xqc-hardcore-seeds-0-to-4": (XQC_HARDCORE.format(5), "235 (TQC at 2 000 000)"),
+    "xqc-hardcore-small-steps": (
+        XQC_HARDCORE.format(5) + f" {SMALL_STEPS}", "235 (TQC at 2 000 000)"),
     "crossq-hardcore": (HARDCORE.format("crossq", 256), "235 (TQC at 2 000 000)"),
     "bro-hardcore": (HARDCORE.format("bro", 128), "235 (TQC at 2 000 000)"),
     "cem-lunarlander": (
@@ -243,8 +245,8 @@ def keep(name: str, run: Path) -> None:
     """Store a run in bench/results/<name>/ and its evaluations in scores.csv."""
     ran, (wanted, config) = json.loads((run / "config.json").read_text()), settings(name)
     options = ran["options"]
-    same = ("env", "seeds", "steps", "compile", "precision", "clip_reward", "eval_episodes",
-            "num_envs", "action_repeat", "failure_below")
+    same = ("env", "seeds", "first_seed", "steps", "compile", "precision", "clip_reward",
+            "eval_episodes", "num_envs", "action_repeat", "failure_below")
     older = {"action_repeat": 1}  # of runs from before the flag
     wanted = json.loads(json.dumps({name: getattr(wanted, name, None) for name in same} | config))
     if ran["config"] | {name: options.get(name, older.get(name)) for name in same} != wanted:
@@ -252,7 +254,8 @@ def keep(name: str, run: Path) -> None:
     folder = RESULTS / name
     (env_id,) = options["env"]
     group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
-    by_seed = curves.read_curves(group, range(options["seeds"]), "return/eval")
+    seeds = range(options["first_seed"], options["first_seed"] + options["seeds"])
+    by_seed = curves.read_curves(group, seeds, "return/eval")
     if not (run / PICTURE).exists():  # unfinished: cut at the last step that all seeds reached
         last = min(max((step for step, _ in curve), default=0) for curve in by_seed.values())
         if not last:
