@@ -94,6 +94,20 @@ def test_a_run_without_an_evaluation_is_not_kept(run):
         learning.keep(NAME, run)
 
 
+def test_the_seeds_of_a_run_may_begin_at_another_than_0(run, monkeypatch):
+    flags, published = learning.EXPERIMENTS[NAME]
+    monkeypatch.setitem(learning.EXPERIMENTS, NAME, (f"{flags} --first-seed 5", published))
+    for seed in range(5, 5 + SEEDS):
+        evaluate(run, seed, STEPS)
+    with pytest.raises(SystemExit, match="is not a run of crossq-hardcore"):
+        learning.keep(NAME, run)  # its config says 0
+    settings = json.loads((run / "config.json").read_text())
+    settings["options"]["first_seed"] = 5
+    (run / "config.json").write_text(json.dumps(settings))
+    learning.keep(NAME, run)
+    assert {seed for name, seed, _ in kept() if name == NAME} == {5, 6, 7, 8}
+
+
 def test_a_run_of_something_else_is_not_kept(run):
     settings = json.loads((run / "config.json").read_text())
     settings["config"]["gamma"] = 0.5
