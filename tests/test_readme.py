@@ -388,12 +388,18 @@ PROSE = {
         statistics.fmean(last("xqc-biped"))],
     "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
         statistics.fmean(last("xqc-biped-raw"))],
-    "has {:.0f} after 500 000 steps and {:.0f} after 700 000, on 25 terrains a seed; with the "
-    "small steps it was {:.0f} and {:.0f}": lambda: [
-        mean_at(name, step) for name in ("xqc-hardcore", "xqc-hardcore-small-steps")
+    "return {:.0f} on 400 such terrains and finish {:.0%} of them": lambda: [
+        statistics.fmean(learning.read_fresh("xqc-hardcore")[0]),
+        learning.read_fresh("xqc-hardcore")[1]],
+    "All nine have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
+        statistics.fmean([mean_at(f"xqc-hardcore{part}", step)
+                          for part, seeds in (("", 4), ("-seeds-0-to-4", 5)) for _ in range(seeds)])
         for step in (500_000, 700_000)],
+    "With steps of 3e-4 to 3e-5, five seeds had {:.0f} and {:.0f}, and after a million {:.0f}":
+    lambda: [*(mean_at("xqc-hardcore-small-steps", step) for step in (500_000, 700_000)),
+             statistics.fmean(learning.read_fresh("xqc-hardcore-small-steps")[0])],
     "hardcore course ({:.0f} on average; {:.0f} with 3e-4 to 3e-5)": lambda: [
-        mean_at(name, 300_000) for name in ("xqc-hardcore", "xqc-hardcore-small-steps")],
+        mean_at(f"xqc-hardcore-{run}", 300_000) for run in ("seeds-0-to-4", "small-steps")],
     "for its slow target critics: {:.0f} on average, where CrossQ has {:.0f}": lambda: [
         statistics.fmean(last(f"{agent}-lunarlander")) for agent in ("xqc", "crossq")],
     "SAC ends at {:.0f} and CrossQ at {:.0f} after 200 000 steps": lambda: [
