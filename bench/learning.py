@@ -433,7 +433,8 @@ def draw(scores: Scores, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.plot([], [], "X", color="white", markeredgecolor="black", label="published")
         below = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # it would hide the curves
-        axis.legend(fontsize=8, **(below if len(experiments) > 5 else {}))
+        large = len(experiments) > 5 or any(len(label) > 50 for _, label, _ in experiments)
+        axis.legend(fontsize=8, **(below if large else {}))
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
     figure.savefig(path, dpi=80)
