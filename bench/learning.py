@@ -61,7 +61,7 @@ RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --co
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
 WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
 XQC_HARDCORE = (
-    XQC.format(f"--env BipedalWalkerHardcore-v3 --seeds {{}} --steps 1_000_000 {WALKING}")
+    XQC.format("--env BipedalWalkerHardcore-v3 --seeds {} --steps 1_000_000 " + WALKING)
     + " --eval-every 50_000 --eval-episodes 25")
 POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")

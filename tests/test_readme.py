@@ -258,9 +258,10 @@ def last(name):
     return learning.last(learning.read()[name])[1]
 
 
-def mean_at(name, step):
-    return statistics.fmean(
-        value for (_, at), value in learning.read()[name].items() if at == step)
+def mean_at(name, step, *others):
+    """Over the seeds of these runs."""
+    return statistics.fmean(value for run in (name, *others)
+                            for (_, at), value in learning.read()[run].items() if at == step)
 
 
 def standard_error(name):
@@ -392,9 +393,7 @@ PROSE = {
         statistics.fmean(learning.read_fresh("xqc-hardcore")[0]),
         learning.read_fresh("xqc-hardcore")[1]],
     "All nine have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
-        statistics.fmean([mean_at(f"xqc-hardcore{part}", step)
-                          for part, seeds in (("", 4), ("-seeds-0-to-4", 5)) for _ in range(seeds)])
-        for step in (500_000, 700_000)],
+        mean_at("xqc-hardcore", step, "xqc-hardcore-seeds-0-to-4") for step in (500_000, 700_000)],
     "With steps of 3e-4 to 3e-5, five seeds had {:.0f} and {:.0f}, and after a million {:.0f}":
     lambda: [*(mean_at("xqc-hardcore-small-steps", step) for step in (500_000, 700_000)),
              statistics.fmean(learning.read_fresh("xqc-hardcore-small-steps")[0])],
