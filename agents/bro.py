@@ -4,7 +4,7 @@ Nauman et al. 2024, arXiv 2405.16158. Differences from crossq.py, all of them pa
 1. Residual critics, about 5M parameters in all; decoupled weight decay; two updates per transition.
 2. Pessimism between the mean of the critics, as in the paper, and the lower one; full resets.
 Left out: quantile critics, the residual and the optimistic actor, layer norm and target networks
-(batch norm replaces them), its width of 512, step sizes, batch of 128, actor steps, target entropy.
+(batch norm replaces them); its width, learning rates, batch size, actor steps, target entropy.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -39,8 +39,8 @@ class Config:
     batch_size: int = 256  # transitions per gradient step
     reset_at: tuple[int, ...] = (15_001,)  # transitions after which the networks start anew
     # Optimisation
-    actor_lr: float = 1e-3  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and the temperature
+    actor_lr: float = 1e-3  # Adam's learning rate for the actor
+    qf_lr: float = 1e-3  # Adam's learning rate for the critics and the temperature
     weight_decay: float = 1e-4  # AdamW's, of critics and actor
     pessimism: float = 1.0  # 0: the mean of the two critics, 1: the lower one
     beta1: float = 0.5  # Adam's decay of the mean gradient

@@ -2,7 +2,7 @@
 
 Differences from crossq.py (arXiv 1902.05605), which names its own from sac.py:
 1. No actor and no entropy: the search of QT-Opt (arXiv 1806.10293, section 4.2).
-2. It starts from the last plan and clips its samples, as iCEM (2008.06389); shorter for targets.
+2. It starts from the last result and clips its samples (iCEM, 2008.06389); fewer for targets.
 3. Its exploration noise is correlated from step to step, as DDPG's (1509.02971).
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
@@ -31,7 +31,7 @@ class Config:
     replay_ratio: float = 1.0  # gradient steps per transition
     batch_size: int = 256  # transitions per gradient step
     # Optimisation
-    qf_lr: float = 1e-3  # Adam step size of the critics
+    qf_lr: float = 1e-3  # Adam's learning rate for the critics
     beta1: float = 0.5  # Adam's decay of the mean gradient
     renorm: bool = True  # batch renormalisation; otherwise plain batch normalisation
     renorm_warmup: int = 100_000  # training steps before renormalisation begins

@@ -37,8 +37,8 @@ class Config:
     policy_delay: int = 3  # critic steps per actor step
     batch_size: int = 256  # transitions per gradient step
     # Optimisation
-    actor_lr: float = 1e-3  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and the temperature
+    actor_lr: float = 1e-3  # Adam's learning rate for the actor
+    qf_lr: float = 1e-3  # Adam's learning rate for the critics and the temperature
     beta1: float = 0.5  # Adam's decay of the mean gradient
     renorm: bool = True  # batch renormalisation; otherwise plain batch normalisation
     renorm_warmup: int = 100_000  # training steps before renormalisation begins

@@ -1,7 +1,7 @@
 """DroQ: Soft Actor-Critic with many gradient steps per transition, on regularised critics.
 
 Hiraoka et al. 2022, arXiv 2110.02034. Differences from sac.py:
-1. Dropout, its units drawn with replacement, then layer normalisation in the critics (section 3).
+1. Dropout, then layer normalisation, in the critics (section 3). Units are drawn with replacement.
 2. 20 critic steps per transition and one actor step, on the mean of the critics (algorithm 2).
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
@@ -38,8 +38,8 @@ class Config:
     policy_delay: int = 20  # critic steps per actor step
     batch_size: int = 256  # transitions per gradient step
     # Optimisation
-    actor_lr: float = 3e-4  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and the temperature
+    actor_lr: float = 3e-4  # Adam's learning rate for the actor
+    qf_lr: float = 1e-3  # Adam's learning rate for the critics and the temperature
     tau: float = 0.005  # step of the target critics towards the critics
     # Policy
     tune_alpha: bool = True  # learn the temperature; otherwise keep it at alpha

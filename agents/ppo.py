@@ -1,4 +1,4 @@
-"""Proximal Policy Optimisation (PPO): an on-policy agent that learns from each rollout once.
+"""Proximal Policy Optimisation (PPO): on-policy, a few epochs on each rollout before the next.
 
 Schulman et al. 2017, arXiv 1707.06347: the clipped objective is eq. 7, the advantages are eq. 11
 (GAE: arXiv 1506.02438, eq. 16). Settings and details follow CleanRL's ppo_continuous_action and
@@ -34,9 +34,9 @@ class Config:
     micro_batches: int = 1  # parts of a minibatch, one in memory at a time
     update_epochs: int = 10  # passes over a rollout
     # Optimisation
-    lr: float = 3e-4  # Adam step size
-    anneal_lr: bool = True  # decrease the step size linearly to 0 over the run
-    lr_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, step size)
+    lr: float = 3e-4  # Adam's learning rate
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 over the run
+    lr_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, learning rate)
     clip_coef: float = 0.2  # largest change of the probability ratio from 1
     clip_vloss: bool = True  # limit the change of the value by clip_coef as well
     vf_coef: float = 0.5  # weight of the value loss

@@ -12,7 +12,7 @@ Departures from CleanRL, each with its reason
    acted on, but for a rollout's first step. The first rollout is not normalised.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
    Adam's step count is shared and keeps counting, so no seed affects another.
-4. Minibatches are of whole sequences. Gradients end where they begin, at the memory of acting.
+4. Minibatches hold whole sequences. Backpropagation stops at their start, at the stored memory.
 
     python learn_vectorised.py agents/ppo_lstm.py --env torch/CartPoleWithoutVelocity-v1 --log
 """
@@ -36,9 +36,9 @@ class Config:
     micro_batches: int = 1  # parts of a minibatch, one in memory at a time
     update_epochs: int = 10  # passes over a rollout
     # Optimisation
-    lr: float = 3e-4  # Adam step size
-    anneal_lr: bool = True  # decrease the step size linearly to 0 over the run
-    lr_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, step size)
+    lr: float = 3e-4  # Adam's learning rate
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 over the run
+    lr_schedule: tuple[tuple[float, float], ...] = ()  # or points (transitions, learning rate)
     clip_coef: float = 0.2  # largest change of the probability ratio from 1
     clip_vloss: bool = True  # limit the change of the value by clip_coef as well
     vf_coef: float = 0.5  # weight of the value loss

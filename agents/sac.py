@@ -36,8 +36,8 @@ class Config:
     policy_delay: int = 1  # critic steps per actor step
     batch_size: int = 256  # transitions per gradient step
     # Optimisation
-    actor_lr: float = 3e-4  # Adam step size of the actor
-    qf_lr: float = 1e-3  # Adam step size of the critics and the temperature
+    actor_lr: float = 3e-4  # Adam's learning rate for the actor
+    qf_lr: float = 1e-3  # Adam's learning rate for the critics and the temperature
     tau: float = 0.005  # step of the target critics towards the critics
     # Policy
     tune_alpha: bool = True  # learn the temperature; otherwise keep it at alpha

@@ -1,10 +1,10 @@
-"""XQC: CrossQ with weight normalisation, distributional critics, a slow target and scaled rewards.
+"""XQC: CrossQ with weight normalisation, distributional critics, target networks, scaled rewards.
 
 Palenicek et al. 2025, arXiv 2509.25174. Differences from crossq.py:
 1. Batch norm before each ReLU, and after every step the weights into each unit have length 1.
-2. The critics give probabilities of 101 values and learn by cross-entropy. Slow target critics.
-3. Rewards are divided by the spread of their discounted return; the step size falls linearly.
-From FlashSAC, arXiv 2604.04539: the largest return fits the values; noise held for some steps.
+2. Categorical critics (C51, 101 atoms), trained by cross-entropy, with target networks.
+3. Rewards are divided by the spread of their discounted return; the learning rate falls linearly.
+From FlashSAC, arXiv 2604.04539: the largest return fits the atoms; exploration noise may be held.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -44,8 +44,8 @@ class Config:
     batch_size: int = 256  # transitions per gradient step
     n_step: int = 1  # rewards in a target before it bootstraps
     # Optimisation
-    lr: float = 1e-3  # Adam step size of the networks and the temperature
-    lr_end: float = 1e-4  # step size at the end of the run; linear in between
+    lr: float = 1e-3  # Adam's learning rate for the networks and the temperature
+    lr_end: float = 1e-4  # learning rate at the end of the run; linear in between
     tau: float = 0.01  # step of the target critics towards the critics
     # Policy
     tune_alpha: bool = True  # learn the temperature; otherwise keep it at alpha

@@ -308,8 +308,8 @@ PROSE = {
     "SAC in bf16, {:.1f} in fp32), {:.1f} and {:.1f} on one without": lambda: [
         *(ours(*case, "sb3") for case in (*BEST[:2], ("sac", "8", "fp32-compiled"))),
         *(ours(*case, "sb3", "speed-amd") for case in BEST[:2])],
-    "PPO {:.1f}, SAC {:.1f}, CrossQ {:.1f}, DroQ {:.1f} times as many with AMX (all but PPO in "
-    "bf16), {:.1f}, {:.1f}, {:.1f} and {:.1f} without": lambda: [
+    "PPO {:.1f}, SAC {:.1f}, CrossQ {:.1f}, DroQ {:.1f} times as many with AMX (PPO and SAC: 8 "
+    "seeds, CrossQ and DroQ: 4; all but PPO in bf16), {:.1f}, {:.1f}, {:.1f} and {:.1f} without": lambda: [
         ours(*case, "sbx", name) for name in ("speed", "speed-amd") for case in BEST],
     "Eight seeds of PPO make {:.1f} times as many seed-steps a second as four, and {:.1f} times as "
     "many as one": lambda: [
@@ -339,7 +339,7 @@ PROSE = {
         ours("ppo", "8", f"fp32-{how}", "sb3") for how in ("eager", "compiled")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
         ours("droq", "1", "bf16-compiled", "sbx")],
-    "PPO runs {:.1f} times and SAC (in bf16) {:.1f} times as many seed-steps per second":
+    "8 seeds of PPO make {:.1f} times and of SAC (in bf16) {:.1f} times as many environment steps":
     lambda: [ours("ppo", "8", "fp32-compiled", "sb3"), ours("sac", "8", "bf16-compiled", "sb3")],
     "{} seeds, means of two repeats": lambda: [result("gpu")["seeds"]],
     "with {} environments per seed, compiled, random actions: {:.0f} million environment steps/s":
@@ -394,7 +394,8 @@ PROSE = {
         learning.read_fresh("xqc-hardcore")[1]],
     "All nine have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
         mean_at("xqc-hardcore", step, "xqc-hardcore-seeds-0-to-4") for step in (500_000, 700_000)],
-    "With steps of 3e-4 to 3e-5, five seeds had {:.0f} and {:.0f}, and after a million {:.0f}":
+    "With a learning rate of 3e-4 to 3e-5, five seeds had {:.0f} and {:.0f}, and after a million "
+    "{:.0f}":
     lambda: [*(mean_at("xqc-hardcore-small-steps", step) for step in (500_000, 700_000)),
              statistics.fmean(learning.read_fresh("xqc-hardcore-small-steps")[0])],
     "hardcore course ({:.0f} on average; {:.0f} with 3e-4 to 3e-5)": lambda: [
@@ -405,7 +406,8 @@ PROSE = {
         statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
-    "XQC has {:.2f} of TD3's return on average, the best published agent {:.2f}": of_td3,
+    "XQC has {:.2f} of the return that TD3 has after a million, on average; the best published "
+    "agent there has {:.2f}": of_td3,
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
