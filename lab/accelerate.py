@@ -54,6 +54,12 @@ def check_device(device: str) -> None:
                         f"(torch {torch.__version__})")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated; on a CPU, torch raises a RuntimeError."""
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "can't allocate memory" in str(error))
+
+
 def can_compile() -> bool:
     """Whether the C++ compiler that torch.compile needs on a CPU is installed."""
     usual = "clang++" if sys.platform == "darwin" else "g++"

@@ -169,7 +169,9 @@ class RunSummary:
     def show(self, folder: Path | None) -> None:
         """Print the table, the paths and the failures; draw the learning curves."""
         for env_id, group in self.groups.items():
-            self.all_seeds[env_id].refresh()
+            band = self.all_seeds[env_id]
+            if self.evaluated[env_id] or len(band.alive) == len(self.seeds):
+                band.refresh()  # otherwise another process may train the run
             if stop := recorder.read_stop(group):
                 self.stops[env_id] = stop
             self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
@@ -179,7 +181,7 @@ class RunSummary:
         title += self.declared
         for env_id, stop in self.stops.items():
             title += f"; {self.label(env_id)}: {stop['reason']}"
-        Console().print(table(self.final, title))
+        Console(markup=False).print(table(self.final, title))
         if folder:
             plot = folder / "learning_curves.png"
             curves = {self.label(env_id): read_curves(group, self.seeds, self.tag)

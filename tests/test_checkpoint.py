@@ -254,3 +254,13 @@ def test_a_folder_is_one_process_s_alone(tmp_path, monkeypatch):
         raise AssertionError("it was locked twice")
     with checkpoint.lock(tmp_path / "new"):
         pass
+
+
+def test_a_checkpoint_that_finds_no_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB")
+
+    checkpoint.save(tmp_path, 10, state(10))
+    monkeypatch.setattr(checkpoint.torch, "load", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        checkpoint.load_latest(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,30 @@ def test_a_studys_confirmed_runs_can_be_made_longer(tmp_path, capsys):
     assert checkpoint.load_latest(stack)["step"] == 40
     assert script.run(["--resume", str(tmp_path / "studies/study")], Tune, tune) == 0
     assert Path(tmp_path / "studies/study/best.json").read_text() == before
+
+
+def test_more_seeds_than_the_run_it_starts_from_are_refused_before_anything_changes(
+        finished, capsys, tmp_path):
+    path = run(tmp_path, SAC + f" --steps 20 --seeds 2 --init-from {finished}")
+    before = (path / "config.json").read_text()
+    assert resumed(path, "--seeds 3") == 2
+    assert "has no seed 2 to start from" in capsys.readouterr().err
+    assert (path / "config.json").read_text() == before and resumed(path, "") == 0
+    shutil.copytree(finished, tmp_path / "source")
+    path = run(tmp_path / "b", SAC + f" --steps 20 --seeds 2 --init-from {tmp_path / 'source'}")
+    shutil.rmtree(tmp_path / "source")
+    assert resumed(path, "--steps 40") == 0, "its seeds have begun"
+
+
+def test_a_run_whose_seeds_all_failed_gets_others(finished, tmp_path, capsys):
+    """Its replay is not full, so it could not grow."""
+    path = Path(shutil.copytree(finished, tmp_path / "run"))
+    stack = recorder.group_folder(path, "Pendulum-v1", "sac") / "stack_0_1"
+    broken = state(path) | {"step": 20, "failed": [0, 1]}
+    broken["agent"]["replay"]["size"] = 20
+    for file in stack.glob("step_*"):
+        file.unlink()
+    checkpoint.save(stack, 20, broken)
+    assert resumed(path, "--steps 80 --seeds 3") == 1
+    assert capsys.readouterr().err.count("failed before") == 2
+    assert state(path, "stack_2_2")["step"] == 80

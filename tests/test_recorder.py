@@ -247,6 +247,7 @@ def test_the_band_of_one_seed_is_its_curve(tmp_path):
 
 
 def test_all_seeds_have_a_margin_chart_of_each_return(tmp_path):
+    write_seeds(tmp_path, [0, 1])
     AllSeeds(tmp_path, [0, 1]).refresh()
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -267,7 +268,7 @@ def test_a_step_is_shown_once_and_when_every_seed_has_it(tmp_path):
     band = AllSeeds(tmp_path, [0, 1, 2])
     write_seeds(tmp_path, [0, 1])
     band.refresh()
-    assert steps() == []
+    assert not (tmp_path / "all_seeds").exists()
     write_seeds(tmp_path, [2], steps=(10, 20))
     band.refresh()
     band.refresh()
@@ -292,3 +293,14 @@ def test_a_failed_seed_does_not_end_the_band_of_the_others(tmp_path):
     band.refresh()
     means = scalars(tmp_path / "all_seeds")["return/eval_mean"]
     assert means == [(10, 2.0), (20, 3.5), (30, 4.75)]
+
+
+def test_a_band_without_seeds_leaves_the_board_of_the_run(tmp_path):
+    """All of them are refused, since another process trains them."""
+    write_seeds(tmp_path)
+    AllSeeds(tmp_path, [0, 1, 2]).refresh()
+    (board,) = (tmp_path / "all_seeds").iterdir()
+    band = AllSeeds(tmp_path, [0, 1, 2])
+    band.alive.clear()
+    band.refresh()
+    assert board.exists()

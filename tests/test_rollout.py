@@ -26,8 +26,8 @@ from lab.training.evaluation import evaluate
 from lab.training.job import Job
 from lab.training.logger import due
 from lab.training.loop import train
-from lab.training.recorder import read_metrics
-from tests import probe_envs
+from lab.training.recorder import SeedRecorder, read_metrics
+from tests import probe_envs, small_run
 from tests.conftest import AGENTS, is_discrete, small_config
 
 SAC = Path("agents/sac.py").resolve()
@@ -600,3 +600,22 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
     with pytest.raises(UserError, match=f"started with {name} = .* not .*: restore") as caught:
         run(dataclasses.replace(job, config=config, **settings))
     assert "\n" not in str(caught.value)
+
+
+def test_all_environments_are_closed_when_training_raises(monkeypatch):
+    """Of training and evaluation: one may have started a process."""
+    closed = []
+    monkeypatch.setattr(SyncEnvs, "close", lambda envs: closed.append(envs))
+    monkeypatch.setattr(loop.TrainLogger, "begin", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(Job(str(SAC), SMALL_SAC, "Pendulum-v1", (0,), 10, 10, 1, 0), print)
+    assert len(closed) == 2
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_after_them(tmp_path, monkeypatch):
+    """After a power cut they would not be written again."""
+    order, save = [], checkpoint.save
+    monkeypatch.setattr(SeedRecorder, "flush", lambda recorder: order.append("rows"))
+    monkeypatch.setattr(checkpoint, "save", lambda *rest: (order.append("state"), save(*rest)))
+    small_run.train(tmp_path, seeds=1, processes=1, checkpoint_every=8)
+    assert order == ["rows", "state"] * 3

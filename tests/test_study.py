@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from lab import train as script
 from lab.agent import load_agent
-from lab.errors import RefusedError, UserError
+from lab.errors import CodeError, RefusedError, UserError
 from lab.options import Simple, Tune, parse_args
 from lab.report import curves
 from lab.training import processes, recorder
@@ -26,6 +27,7 @@ from lab.training.job import Job
 from lab.training.processes import Failure, Processes
 from lab.tuning import run as study_run
 from lab.tuning import space, study, summary, surrogate
+from lab.tuning.progress import StudyProgress
 from lab.tuning.study import HELD_OUT
 from lab.tuning.trials import Journal
 
@@ -244,6 +246,31 @@ def test_only_what_the_agent_refuses_is_the_settings_fault(error, cause):
 
     job = Job("agents/sac.py", {}, "Pendulum-v1", (0,), 10, 10, 1, 0)
     assert processes.attempt(work, job, print) == Failure(str(error), cause)
+
+
+def test_an_environment_that_cannot_be_made_is_not_the_settings_fault(tmp_path):
+    """A simulator that does not start says nothing of them: only an exception that went through
+    the agent's code does."""
+    path = tmp_path / "mine.py"
+    path.write_text("def build():\n    raise OSError('port in use')\n")
+    build = runpy.run_path(str(path))["build"]
+
+    def work(job, emit):
+        try:
+            build()
+        except OSError as error:
+            raise CodeError("cannot make it") from error
+
+    for agent, cause in ((str(path), "settings"), ("agents/sac.py", "error")):
+        job = Job(agent, {}, "Pendulum-v1", (0,), 10, 10, 1, 0)
+        assert processes.attempt(work, job, print) == Failure("cannot make it", cause)
+
+
+def test_a_reason_may_have_brackets(capsys):
+    """Which rich would read as markup, and an unknown [/tag] as an error."""
+    with StudyProgress(parse_args([], Tune)[0], []) as progress:
+        progress.say("trial 3: cannot reach [/127.0.0.1:80], keys [a, b] missing; restarting")
+    assert "reach [/127.0.0.1:80], keys [a, b] missing" in capsys.readouterr().out
 
 
 def test_no_completed_trial_is_a_failure(tmp_path, capsys):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.options import parse_args
 from lab.training import processes
-from lab.training.job import Job, split_seeds
+from lab.training.job import Job, join_stacks, split_seeds
 from lab.training.processes import run_jobs
 from lab.training.ray_processes import difference, inspection, share
 
@@ -86,6 +87,14 @@ def test_shares_cover_the_seeds_at_the_least_cost_in_the_fewest_stacks(environme
     (3, 1, 2, [2, 1]), (8, 3, 2, [4, 4]), (1, 1, 4, [1])])
 def test_shares_known_by_hand(count, environments, processes, sizes):
     assert [len(s) for s in split_seeds(range(count), environments, processes)] == sizes
+
+
+def test_new_stacks_have_no_gaps(tmp_path):
+    """The name of a stack's folder is its first and its last seed."""
+    for name in ("stack_0_1", "stack_4_5"):
+        (tmp_path / name).mkdir()
+    assert join_stacks(parse_args([])[0], tmp_path, range(8), 1, 1) == [
+        (0, 1), (4, 5), (2, 3), (6, 7)]
 
 
 @pytest.mark.parametrize("gpus, jobs, expected", [

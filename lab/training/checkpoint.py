@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 import torch
 import torch.utils._pytree as pytree
 
+from lab.accelerate import out_of_memory
 from lab.agent import copy_seed, weights
 from lab.errors import UserError, first_line
 from lab.training import recorder
@@ -109,9 +110,9 @@ def load_latest(folder: Path, device: str = "cpu", replay: bool = True) -> dict[
             return pytree.tree_map(
                 lambda x: _get(folder / "blocks", x, device) if _in_blocks(x) else x, state,
                 is_leaf=_in_blocks)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise  # the checkpoint may be intact
         except Exception as error:
+            if out_of_memory(error):
+                raise  # the checkpoint may be intact
             print(f"skipping checkpoint {path}: {first_line(error)}", file=sys.stderr)
     return None
 

@@ -23,7 +23,7 @@ from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
 from lab.stopping import stops
 from lab.training import checkpoint
-from lab.training.recorder import group_folder, members_of, printable, safe_name
+from lab.training.recorder import find_stacks, group_folder, members_of, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
 Emit = Callable[[dict[str, Any]], None]
@@ -143,9 +143,9 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         return max(1, options.steps // parts) if steps is None else steps
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    if options.init_from and not folder:
-        checkpoint.find_sources(options.init_from, seeds)
     stacks = {env_id: stacks_of(options, env_id, seeds, processes) for env_id in options.env}
+    if options.init_from and (new := not_begun(options, folder, seeds)):
+        checkpoint.find_sources(options.init_from, new)
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
@@ -160,6 +160,15 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
         init_from=str(options.init_from) if options.init_from else None,
         run=str(folder) if folder else None, name=options.name or Path(options.agent).stem,
     ) for env_id, shares in stacks.items() for share in shares]
+
+
+def not_begun(options: Options, folder: Path | None, seeds: range) -> list[int]:
+    """The seeds that have no checkpoint in one of the environments of the run in the folder."""
+    if not folder:
+        return [*seeds]
+    found = find_stacks(folder)
+    groups = [group_folder(folder, env_id, Path(options.agent).stem) for env_id in options.env]
+    return [seed for seed in seeds if not all(seed in found.get(group, ()) for group in groups)]
 
 
 def stacks_of(options: Options, env_id: str, seeds: range, processes: int
@@ -180,7 +189,11 @@ def join_stacks(rules: Any, group: Path, seeds: range, environments: int, proces
     if set(old) <= set(new):
         return new
     rest = [seed for seed in seeds if not any(seed in stack for stack in old)]
-    return sorted(old) + (split_seeds(rest, environments, processes) if rest else [])
+    # a stack's folder has its first and its last seed: no gaps
+    ranges = [[seed for _, seed in pairs] for _, pairs in itertools.groupby(
+        enumerate(rest), lambda pair: pair[1] - pair[0])]
+    return sorted(old) + [stack for each in ranges
+                          for stack in split_seeds(each, environments, processes)]
 
 
 def check_names(options: Options) -> None:

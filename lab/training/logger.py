@@ -83,18 +83,18 @@ class TrainLogger:
                               for seed in self.job.seeds]
         if state is None:
             return self.start(agent)
-        restore_state(agent, state["agent"])
-        self.notes = {"notes": adjusted_settings(agent, self.job)}
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.means = state.get("means", [])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
         self.best = state.get("best", {})
-        self.cut_before_evaluation(step)
         for index in self.failed:
             self.emit({"failed_seed": self.job.seeds[index], "reason": "failed before"})
         if step >= self.job.steps or self.ended:
             return self.job.steps, torch.empty(0)
+        restore_state(agent, state["agent"])
+        self.notes = {"notes": adjusted_settings(agent, self.job)}
+        self.cut_before_evaluation(step)
         obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
         if lost:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
@@ -268,6 +268,8 @@ class TrainLogger:
             self.updated = False
 
     def save(self, step: int, agent: Any) -> None:
+        for recorder in self.recorders:  # first: rows up to the checkpoint are not written again
+            recorder.flush()
         if self.job.checkpoints is not None:
             self.measure_plasticity(agent)  # a checkpoint does not hold the last batch
             try:
@@ -286,8 +288,6 @@ class TrainLogger:
                     self.emit({"step": step, "warning": "the environment cannot be restored: a "
                                "resumed run starts new episodes"})
         self.saved = time.perf_counter()
-        for recorder in self.recorders:
-            recorder.flush()
 
     def close(self) -> None:
         settings = {"name": self.job.name, "agent": Path(self.job.agent_path).stem,
@@ -305,5 +305,3 @@ class TrainLogger:
             recorder.close(settings | {"seed": self.job.seeds[index]},
                            None if index in self.failed else final,
                            reported_return(self.job.eval_env))
-        if self.evaluation and self.evaluation is not self.training:
-            self.evaluation.close()

@@ -27,6 +27,8 @@ def train(job: Job, emit: Emit) -> None:
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
                             agent_steps(job), job.device, accelerate)
         log = TrainLogger(job, accelerate, training, emit)
+        if log.evaluation not in (None, training):
+            held.enter_context(contextlib.closing(log.evaluation))
         if job.checkpoints:
             held.enter_context(checkpoint.lock(job.checkpoints))
         step, obs = log.begin(agent)

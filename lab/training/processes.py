@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lab.accelerate import prepare_process
+from lab.accelerate import out_of_memory, prepare_process
 from lab.agent import place_of
 from lab.envs.worker import die_with
 from lab.errors import CodeError, RefusedError, UserError, first_line, guard_output
@@ -156,17 +156,16 @@ def attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure 
         with contextlib.chdir(os.curdir):  # back to it: an environment may change it
             work(job, emit)
     except UserError as error:
-        if isinstance(error, CodeError) and error.__cause__:
-            traceback.print_exception(error.__cause__)
-        settings = isinstance(error, CodeError | RefusedError)
+        cause = error.__cause__ if isinstance(error, CodeError) else None
+        if cause:
+            traceback.print_exception(cause)
+        settings = isinstance(error, RefusedError) or (cause and place_of(job.agent_path, cause))
         return Failure(str(error), "settings" if settings else "error")
     except BrokenPipeError:
         raise
     except Exception as error:
         traceback.print_exc()
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            "can't allocate memory" in str(error))  # torch, on a CPU
         place = place_of(job.agent_path, error)
         reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first_line(error)}"
-        return Failure(reason, "settings" if memory else "error")
+        return Failure(reason, "settings" if out_of_memory(error) else "error")
     return None

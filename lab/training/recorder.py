@@ -246,6 +246,7 @@ class SeedRecorder:
 
     def flush(self) -> None:
         with self.disk:
+            os.fsync(self.file.fileno())
             self.board.flush()
 
     def close(self, settings: dict[str, Any], final: float | None,
@@ -299,4 +300,5 @@ class AllSeeds:
                 for part, value in zip(("mean", "lower", "upper"), bounds, strict=True):
                     self.board.add_scalar(f"{tag}_{part}", value, step)
                 self.written[tag] = step
-        self.board.flush()
+        if "board" in vars(self):
+            self.board.flush()

@@ -84,17 +84,19 @@ def show(study: Study, best: Sequence[Candidate]) -> None:
     rows = [summary.Column("defaults", study.defaults.config, None, None, confirmed[0])] + [
         summary.Column(name, study.defaults.config | settings, mean, observed, returns)
         for (name, settings, mean, observed), returns in zip(best, confirmed[1:], strict=True)]
-    Console().print(summary.table(study.space, rows, len(seeds), declared(options)))
+    Console(markup=False).print(summary.table(study.space, rows, len(seeds), declared(options)))
     print(near_best(study.trials))
     whole = [row for row in rows if len(row.confirmed) == len(seeds)]
     winner = max(whole or rows[:1], key=lambda row: stats.t_interval(row.confirmed)[0])
     kept = ("agent", "env", "env_kwargs", "steps", "action_repeat", "clip_reward", "failure_below",
             "eval_every", "eval_episodes", "eval_env", "stop_at", "stop_at_evals", "stop_plateau",
             "stop_rtol", "compile", "precision", "cuda")
+    new = {"first_seed": len(study.trials) * options.seeds}  # the trials had those before
     source = {"init_from": str(options.init_from)} if options.init_from else {}
     recorder.write_json(study.folder / "best.json", {
         "name": f"best of {study.defaults.name}",
-        "options": {key: getattr(options, key) for key in kept} | source, "config": winner.config,
+        "options": {key: getattr(options, key) for key in kept} | new | source,
+        "config": winner.config,
         "study": {"is": winner.name, "confirmed": winner.confirmed, "defaults": confirmed[0],
                   "seeds": list(seeds)}})
     plot = study.folder / "study.png"

@@ -91,6 +91,8 @@ class Study:
         else:
             for note in message.get("notes", ()):
                 progress.note(note)
+            if "warning" in message:
+                progress.note(f"trial {trial.number}: {message['warning']}")
             if "step" in message:
                 progress.reach(trial.number, message["step"])
             returns = [row["return/eval"] for row in message.get("rows", {}).values()
