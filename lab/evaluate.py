@@ -229,7 +229,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['agent']} on {result['environment']}, {result['which']} weights, "
           f"{result['episodes_per_seed']} fresh episodes of each seed, with"
           f"{'' if result['explore'] else 'out'} exploration")
-    Console().print(Fitted(table))
+    Console(markup=False).print(Fitted(table))
     if result["return_interval"]:
         low, high = result["return_interval"]
         print(f"95% t interval of the mean return over the seeds: {low:.1f} to {high:.1f}")

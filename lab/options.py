@@ -24,7 +24,7 @@ from lab.accelerate import physical_cores
 from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
-from lab.errors import UserError, one_line
+from lab.errors import UserError, first_line, one_line
 from lab.matmul import Library
 from lab.stopping import stops
 
@@ -450,16 +450,20 @@ def _read_file(path: Path) -> Any:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
     if path.suffix not in YAML:
         return json.loads(text)
     from ruamel.yaml import YAML as Reader
-    from ruamel.yaml.error import MarkedYAMLError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
         return Reader(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}") from error
+    except (YAMLError, ValueError) as error:  # such as the 45th of a month
+        raise UserError(f"{path}: {first_line(error)}") from error
 
 
 def _refuse_code_beside(source: Path, options: dict[str, Any]) -> None:
@@ -503,18 +507,19 @@ def check_options(options: Options) -> None:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    for name in ("checkpoint_every", "stop_rtol", "study_seed"):
+        value = getattr(options, name, None)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+    for name in ("failure_below", "stop_at"):
+        if math.isnan(getattr(options, name) or 0):
+            raise UserError(f"--{name.replace('_', '-')} must be a number, not nan")
     percentile = getattr(options, "percentile", 0.0)
     if not 0 <= percentile <= 100:
         raise UserError(f"--percentile must lie in [0, 100], not {percentile}")
-    if options.checkpoint_every is not None and options.checkpoint_every < 0:
-        raise UserError(f"--checkpoint-every must be 0 or more, not {options.checkpoint_every}")
     if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
         low, high = options.clip_reward
         raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
-    if options.failure_below is not None and math.isnan(options.failure_below):
-        raise UserError("--failure-below must be a number, not nan")
-    if options.stop_rtol < 0:
-        raise UserError(f"--stop-rtol must be 0 or more, not {options.stop_rtol}")
     if stops(options) and options.eval_env == "none":
         raise UserError("--stop-at and --stop-plateau need evaluations: --eval-env must be own or "
                         "same")

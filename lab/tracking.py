@@ -140,10 +140,11 @@ class Tracker:
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         """Take the rows of a job's message."""
+        speed = {tag: value for tag, value in message.items() if tag.startswith("perf/")}
         for seed, row in message.get("rows", {}).items():
             if self.thread.is_alive():
                 try:
-                    self.rows.put_nowait((job.env_id, seed, message["step"], row))
+                    self.rows.put_nowait((job.env_id, seed, message["step"], row | speed))
                 except queue.Full:
                     self._warn("it is too slow, so rows are left out")
 

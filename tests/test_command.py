@@ -99,6 +99,9 @@ def finished(tmp_path_factory):
     ("--eval-every 0", r"--eval-every must be at least 1, not 0"),
     ("--log-every 0", r"--log-every must be at least 1, not 0"),
     ("--checkpoint-every -1", r"--checkpoint-every must be 0 or more, not -1"),
+    ("--stop-rtol nan", r"--stop-rtol must be 0 or more, not nan"),
+    ("--stop-at nan", r"--stop-at must be a number, not nan"),
+    ("--target-entropy nan", r"target_entropy must lie in \[-1e\+09, 1e\+09\], not nan"),
     ("--steps abc", r"--steps: .*'abc'"),
     ("--steps", r"--steps"),
     ("--stepz 3", r"--stepz.*--steps"),
@@ -119,6 +122,9 @@ def finished(tmp_path_factory):
     ("--config {folder}/list.yaml", r"list.yaml has no settings"),
     ("--config {folder}/none.yaml", r"cannot read .*none.yaml: No such file"),
     ("--config {folder}/type.yaml", r"tau"),
+    ("--config {folder}/date.yaml", r"date.yaml: month must be in 1..12"),
+    ("--config {folder}/control.yaml", r"control.yaml: unacceptable character"),
+    ("--config {folder}/latin.yaml", r"latin.yaml is not UTF-8"),
     ("--config {folder}/beside.yaml", r"names code in its own folder, .*mine.py"),
     ("--config {folder}/unknown.json", r"unknown.json does not fit .*sac.py: .*'gama'"),
     ("--config {folder}/type.json", r"type.json does not fit .*sac.py: gamma: str is n"),
@@ -130,9 +136,11 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, word
     write(tmp_path, '{"options": {}, "config": {"gama": 0.9}}', "unknown.json")
     for name, text in {"gama": "gama: 0.9", "other": "other: 1", "broken": "a: [1\nb: 2",
                        "twice": "tau: 1\ntau: 2", "list": "- tau", "type": "tau: high",
+                       "date": "tau: 2020-13-45", "control": "tau: \x07",
                        "beside": f"agent: {tmp_path}/mine.py"}.items():
         write(tmp_path, text, f"{name}.yaml")
     write(tmp_path, '{"options": {}, "config": {"gamma": "0.9"}}', "type.json")
+    (tmp_path / "latin.yaml").write_bytes(b"tau: \xe9")
     argv = tiny(tmp_path, "--log", *flags.format(folder=tmp_path).split())
     assert re.search(words, refused(capsys, tmp_path, argv))
 

@@ -250,7 +250,7 @@ def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsy
     assert report.main([str(run), "--out", str(out)]) == 0
     told = (out / "report.md").read_text()
     for result, picked in zip(results, (None, results[1]["mean"]["picked on"]), strict=True):
-        (row,) = (line for line in told.splitlines() if f"| {result['which']} |" in line)
+        (row,) = (line for line in told.splitlines() if f"| {result['which']}, at " in line)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[3:6] == ["3", "4", f"{result['mean']['return']:.1f}"]
         assert cells[-1] == ("-" if picked is None else f"{picked:.1f}")
@@ -259,7 +259,11 @@ def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsy
     path.write_text(json.dumps(results[0] | {"failed_seeds": [1]}))
     assert report.main([str(run), "--out", str(out)]) == 0
     told = (out / "report.md").read_text()
-    assert re.search(r"\| last \| 2 \|", told), "failed seeds are not counted"
+    assert re.search(r"\| last, at 24 \| 2 \|", told), "failed seeds are not counted"
+    path.write_text(json.dumps(results[0] | {"explore": True, "env_kwargs": ["a=1"]}))
+    assert report.main([str(run), "--out", str(out)]) == 0
+    told = (out / "report.md").read_text()
+    assert re.search(r"Courses-v0 \(a=1\) \| \w+ \| last, at 24, exploring \|", told)
     (group(run) / "evaluation_mine.json").write_text("{}")
     capsys.readouterr()
     assert report.main([str(run), "--out", str(out)]) == 2

@@ -252,3 +252,10 @@ def test_all_metrics_are_exported_as_one_value_a_row(tmp_path):
     assert of_one == [where | {"step": step, "tag": tag, "value": value} for step, tag, value in (
         ("10", "return/eval", "2.5"), ("20", "return/eval", "2.5"), ("20", "loss/qf", "0.1"))]
     assert sum(row["tag"] == "wall_time" for row in rows) == 4
+
+
+def test_a_name_may_have_dollars(tmp_path):
+    """Which matplotlib would read as mathematics."""
+    path = tmp_path / "plot.png"
+    curves.draw_learning_curves(path, {"lr_$HOME_$USER": {0: [(1, 2.0)]}}, "lr_$HOME_$USER")
+    assert path.exists()

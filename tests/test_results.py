@@ -144,6 +144,18 @@ def test_one_name_pools_seeds_and_environments(tmp_path):
         runs.load([f"x={b}", f"x={write_run(tmp_path / 'c', {V5: seeds(1.0)})}"])
 
 
+def test_runs_that_stopped_by_a_rule_are_not_pooled_unless_the_user_says_so(tmp_path):
+    """Each stopped at a step of its own: the last evaluations would be of some of the seeds."""
+    a = write_run(tmp_path / "a-20260101-120000", {V4: seeds(1.0, 2.0)}, stop_at=5.0)
+    b = write_run(tmp_path / "a-20260102-120000", {V4: seeds(3.0, first=2)}, stop_at=5.0)
+    assert len(runs.load([str(a), str(b)])) == 1
+    (a / V4 / "sac/stopped.json").write_text('{"step": 30, "reason": "return 5, at least 5"}')
+    assert len(runs.load([str(a), str(b)])) == 2
+    assert len(runs.load([f"x={a}", f"x={b}"])) == 1
+    c = write_run(tmp_path / "a-20260103-120000", {V4: seeds(3.0, first=9)})
+    assert len(runs.load([str(b), str(c)])) == 2, "one without the rule is another method"
+
+
 # Warnings
 
 

@@ -62,7 +62,7 @@ def run(tmp_path, monkeypatch, service):
 
 def rows(folder, seed):
     return [(row["step"], {tag: value for tag, value in row.items() if tag not in
-                           ("step", "wall_time") and not tag.startswith("perf/")})
+                           ("step", "wall_time")})
             for row in read_metrics(folder / f"Pendulum-v1/sac/seed_{seed}/metrics.jsonl")]
 
 

@@ -250,7 +250,7 @@ def show(rows: Sequence[Row], best: Row, skipped: Sequence[str], options: Option
         cells += [f"{row.speed:,.0f}", duration(row.start), duration(row.seconds)]
         table.add_row(*["failed" if row.failure and i > 5 + len(several) else str(cell)
                         for i, cell in enumerate(cells)], style="bold" if row == best else None)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(markup=False, width=None if sys.stdout.isatty() else 160).print(table)
     if getattr(best.options, "processes", 1) < len(options.env):
         print("Environments that were not measured are estimated from the measured ones.")
     if skipped:

@@ -46,14 +46,21 @@ def table(returns: Mapping[str, Mapping[int, float]], title: str) -> Fitted:
     return Fitted(result)
 
 
-def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str,
-                         ylabel: str = "evaluation return") -> None:
-    """One panel per environment."""
+def import_pyplot() -> Any:
+    """matplotlib.pyplot, which draws without a display and takes names with dollars."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str,
+                         ylabel: str = "evaluation return") -> None:
+    """One panel per environment."""
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False,
                                    layout="constrained")
     for axis, (env_id, by_seed) in zip(axes[0], curves.items(), strict=True):

@@ -22,7 +22,8 @@ from lab.training import recorder
 # Options that change learning or evaluation, besides the agent's settings; older runs lack some
 SHARED: dict[str, Any] = {
     "clip_reward": None, "precision": None, "num_envs": None, "eval_episodes": None,
-    "action_repeat": 1, "failure_below": None, "eval_env": "own", "init_from": None, "extended": []}
+    "action_repeat": 1, "failure_below": None, "eval_env": "own", "init_from": None, "extended": [],
+    "stop_at": None, "stop_at_evals": 1, "stop_plateau": None, "stop_rtol": 0.01}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart; rows with
@@ -123,7 +124,8 @@ def named(arguments: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def more_seeds(folders: Sequence[Path]) -> bool:
-    """Whether the runs differ only in their seeds, as --first-seed gives a method more of them."""
+    """Whether the runs differ only in their seeds, as --first-seed gives a method more of them. A
+    rule stops each run at a step of its own, so one that stopped is not a part of another."""
     methods = [Method("") for _ in folders]
     for method, folder in zip(methods, folders, strict=True):
         add_run(method, folder)
@@ -132,7 +134,8 @@ def more_seeds(folders: Sequence[Path]) -> bool:
                and run.options.get("steps") == runs[0].options.get("steps") for run in runs)
     seeds = [(environment, seed) for method in methods
              for environment, result in method.results.items() for seed in result.seeds]
-    return (same and len(set(seeds)) == len(seeds)
+    stopped = any(result.stops for method in methods for result in method.results.values())
+    return (same and not stopped and len(set(seeds)) == len(seeds)
             and all(method.results.keys() == methods[0].results.keys() for method in methods))
 
 

@@ -17,7 +17,7 @@ class SweepProgress:
     """A context manager; pass every job's messages to update()."""
 
     def __init__(self, jobs: Sequence[Job]):
-        self.jobs, self.console = jobs, Console()
+        self.jobs, self.console = jobs, Console(markup=False)
         self.steps = [0] * len(jobs)
         self.started: dict[str, float] = {}  # environment -> start time of its first job
         self.resumed: dict[int, int] = {}  # job -> the step that it resumed from

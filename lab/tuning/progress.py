@@ -17,7 +17,7 @@ class StudyProgress:
     """Shows the number of trials in each state, the best trial and the ETA."""
 
     def __init__(self, options: Any, trials: Sequence[Trial]):
-        self.options, self.trials, self.console = options, trials, Console()
+        self.options, self.trials, self.console = options, trials, Console(markup=False)
         self.best: tuple[Trial, float] | None = None
         self.steps: dict[int, int] = {}  # trial number -> step
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),

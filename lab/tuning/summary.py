@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from lab import stats
+from lab.report.curves import import_pyplot
 from lab.report.fitted import Fitted
 from lab.tuning.space import Parameter, Space
 from lab.tuning.surrogate import Surrogate
@@ -60,11 +61,7 @@ def table(space: Space, columns: Sequence[Column], seeds: int, declared: str = "
 
 def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
     """History, importance, and for each parameter a slice through the best trial."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     count = 2 + len(space.parameters)
     columns = min(4, count)
     figure, axes = pyplot.subplots(-(-count // columns), columns, squeeze=False,

@@ -98,7 +98,7 @@ def watch(group: Group, run: TrainedRun, options: Options) -> None:
 def rollout(policies: PolicyStack, view: "Filmed | FilmedTorch", shown: film.Film,
             episodes: int) -> None:
     """Roll out the policies, show the film and print the returns."""
-    console, returns, step = Console(), [], max(policies.steps.values())
+    console, returns, step = Console(markup=False), [], max(policies.steps.values())
 
     def print_row(title: str, cells: Sequence[str]) -> None:
         row = f"{title:12}" + "".join(f"{cell:>10}" for cell in cells)
