@@ -59,6 +59,7 @@ RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "policy_delay": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "alpha": (0, 1e9),
     "actor_lr": (0, 1e9), "qf_lr": (0, 1e9), "actor_width": (1, 1e9), "qf_width": (1, 1e9),
+    "target_entropy": (-1e9, 1e9),
     "weight_decay": (0, 1), "pessimism": (0, 1),
     "beta1": (0, 0.9999), "renorm_warmup": (0, 1e9),
 }
@@ -257,9 +258,6 @@ class Agent:
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
         self.learning_starts = max(1, min(config.learning_starts, total_steps // 10))
-        if any(at <= self.learning_starts for at in config.reset_at):
-            raise ValueError(f"reset_at must be above learning_starts = {self.learning_starts}, "
-                             f"not {config.reset_at}")
         self.transitions = self.critic_steps = 0  # of one seed
         self.batch = None  # the last one sampled
 

@@ -38,8 +38,8 @@ class Config:
     # Policy
     iterations: int = 6  # rounds of search for each decision
     samples: int = 32  # candidates per round and action dimension
-    target_iterations: int = 2  # the same for the targets
-    target_samples: int = 8
+    target_iterations: int = 2  # rounds of search for each target
+    target_samples: int = 8  # candidates per round and action dimension, for targets
     noise: float = 0.3  # standard deviation of exploration, in half ranges of the actions
     noise_memory: float = 0.9  # correlation of this noise from one step to the next
     # Networks
@@ -49,9 +49,8 @@ class Config:
 RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "iterations": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "noise": (0, 1e9),
-    "noise_memory": (0, 1),
     "target_iterations": (1, 1e9), "qf_lr": (0, 1e9), "qf_width": (1, 1e9),
-    "samples": (2, 1e9), "target_samples": (2, 1e9),
+    "samples": (2, 1e9), "target_samples": (2, 1e9), "noise_memory": (0, 0.9999),
     "beta1": (0, 0.9999), "renorm_warmup": (0, 1e9),
 }
 

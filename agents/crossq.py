@@ -3,7 +3,7 @@
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
 2. Batch renormalisation before each layer of every network.
-3. Wider critics (1024 as in SBX, half of the paper's), fewer actor steps, Adam's beta1 0.5.
+3. Critics 1024 wide (SBX's; paper: 2048), actor_lr 1e-3, fewer actor steps; beta1 0.5, alpha's too.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -55,6 +55,7 @@ RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "policy_delay": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "alpha": (0, 1e9),
     "actor_lr": (0, 1e9), "qf_lr": (0, 1e9), "actor_width": (1, 1e9), "qf_width": (1, 1e9),
+    "target_entropy": (-1e9, 1e9),
     "beta1": (0, 0.9999), "renorm_warmup": (0, 1e9),
 }
 

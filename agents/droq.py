@@ -55,6 +55,7 @@ RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "policy_delay": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "alpha": (0, 1e9),
     "actor_lr": (0, 1e9), "qf_lr": (0, 1e9), "actor_width": (1, 1e9), "qf_width": (1, 1e9),
+    "target_entropy": (-1e9, 1e9),
     "tau": (0, 1),
     "dropout": (0, 0.9),
 }

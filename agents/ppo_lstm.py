@@ -61,6 +61,7 @@ RANGES = {  # lowest and highest value, both allowed
     "num_minibatches": (1, math.inf), "micro_batches": (1, math.inf),
     "update_epochs": (1, math.inf), "lr": (0, math.inf), "clip_coef": (0, math.inf),
     "vf_coef": (0, math.inf), "ent_coef": (0, math.inf), "max_grad_norm": (0, math.inf),
+    "lr_schedule": (0, math.inf), "ent_schedule": (0, math.inf),
     "seq_len": (1, math.inf), "lstm_width": (1, math.inf),
     "target_kl": (0, math.inf), "rpo_alpha": (0, math.inf), "width": (1, math.inf)}
 
@@ -208,7 +209,7 @@ class Agent:
         lr = torch.tensor(config.lr, dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=1e-5, fused=True,
                                           capturable=self.device.type == "cuda")
-        self.ent_coef = torch.tensor(config.ent_coef, device=self.device)
+        self.ent_coef = torch.tensor(float(config.ent_coef), device=self.device)
         self.minibatch_step = accelerate(self._update_minibatch)
         self.obs_normaliser = Normaliser(S, O, self.device)
         self.return_normaliser = Normaliser(S, 1, self.device)
@@ -283,6 +284,7 @@ class Agent:
             lr.fill_(c.lr * max(0.0, 1 - begun / self.total_steps))
         for value, points in ((lr, c.lr_schedule), (self.ent_coef, c.ent_schedule)):
             if points:  # straight lines between them
+                points = sorted(points, key=lambda point: point[0])
                 value.fill_(np.interp(begun, *zip(*points, strict=True)))
         obs, samples, explained_variance = self._prepare_rollout()
 

@@ -1,7 +1,7 @@
 """XQC: CrossQ with weight normalisation, distributional critics, target networks, scaled rewards.
 
 Palenicek et al. 2025, arXiv 2509.25174. Differences from crossq.py:
-1. Batch norm before each ReLU, and after every step the weights into each unit have length 1.
+1. Plain batch norm before each ReLU; after every step the weights into each unit have length 1.
 2. Categorical critics (C51, 101 atoms), trained by cross-entropy, with target networks.
 3. Rewards are divided by the spread of their discounted return; the learning rate falls linearly.
 From FlashSAC, arXiv 2604.04539: the largest return fits the atoms; exploration noise may be held.
@@ -63,6 +63,7 @@ RANGES = {  # lowest and highest value allowed
     "buffer_size": (1, 1e9), "learning_starts": (0, 1e9), "replay_ratio": (0, 1e9),
     "policy_delay": (1, 1e9), "batch_size": (1, 1e9), "gamma": (0, 1), "alpha": (0, 1e9),
     "lr": (0, 1e9), "lr_end": (0, 1e9), "actor_width": (1, 1e9), "qf_width": (1, 1e9),
+    "target_entropy": (-1e9, 1e9),
     "actor_depth": (1, 100), "qf_depth": (1, 100), "tau": (0, 1), "n_step": (1, 1_000),
 }
 

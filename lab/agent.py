@@ -103,9 +103,14 @@ def check_actions(path: str | Path, module: ModuleType, spec: EnvSpec) -> None:
 def check_ranges(module: ModuleType, config: Any) -> None:
     """ValueError that names the setting of `config` outside the RANGES of its agent's file."""
     for name, (low, high) in getattr(module, "RANGES", {}).items():
-        value = getattr(config, name)
-        if value is not None and not (low <= value <= high and abs(value) < math.inf):
-            raise ValueError(f"{name} must lie in [{low}, {high:g}], not {value}")
+        for value in _numbers(getattr(config, name)):
+            if value is not None and not (low <= value <= high and abs(value) < math.inf):
+                raise ValueError(f"{name} must lie in [{low:g}, {high:g}], not {value}")
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The value, or of a tuple all that it holds."""
+    return [x for part in value for x in _numbers(part)] if isinstance(value, tuple) else [value]
 
 
 def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,

@@ -32,7 +32,7 @@ def plain_config(config: Any) -> dict[str, Any]:
         except TypeError as error:
             raise ValueError(f"the setting {field.name} cannot be written to config.json: "
                              f"{error}") from error
-        if repr(back) != repr(value):  # NaN is not equal to itself
+        if back != value and repr(back) != repr(value):  # NaN is not equal to itself
             raise ValueError(f"the setting {field.name} would change in config.json: {value!r} is "
                              f"read back as {back!r}")
     return result
@@ -74,6 +74,8 @@ def _build(hint: Any, value: Any) -> Any:
         if isinstance(origin, type) and dataclasses.is_dataclass(origin):
             return build(origin, value)
         return {key: _build(parts[1] if len(parts) > 1 else Any, x) for key, x in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
     if isinstance(value, str) and isinstance(origin, type):
         if issubclass(origin, enum.Enum):
             return origin.__members__.get(value, value)

@@ -3,8 +3,10 @@
 import copy
 import inspect
 import io
+import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lab import settings
 from lab.agent import (
     VERBS,
     build_agent,
@@ -419,3 +422,27 @@ def test_hidden_activations_are_tried_before_the_run(tmp_path, line, words):
     path = write(tmp_path, KEEPS_THE_CONTRACT + method)
     with pytest.raises(UserError, match=words):
         check_contract(path, {}, make_spec(), 3, "cpu")
+
+
+def test_a_whole_number_in_a_setting_of_type_float_becomes_one():
+    """As a search space or a JSON file has them."""
+    config = settings.build(load_agent("agents/crossq.py").Config, {"beta1": 0, "batch_size": 7})
+    assert (type(config.beta1), type(config.batch_size)) == (float, int)
+    schedule = settings.build(load_agent("agents/ppo.py").Config, {"lr_schedule": [[0, 1]]})
+    assert repr(schedule.lr_schedule) == "((0.0, 1.0),)"
+
+
+def test_a_default_may_be_a_whole_number_in_a_setting_of_type_float():
+    @dataclass(frozen=True)
+    class Config:
+        alpha: float = 1
+
+    assert settings.plain_config(Config()) == {"alpha": 1}
+
+
+def test_the_numbers_in_a_tuple_are_in_range_too():
+    module = load_agent("agents/ppo.py")
+    check_ranges(module, module.Config(lr_schedule=((0, 1e-3), (10, 0))))
+    for points in ((0, 1e-3), (10, math.nan)), ((-1, 1e-3),):
+        with pytest.raises(ValueError, match=r"lr_schedule must lie in \[0, inf\], not (nan|-1)"):
+            check_ranges(module, module.Config(lr_schedule=points))

@@ -283,3 +283,14 @@ def test_no_agent_touches_global_state():
         for word in ("manual_seed_all", "torch.manual_seed(", "set_default", "cudnn", ".train()",
                      ".eval()", "np.random.seed"):
             assert word not in Path(path).read_text(), (path, word)
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_every_setting_has_a_help_text(path):
+    """The comment on its line, or on the line above."""
+    lines = path.read_text().splitlines()
+    (config,) = (node for node in ast.parse(path.read_text()).body
+                 if isinstance(node, ast.ClassDef) and node.name == "Config")
+    for field in config.body:
+        above = lines[field.lineno - 2].strip()
+        assert "  # " in lines[field.lineno - 1] or above.startswith("# "), field.target.id

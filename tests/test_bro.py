@@ -227,16 +227,8 @@ def test_by_default_the_networks_start_anew_once_after_15_000_transitions():
     assert starts == [15_001]
 
 
-@pytest.mark.parametrize("reset_at", [(3,), (8,), (20, 8)])
-def test_a_reset_at_or_before_the_first_gradient_step_is_refused(reset_at):
-    with pytest.raises(ValueError, match=r"reset_at must be above learning_starts = 8, not \("):
-        make_agent(bro, reset_at=reset_at)
-    make_agent(bro, reset_at=(9,))
-    with pytest.raises(ValueError, match=r"learning_starts = 5, not \(5,\)"):  # a tenth of the run
-        make_agent(bro, reset_at=(5,), total_steps=50)
-
-
-@pytest.mark.parametrize("num_envs, reset_at, ratio", [(20, 15, 2.0), (1, 15, 0.0)])
+@pytest.mark.parametrize("num_envs, reset_at, ratio", [
+    (20, 15, 2.0), (1, 15, 0.0), (1, 3, 1.0), (1, 8, 1.0)])
 def test_a_reset_before_the_first_gradient_step_is_harmless(num_envs, reset_at, ratio):
     agent = make_agent(bro, num_envs=num_envs, reset_at=(reset_at,), replay_ratio=ratio)
     count = 3 if num_envs == 20 else 20
