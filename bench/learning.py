@@ -54,7 +54,7 @@ HARDCORE = ("agents/{}.py --env BipedalWalkerHardcore-v3 --seeds 4 --steps 300_0
             "--compile --precision bf16 --clip-reward -5 10 --eval-every 25_000 --eval-episodes 25")
 NARROW = "agents/crossq.py {} --qf-width 256 --compile"
 XQC = "agents/xqc.py {} --compile --precision bf16"
-SMALL_STEPS = "--lr 3e-4 --lr-end 3e-5"  # XQC's until its step size was raised
+SMALL_STEPS = "--lr 3e-4 --lr-end 3e-5"  # XQC's until its learning rate was raised
 XQC_LONGER = XQC.format("--env {} --seeds 5 --steps 300_000")
 RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --compile "
              "--precision bf16")
@@ -66,6 +66,7 @@ XQC_HARDCORE = (
 POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
 RAW = " --no-norm-obs --no-norm-reward --no-clip-vloss"
+TQC_TARGET = "235 (TQC at 2 000 000, one run, no action repeat)"
 BIPED_TARGET = "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
 # returns at the same number of steps
@@ -104,12 +105,13 @@ EXPERIMENTS = {
         " --compile --precision bf16",
         "1813 (wider)"),
     "sac-lunarlander": (
-        f"agents/sac.py {LANDER} --precision bf16", "200 counts as solved; 125 (SAC at 300 000)"),
+        f"agents/sac.py {LANDER} --precision bf16",
+        "200 counts as solved; 125 (SAC at 300 000, SLM-Lab)"),
     "crossq-lunarlander": (
         NARROW.format(LANDER) + " --precision bf16",
-        "200 counts as solved; 269 (CrossQ at 300 000)"),
+        "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
     "xqc-lunarlander": (
-        XQC.format(LANDER), "200 counts as solved; 269 (CrossQ at 300 000)"),
+        XQC.format(LANDER), "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
     "sac-biped": (
         f"agents/sac.py {BIPED} --precision bf16", "300 counts as solved; -92 (SAC)"),
     "crossq-biped": (
@@ -126,12 +128,12 @@ EXPERIMENTS = {
     "xqc-biped": (
         XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
         BIPED_TARGET + ", both on the raw task"),
-    "xqc-hardcore": (XQC_HARDCORE.format("4 --first-seed 5"), "235 (TQC at 2 000 000)"),
-    "xqc-hardcore-seeds-0-to-4": (XQC_HARDCORE.format(5), "235 (TQC at 2 000 000)"),
+    "xqc-hardcore": (XQC_HARDCORE.format("5 --first-seed 5"), TQC_TARGET),
+    "xqc-hardcore-seeds-0-to-4": (XQC_HARDCORE.format(5), TQC_TARGET),
     "xqc-hardcore-small-steps": (
-        XQC_HARDCORE.format(5) + f" {SMALL_STEPS}", "235 (TQC at 2 000 000)"),
-    "crossq-hardcore": (HARDCORE.format("crossq", 256), "235 (TQC at 2 000 000)"),
-    "bro-hardcore": (HARDCORE.format("bro", 128), "235 (TQC at 2 000 000)"),
+        XQC_HARDCORE.format(5) + f" {SMALL_STEPS}", TQC_TARGET),
+    "crossq-hardcore": (HARDCORE.format("crossq", 256), TQC_TARGET),
+    "bro-hardcore": (HARDCORE.format("bro", 128), TQC_TARGET),
     "cem-lunarlander": (
         "agents/cem.py --env LunarLanderContinuous-v3 --seeds 5 --steps 60_000 --qf-width 128 "
         "--compile --precision bf16", "200 counts as solved"),

@@ -1,5 +1,6 @@
 """Statements in README.md and docs/ are true."""
 
+import csv
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -27,6 +29,7 @@ from bench import (
 from bench import plan as measured_plans
 from bench import policy as measured_policies
 from lab import evaluate, train
+from lab import stats as lab_stats
 from lab.check import __main__ as check
 from lab.check.checks import CHECKS
 from lab.export import __main__ as export
@@ -293,10 +296,23 @@ def h100_point(name, step):
 
 
 def of_td3():
-    """Over all tasks of mujoco.md: XQC's mean here, and the best published one."""
+    """Over all tasks of mujoco.md: XQC's mean here with its 95% interval, and the best published
+    one."""
     rows = [line.split("|") for line in learning.mujoco(learning.read()).splitlines()[2:]]
     here = [float(row[-2]) for row in rows if "xqc, here" in row[1]]
-    return here + [max(float(row[-2]) for row in rows if "here" not in row[1])]
+    scores = [(np.array(last(f"xqc-{env[:-3].lower()}")) - random) / (td3 - random)
+              for env, (random, td3) in learning.TD3.items()]
+    bounds = lab_stats.stratified_bootstrap(
+        scores, lambda tasks: np.mean([task.mean(-1) for task in tasks], 0))
+    return [*here, *bounds, max(float(row[-2]) for row in rows if "here" not in row[1])]
+
+
+def fresh_return(name, fell):
+    """Mean return of the fresh episodes that ended so."""
+    with open(learning.RESULTS / name / "fresh.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["terminated"] == "True"]
+    return statistics.fmean(float(row["episode_return"]) for row in rows
+                            if (float(row["last_reward"]) < -99) == fell)
 
 
 # The fastest mode of each agent.
@@ -319,7 +335,7 @@ PROSE = {
         transitions(workers=1, threads=2) / transitions(workers=1, threads=1) - 1],
     "the products are only {:.0%} of the update": lambda: [
         operations(seeds=8, precision="bf16")["matrix products"]],
-    "to step them in two processes ({:.2f} times)": lambda: [
+    "faster to step them in two processes ({:.2f} times": lambda: [
         transitions(workers=2, threads=1, replay_ratio=1 / 32)
         / transitions(workers=1, threads=1, replay_ratio=1 / 32)],
     "CrossQ makes {:.2f} of the steps/s with one seed and {:.2f} with eight": lambda: [
@@ -339,7 +355,7 @@ PROSE = {
         ours("ppo", "8", f"fp32-{how}", "sb3") for how in ("eager", "compiled")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
         ours("droq", "1", "bf16-compiled", "sbx")],
-    "8 seeds of PPO make {:.1f} times and of SAC (in bf16) {:.1f} times as many environment steps":
+    "8 seeds of PPO make {:.1f} times and of SAC (bf16) {:.1f} times as many environment steps":
     lambda: [ours("ppo", "8", "fp32-compiled", "sb3"), ours("sac", "8", "bf16-compiled", "sb3")],
     "{} seeds, means of two repeats": lambda: [result("gpu")["seeds"]],
     "with {} environments per seed, compiled, random actions: {:.0f} million environment steps/s":
@@ -353,18 +369,19 @@ PROSE = {
         on_gpu("SAC, stacked") / on_gpu("SAC, plain"),
         on_gpu("SAC, stacked") / on_gpu("SAC, plain") / result("gpu")["seeds"]],
     "CUDA graphs: {:.0f} updates/s in total, {:.0f} times a plain eager loop of one seed ({:.0f} "
-    "updates/s, one repeat). It needs {:.1f} GB": lambda: [
+    "updates/s, one repeat; {:.0f} in the first run). It needs {:.1f} GB": lambda: [
         h100_median("SAC, bf16, S=32"),
         h100_median("SAC, bf16, S=32") / h100_median("SAC, plain loop"),
-        h100_median("SAC, plain loop"), h100("SAC, bf16, S=32")["memory_GB"]],
+        h100_median("SAC, plain loop"), on_gpu("SAC, plain"),
+        h100("SAC, bf16, S=32")["memory_GB"]],
     "{:.1f} times rl8's transitions/s at 8 x 4096 environments, {:.1f} times at 8 x 32768":
     lambda: [
         h100_median("PPO, bf16, 8 x 4096") / h100_median("rl8's PPO, 1 x 32768"),
         h100_median("PPO, bf16, 8 x 32768") / h100_median("rl8's PPO, 1 x 262144")],
     "At 8 x 131072 it makes {:.0f} million transitions/s": lambda: [
         h100_median("PPO, bf16, 8 x 131072") / 1e6],
-    "CrossQ returns {1:.0f} after 15000 steps of each seed, {0:.0f} s after the start": lambda: [
-        *h100_point("CrossQ, HalfCheetah-v4", 15_000)],
+    "CrossQ returns {1:.0f} after 15000 steps of each seed, {0:.0f} s after its first row":
+    lambda: [*h100_point("CrossQ, HalfCheetah-v4", 15_000)],
     "SAC {1:.0f} after 20000 steps in {0:.0f} s": lambda: [
         *h100_point("SAC, HalfCheetah-v4", 20_000)],
     "Both together make {:.0f} steps/s": lambda: [
@@ -389,10 +406,14 @@ PROSE = {
         statistics.fmean(last("xqc-biped"))],
     "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
         statistics.fmean(last("xqc-biped-raw"))],
-    "return {:.0f} on 400 such terrains and finish {:.0%} of them": lambda: [
+    "return {:.0f} on 500 such terrains and finish {:.0%} of them": lambda: [
         statistics.fmean(learning.read_fresh("xqc-hardcore")[0]),
         learning.read_fresh("xqc-hardcore")[1]],
-    "All nine have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
+    "A finished course returns {:.0f} on average and a fall {:.0f}": lambda: [
+        fresh_return("xqc-hardcore", fell=False), fresh_return("xqc-hardcore", fell=True)],
+    "seeds 0 to 4 have {:.0f}, seeds 5 to 9 {:.0f}": lambda: [
+        mean_at(f"xqc-hardcore{which}", 500_000) for which in ("-seeds-0-to-4", "")],
+    "All ten have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
         mean_at("xqc-hardcore", step, "xqc-hardcore-seeds-0-to-4") for step in (500_000, 700_000)],
     "With a learning rate of 3e-4 to 3e-5, five seeds had {:.0f} and {:.0f}, and after a million "
     "{:.0f}":
@@ -406,8 +427,9 @@ PROSE = {
         statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
-    "XQC has {:.2f} of the return that TD3 has after a million, on average; the best published "
-    "agent there has {:.2f}": of_td3,
+    "XQC has a mean score of {:.2f} ({:.2f} to {:.2f}; random has 0 and TD3 after a million steps "
+    "1); the best published agent there has {:.2f}": of_td3,
+    "by a bootstrap over the seeds of each task, is {:.2f} to {:.2f}": lambda: of_td3()[1:3],
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [
         standard_error("crossq-halfcheetah"), standard_error("crossq-hopper")],
