@@ -109,8 +109,9 @@ def check_ranges(module: ModuleType, config: Any) -> None:
 
 
 def _numbers(value: Any) -> list[Any]:
-    """The value, or of a tuple all that it holds."""
-    return [x for part in value for x in _numbers(part)] if isinstance(value, tuple) else [value]
+    """The value, or of a tuple or list all that it holds."""
+    many = isinstance(value, tuple | list)
+    return [x for part in value for x in _numbers(part)] if many else [value]
 
 
 def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,

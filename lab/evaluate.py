@@ -248,7 +248,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     """Write the JSON and the CSV file. UserError if that fails."""
     as_json, as_csv = files_of(out)
     try:
-        recorder.write_json(as_json, result)
+        recorder.write_json(as_json, recorder.finite(result))
         with as_csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(result["episodes"][0]))
             writer.writeheader()

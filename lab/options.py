@@ -241,11 +241,11 @@ def read_tuned(options: Options) -> dict[str, Any]:
         raise UserError("--tuned takes one --env, since each environment has its own settings")
     file = settings.tuned_file(path, env_id)
     try:
-        found = _read_file(file) if file.is_file() else {}
+        found = read_file(file) if file.is_file() else {}
         if path.stem in found:
             return dict(found[path.stem]["settings"])
         known = sorted({f"{agent} on {other.stem}" for other in file.parent.glob("*.json")
-                        for agent in _read_file(other)})
+                        for agent in read_file(other)})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--tuned: a file in {file.parent} is broken: {one_line(error)}") from error
     raise UserError(f"--tuned: {file} has no settings of {path.stem}; leave it out, or take "
@@ -259,7 +259,7 @@ def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
     path = Path(values.get("config", ""))
     if path.suffix not in YAML or values.get("resume"):
         return argv
-    content = _read_file(path)
+    content = read_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} has no settings: lines such as `gamma: 0.98`")
     if content.keys() >= {"options", "config"}:
@@ -435,7 +435,7 @@ def whole(text: str) -> int:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        content = _read_file(path)
+        content = read_file(path)
         options = {key: tuple(value) if isinstance(value, list) else value  # JSON has no tuple
                    for key, value in dict(content["options"]).items()}
         return {"options": options, "config": dict(content["config"])}
@@ -444,7 +444,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not the config.json of a run: {reason}") from error
 
 
-def _read_file(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """The contents of a JSON or YAML file. UserError if it cannot be read."""
     try:
         text = path.read_text()

@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from lab.envs.base import Finished
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
 from lab.envs.shard import EVALUATION, TRAINING
-from lab.envs.spec import EnvSpec, make_one
+from lab.envs.spec import EnvSpec, as_env_actions, make_one
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError
 
@@ -607,6 +609,15 @@ def test_action_bounds_without_room_are_refused(monkeypatch, low, high, words):
             make()
         line = str(caught.value)
         assert f"torch/Own-v0: {words}" in line.replace(".0", "") and "\n" not in line
+
+
+def test_a_bound_in_float64_is_met_exactly():
+    """float32's nearest to 0.3 is above it: an environment may refuse it."""
+    space = gymnasium.spaces.Box(-0.3, 0.3, (3,), np.float64)
+    actions = np.array([[0.3, -0.3, 0.1], [0.5, math.nan, 0.2]], np.float32)
+    exact = as_env_actions(actions, space)
+    assert exact[0, 0] == 0.3 and exact[0, 1] == -0.3 and space.contains(exact[0])
+    assert exact[1, 0] == 0.5 and math.isnan(exact[1, 1]), "what lies beyond them stays"
 
 
 def test_infinite_action_bounds_are_the_agents_to_refuse():

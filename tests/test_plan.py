@@ -225,6 +225,18 @@ def test_what_is_given_is_kept(tried, flags, layouts):
     assert {layout(job) for job in tried} == layouts
 
 
+@pytest.mark.parametrize("name, text", [
+    ("config.json", '{"options": {"num_envs": 6, "backend": "sync"}, "config": {}}'),
+    ("mine.yaml", "num-envs: 6\nbackend: sync")])
+def test_a_config_with_many_environments_is_planned_as_their_script(tried, tmp_path, capsys, name,
+                                                                    text):
+    (tmp_path / name).write_text(text)
+    argv = ["agents/ppo.py", "--env", TARGET, "--config", str(tmp_path / name)]
+    assert plan.run(argv) == 0
+    assert {job.num_envs for job in tried} == {6}
+    assert "python learn_vectorised.py agents/ppo.py" in capsys.readouterr().out
+
+
 def test_without_a_compiler_nothing_is_compiled(tried, monkeypatch):
     monkeypatch.setattr(candidates, "can_compile", lambda: False)
     plan.run([])

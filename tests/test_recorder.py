@@ -1,6 +1,7 @@
 """The files of a run."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -304,3 +305,9 @@ def test_a_band_without_seeds_leaves_the_board_of_the_run(tmp_path):
     band.alive.clear()
     band.refresh()
     assert board.exists()
+
+
+def test_what_json_does_not_have_becomes_null():
+    content = {"high": (math.inf, 1.0), "mean": {"return": math.nan, "n": 3, "name": "x"}}
+    assert recorder.finite(content) == {
+        "high": [None, 1.0], "mean": {"return": None, "n": 3, "name": "x"}}

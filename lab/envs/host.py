@@ -101,7 +101,7 @@ class HostEnvs(VectorEnvs):
     def transition(self) -> Transition:
         """The rows as a Transition, in one copy that shares no memory with them."""
         rows = torch.index_select(torch.from_numpy(self.rows), 0, self.order, out=self.staged)
-        # staged is pinned; it is overwritten only after actions.cpu(), which synchronises
+        # staged is pinned; it is overwritten only after actions.cpu() or lend(), which synchronise
         rows = rows.to(self.device, non_blocking=True)
         O = self.spec.obs_dim
         next_obs, obs, flags = rows.view(*self.shape, -1).split([O, O, 3], -1)
@@ -177,6 +177,7 @@ class HostEnvs(VectorEnvs):
     @contextlib.contextmanager
     def lend(self, *stream: int) -> Iterator[None]:
         obs, self.cut = self.obs, False
+        obs.cpu()  # waits for the copy from `staged`: the reset of an evaluation overwrites it
         yield
         obs.copy_(self.reset(*stream))  # in place: the training loop holds it
 

@@ -251,7 +251,12 @@ def as_env_actions(actions: np.ndarray, space: gymnasium.Space) -> np.ndarray:
     """Float actions (rows, A), discrete ones counted from 0 -> one action of `space` a row. A NaN
     becomes any action."""
     if not choices(space):
-        return actions.astype(space.dtype)
+        box: Any = space
+        exact = actions.astype(space.dtype)
+        if space.dtype != np.float32:  # float32's nearest to a bound may lie beyond it
+            for bound in (box.low, box.high):
+                exact = np.where(actions == bound.astype(np.float32), bound, exact)
+        return exact
     with np.errstate(invalid="ignore"):
         numbers = actions.astype(space.dtype) + space.start  # type: ignore[attr-defined]
     return numbers[:, 0] if isinstance(space, gymnasium.spaces.Discrete) else numbers

@@ -118,7 +118,7 @@ def export(policy: Policy, kind: str, folder: Path) -> dict[str, Any]:
     about = policy.about() | interface(policy) | {
         "format": kind, measure(policy): gap, "decision_us": decision_us(policy, exported),
         "torch_decision_us": decision_us(policy, policy), "versions": recorder.versions()}
-    recorder.write_json(folder / "policy.json", about)
+    recorder.write_json(folder / "policy.json", recorder.finite(about))
     return about
 
 

@@ -10,12 +10,14 @@ real run, and the time of the whole run is estimated. Given flags stay fixed; th
 only measured unless you give --precision bf16.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lab.errors import UserError, guarded
-from lab.options import Simple, Vectorised, given_flags, parse_args
+from lab.options import Simple, Vectorised, given_flags, parse_args, read_file, read_line
 from lab.plan import candidates
 
 
@@ -25,12 +27,23 @@ def run(argv: Sequence[str]) -> int:
         arg.split("=", 1) if arg.startswith("--agent=") else [arg]) if part != "--agent"]
     vectorised_only = {field.name for field in dataclasses.fields(Vectorised)} - {
         field.name for field in dataclasses.fields(Simple)}
-    options, config = parse_args(
-        args, Vectorised if vectorised_only & given_flags(args) else Simple)
+    given = given_flags(args) | names_in_config(args)
+    options, config = parse_args(args, Vectorised if vectorised_only & given else Simple)
     if options.resume:
         raise UserError("--resume: a resumed run keeps its settings, so there is nothing to plan")
     candidates.measure(options, config, args)
     return 0
+
+
+def names_in_config(args: Sequence[str]) -> set[str]:
+    """The options in the file of --config. parse_args says if it cannot be read."""
+    path = read_line(args, Simple)[1].get("config")
+    with contextlib.suppress(ValueError):
+        content = read_file(Path(path)) if path else {}
+        if isinstance(content, dict):
+            return {str(name).replace("-", "_") for name in content.get("options", content)}
+    return set()
+
 
 if __name__ == "__main__":
     sys.exit(guarded(lambda: run(sys.argv[1:])))

@@ -142,6 +142,15 @@ def processor() -> str:
         return platform.processor() or "unknown"
 
 
+def finite(content: Any) -> Any:
+    """The content with None for NaN and infinities, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")

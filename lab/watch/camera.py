@@ -14,6 +14,7 @@ from lab.envs.check import describe
 from lab.envs.spec import make_one
 from lab.errors import CodeError, UserError, one_line
 
+PATIENCE = 60  # seconds for a backend to draw one frame
 GL = ("egl", "osmesa", "glfw")  # MuJoCo's backends, in the order tried; glfw needs a display
 FPS = 30.0  # if the environment has no render_fps
 
@@ -106,8 +107,13 @@ def check(env_id: str, env_kwargs: Sequence[str] = ()) -> None:
             "from lab.watch import camera; camera.dry_run(sys.argv[1], sys.argv[2:], out)")
     reasons = {}
     for gl in [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else GL:
-        done = subprocess.run([sys.executable, "-c", code, env_id, *env_kwargs], text=True,
-                              capture_output=True, env=os.environ | {"MUJOCO_GL": gl})
+        try:
+            done = subprocess.run([sys.executable, "-c", code, env_id, *env_kwargs], text=True,
+                                  capture_output=True, env=os.environ | {"MUJOCO_GL": gl},
+                                  timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            reasons[gl] = f"no answer in {PATIENCE} s"
+            continue
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = gl
             return
