@@ -56,8 +56,8 @@ RANGES = {  # lowest and highest value, both allowed
     "gamma": (0, 1), "gae_lambda": (0, 1), "num_steps": (1, math.inf),
     "num_minibatches": (1, math.inf), "micro_batches": (1, math.inf),
     "update_epochs": (1, math.inf), "lr": (0, math.inf), "clip_coef": (0, math.inf),
-    "vf_coef": (0, math.inf), "ent_coef": (0, math.inf), "max_grad_norm": (0, math.inf),
     "lr_schedule": (0, math.inf), "ent_schedule": (0, math.inf),
+    "vf_coef": (0, math.inf), "ent_coef": (0, math.inf), "max_grad_norm": (0, math.inf),
     "target_kl": (0, math.inf), "width": (1, math.inf)}
 
 
