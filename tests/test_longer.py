@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from lab import train as script
-from lab.agent import build_agent, restore_state, save_state
+from lab.agent import build_agent, load_agent, restore_state, save_state
 from lab.check.driver import drive, flat_state, make_steps, same
-from lab.envs.spec import EnvSpec
 from lab.options import Simple, Tune, Vectorised
 from lab.report import __main__ as report
 from lab.training import checkpoint, recorder
 from lab.tuning.run import tune
-from tests.conftest import AGENTS, SMALL
+from tests.conftest import AGENTS, SMALL, spec_for
 
 SAC = ("agents/sac.py --env Pendulum-v1 --actor-width 8 --qf-width 8 --batch-size 8 "
        "--learning-starts 4 --eval-every 40 --eval-episodes 1 --log-every 10 "
@@ -165,7 +164,7 @@ def test_an_unfinished_run_is_finished_first(finished, capsys, tmp_path):
     for path in AGENTS], ids=[path.stem for path in AGENTS])
 def test_the_first_actions_stay_those_of_the_shorter_run(path):
     """With 40 steps, learning starts at 4 of them; with 4000 it would at 400."""
-    spec = EnvSpec("tests", 3, 2, (-1.0, 0.0), (1.0, 4.0), None)
+    spec = spec_for(load_agent(path))
     config = {k: v for k, v in (SMALL | {"learning_starts": 1000}).items()
               if k in build_agent(path, {}, spec, [0], 1, 1, "cpu", lambda f: f
                                   ).config.__dataclass_fields__}
@@ -174,8 +173,9 @@ def test_the_first_actions_stay_those_of_the_shorter_run(path):
     drive(short, make_steps([0, 1], 4, 10))
     restore_state(longer, save_state(short))
     history = drive(longer, make_steps([0, 1], 4, 10))
-    assert len(history) == 10 if path.stem != "ppo" else history
+    assert history
     if hasattr(longer, "replay"):
+        assert len(history) == 10
         assert (longer.replay.size, longer.replay.position) == (80, 80)
         assert torch.equal(longer.replay.rows[:, :40], short.replay.rows)
 

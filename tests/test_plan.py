@@ -417,7 +417,7 @@ def test_a_real_calibration_of_rollouts_and_workers(monkeypatch, capsys):
             "--workers", "2", "--groups", "2", "--num-steps", "16", "--num-minibatches", "4",
             "--no-compile", "--precision", "fp32"]
     assert plan.run(argv) == 0
-    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if " fp32 " in line)
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "  fp32  " in line)
     assert row[5:9] == ["workers", "4", "2", "2"] and float(row[9].replace(",", "")) > 10
 
 
