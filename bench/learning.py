@@ -412,11 +412,9 @@ def mujoco(scores: Scores, steps: int = 100_000) -> str:
 def draw(scores: Scores, path: Path) -> None:
     """One panel per environment and length: thin lines for seeds, their mean with its 95% t
     interval, crosses for published means. Of a pair in fp32 and bf16, only bf16."""
-    import matplotlib
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = curves.import_pyplot()
     panels: dict[tuple[str, bool], list[tuple[str, str, str]]] = {}  # -> experiment, label, agent
     for name in sorted(scores.keys() & EXPERIMENTS.keys()):
         if name + "-bf16" not in scores:
@@ -431,7 +429,7 @@ def draw(scores: Scores, path: Path) -> None:
         for place, (name, label, agent) in enumerate(experiments):
             draw_curve(axis, f"C{place}", scores[name], label, published.points(agent, env_id))
         axis.set(title=env_id, xlabel="steps of one seed", ylabel="evaluation return")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
         axis.plot([], [], "X", color="white", markeredgecolor="black", label="published")
         below = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # it would hide the curves

@@ -8,7 +8,7 @@ from pathlib import Path
 from lab import stats
 from lab.report import compare, figures, published, warnings
 from lab.report.page import Block, Figure, Heading, Table, Text, Warnings
-from lab.report.runs import Method, Result, evaluations, label
+from lab.report.runs import Method, Result, evaluations, label, span_of_steps
 from lab.training import recorder
 
 T_INTERVAL = "95% t interval"
@@ -86,8 +86,7 @@ def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
             shares = [f"{mean[name]:.0%}" if name in mean else "-"
                       for name in ("terminated", "success")]
             picked = number(mean["picked on"]) if "picked on" in mean else "-"
-            steps = sorted({seed["step"] for seed in found["seeds"].values()})
-            at = f"{steps[0]:,}" + f" to {steps[-1]:,}" * (len(steps) > 1)
+            at = span_of_steps([seed["step"] for seed in found["seeds"].values()])
             exploring = ", exploring" * bool(found.get("explore"))
             rows.append([label(found["environment"], found), method.name,
                          f"{found['which']}, at {at}{exploring}",

@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from lab.report import curves, published
 from lab.report.compare import Aggregate, Improvement
 from lab.report.runs import Result
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 COLORS = [f"C{index}" for index in range(10)]
 BEYOND = 1.05  # no published points beyond this multiple of the longest curve
+pyplot = curves.import_pyplot()
 pyplot.rcParams.update({
-    "text.parse_math": False,  # names may have dollars
     "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "font.size": 10, "legend.frameon": False, "savefig.dpi": 130})
 
@@ -44,7 +41,7 @@ def learning_curves(path: Path, results: Sequence[Result], colors: dict[str, str
             axis.fill_between(xs, lower, upper, color=color, alpha=0.15, linewidth=0)
     _published(by_step, results, colors)
     by_step.set(xlabel="steps of one seed", ylabel="evaluation return")
-    by_step.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    by_step.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_time.set(xlabel=f"wall-clock ({unit})")
     figure.suptitle(results[0].environment, fontweight="bold")
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -195,6 +195,11 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def span_of_steps(steps: Sequence[int]) -> str:
+    """The lowest and the highest: "1,000 to 2,000", or "1,000" if they are equal."""
+    return " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
+
+
 def label(environment: str, options: dict[str, Any]) -> str:
     """The id with its --env-kwargs, since other kwargs make another environment, and whether the
     returns are those of training, since they are not comparable."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.report.runs import Method, Result, Run, changes, label, origins
+from lab.report.runs import Method, Result, Run, changes, label, origins, span_of_steps
 from lab.settings import tuned_file
 from lab.training import recorder
 
@@ -39,9 +39,8 @@ def find(methods: Sequence[Method]) -> list[str]:
 def unfinished(result: Result) -> Iterator[str]:
     name, step = f"{result.method} in {result.environment}", result.step
     reached = [seed.reached for seed in result.seeds.values()]
-    span = " to ".join(f"{n:,}" for n in sorted({min(reached), max(reached)}))
     if max(reached) < result.planned:
-        yield (f"{name} is unfinished: {span} of {result.planned:,} steps, "
+        yield (f"{name} is unfinished: {span_of_steps(reached)} of {result.planned:,} steps, "
                + (f"shown at {step:,}" if step else "and no evaluation yet"))
     lost = sorted(result.seeds.keys() - result.at(step).keys()) if step else []
     if lost:

@@ -129,7 +129,7 @@ def load_seed(folder: Path, seed: int, which: Which, agent: Any, to: tuple[int, 
     if index in state["failed"]:
         raise UserError(f"{folder}: seed {seed} failed in training")
     saved, steps, returns = state["agent"], [state["step"]] * len(members), state["last_eval"]
-    if state.get("evaluated", state["step"]) != state["step"]:
+    if not state.get("evaluated", True):
         returns = []  # of earlier weights
     if which == "best":
         saved, steps, returns = best_of(state, folder).values()

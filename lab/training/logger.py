@@ -52,7 +52,6 @@ class TrainLogger:
         self.updated = False  # whether there was an update since plasticity was measured
         self.failed: set[int] = set()
         self.last_eval: Sequence[float | None] = []
-        self.evaluated: int | None = None  # the step of the last evaluation
         self.means: list[float] = []  # of the evaluations, over the seeds that have not failed
         self.stopped: str | None = None  # why the run stops before its last step
         self.best: dict[str, Any] = {}  # of each seed: steps, returns, weights; {}: none yet
@@ -85,7 +84,6 @@ class TrainLogger:
         if state is None:
             return self.start(agent)
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
-        self.evaluated = state.get("evaluated")
         self.means = state.get("means", [])
         self.metrics, self.logged_step = state["metrics"], step
         self.recent = state.get("recent", self.recent)
@@ -189,7 +187,6 @@ class TrainLogger:
         if evaluating:
             self.last_eval = self.mean_returns(step, agent)
             if self.evaluation:
-                self.evaluated = step
                 self.fail_broken(step, self.evaluation, " in evaluation")
         self.measure_plasticity(agent)
         columns = {}
@@ -280,7 +277,7 @@ class TrainLogger:
                     "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval,
-                    "evaluated": self.evaluated,
+                    "evaluated": bool(self.evaluation) and self.evaluates(step),
                     "recent": self.recent, "best": self.best, "means": self.means,
                     "stopped": self.stopped})
             except OSError as error:
