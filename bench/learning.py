@@ -124,7 +124,7 @@ EXPERIMENTS = {
     "sac-biped-raw": (f"agents/sac.py {RAW_BIPED}", BIPED_TARGET),
     "crossq-biped-raw": (f"agents/crossq.py {RAW_BIPED} --qf-width 256", BIPED_TARGET),
     "bro-biped-raw": (f"agents/bro.py {RAW_BIPED} --qf-width 128", BIPED_TARGET),
-    "xqc-biped-raw": (f"agents/xqc.py {RAW_BIPED} {SMALL_STEPS}", BIPED_TARGET),
+    "xqc-biped-raw": (f"agents/xqc.py {RAW_BIPED}", BIPED_TARGET),
     "xqc-biped": (
         XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
         BIPED_TARGET + ", both on the raw task"),
