@@ -22,12 +22,12 @@ SHIPPED = [(path.stem, agent, entry) for path in sorted(tuned.TUNED.glob("*.json
 def test_what_ships_is_taken_and_comes_from_a_result_that_beats_the_defaults(env, agent, entry):
     argv = [f"agents/{agent}.py", "--env", env]
     options, config = parse_args([*argv, "--tuned"])
-    both = vars(options) | config
+    both = json.loads(json.dumps(vars(options) | config, default=str))  # tuples are lists there
     assert both == both | entry["settings"] and config != parse_args(argv)[1]
     path = tuned.ROOT / entry["source"]
     source = json.loads((path / ("best.json" if "tuned/" in entry["source"] else "config.json"))
                         .read_text())
-    in_json = json.loads(json.dumps(config))  # tuples are lists there
+    in_json = json.loads(json.dumps(config))
     assert in_json == in_json | source["config"]
     (row,) = (row for row in tuned.rows() if f"bench/results/{row.source}" == entry["source"])
     assert (row.agent, row.env) == (agent, env) and row.improvement > tuned.LEAST
