@@ -29,7 +29,7 @@ from lab.tuning import run as study_run
 from lab.tuning import space, study, summary, surrogate
 from lab.tuning.progress import StudyProgress
 from lab.tuning.study import HELD_OUT
-from lab.tuning.trials import Journal
+from lab.tuning.trials import Journal, Trial
 
 SMALL = ["--actor-width", "8", "--qf-width", "8", "--batch-size", "8", "--steps", "100",
          "--workers", "1", "--eval-episodes", "1", "--confirm-seeds", "3", "--name", "mine"]
@@ -598,3 +598,18 @@ def test_a_real_study_survives_the_kill_of_a_worker(tmp_path, monkeypatch, capfd
     folder = tmp_path / "studies/mine"
     assert begun[0] == begun[2] and not list(folder.glob("trials/*/*/*/stack*"))
     assert (folder / "study.png").exists() and (folder / "best.json").exists()
+
+
+def test_the_ticks_of_a_log_axis_are_plain_numbers(tmp_path, monkeypatch):
+    labels = []
+
+    def savefig(figure, *_, **__):
+        figure.canvas.draw()
+        labels.extend(tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels())
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    searched = space.read(["lr=log:1e-4:1e-2"], load_agent("agents/xqc.py").Config, "agents/xqc.py")
+    trials = [Trial(n, {"lr": lr}, "completed", {10: [n, n + 1.0]})
+              for n, lr in enumerate((1e-4, 1e-3, 1e-2))]
+    DRAW(tmp_path / "study.png", searched, trials, "a study")
+    assert "0.001" in labels and not any("$" in label for label in labels)

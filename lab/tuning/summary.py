@@ -1,6 +1,7 @@
 """The final table of a study and its plot, study.png."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def draw(path: Path, space: Space, trials: Sequence[Trial], title: str) -> None:
         _draw_slice(axis, surrogate, parameter, trials, best)
     for axis in slices[len(space.parameters):]:
         axis.remove()
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 40 * columns))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -134,5 +135,7 @@ def _draw_slice(axis: Any, surrogate: Surrogate, parameter: Parameter, trials: S
         axis.set_xticks(xs, [str(value) for value in values])
     if parameter.log:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")  # import_pyplot turns formulas off
+        axis.xaxis.set_minor_formatter("")
     axis.set(title=f"{parameter.name} (others as in the best trial)", xlabel=parameter.name)
     axis.grid(alpha=0.3)
