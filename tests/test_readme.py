@@ -191,6 +191,7 @@ TABLES = {
     "learning.md": lambda: learning.table(learning.read()),
     "summary.md": lambda: learning.summary(learning.read()),
     "mujoco.md": lambda: learning.mujoco(learning.read()),
+    "mujoco-300k.md": lambda: learning.mujoco(learning.read(), 300_000),
     "bf16.md": lambda: learning.pairs(learning.read()),
     "speed.md": lambda: speed.summary(result("speed")),
     "speed-spread.md": lambda: speed.markdown(result("speed")),

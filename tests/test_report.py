@@ -259,3 +259,18 @@ def test_a_name_may_have_dollars(tmp_path):
     path = tmp_path / "plot.png"
     curves.draw_learning_curves(path, {"lr_$HOME_$USER": {0: [(1, 2.0)]}}, "lr_$HOME_$USER")
     assert path.exists()
+
+
+def test_a_long_title_fits_into_the_picture(tmp_path, monkeypatch):
+    boxes = []
+
+    def savefig(figure, *_, **__):
+        figure.canvas.draw()
+        boxes.extend((figure.get_suptitle(), figure._suptitle.get_window_extent(), figure.bbox))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    title = "testing X " + "with another feature " * 6 + "-" * 100
+    curves.draw_learning_curves(tmp_path / "plot.png", {"A-v0": {0: curve(0)}}, title)
+    text, title_box, picture = boxes
+    assert "thin: seeds" in text and text.startswith("testing X with")
+    assert picture.x0 <= title_box.x0 and title_box.x1 <= picture.x1

@@ -1,6 +1,7 @@
 """The final table and the learning curves of one run."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def draw_learning_curves(path: Path, curves: Mapping[str, Curves], title: str,
         axis.set(title=f"{env_id}, {len(by_seed)} seeds", xlabel="steps of one seed",
                  ylabel=ylabel)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{recorder.printable(title)} (thin: seeds; thick: mean; band: 95% t interval)")
+    figure.suptitle(textwrap.fill(recorder.printable(title), 60 * len(curves))
+                    + "\nthin: seeds; thick: mean; band: 95% t interval")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
