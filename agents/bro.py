@@ -2,7 +2,7 @@
 
 Nauman et al. 2024, arXiv 2405.16158. Differences from crossq.py, all of them parts of that paper:
 1. Residual critics, about 5M parameters in all; decoupled weight decay; two updates per transition.
-2. Pessimism between the mean of the critics, as in the paper, and the lower one; full resets.
+2. Full resets. Adjustable pessimism: 1 is the lower critic, as in CrossQ, 0 their mean, as in BRO.
 Left out: quantile critics, the residual and the optimistic actor, layer norm and target networks
 (batch norm replaces them); its width, learning rates, batch size, actor steps, target entropy.
 
@@ -12,6 +12,7 @@ two critics for each seed; read S as 1.
 Departures from the paper, each with its reason
 1. The first actions are uniform, so early data is not biased by an untrained policy.
 2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
+3. The target entropy is that of actions in environment units, as in CleanRL, not in [-1, 1].
 
     python learn_simple.py agents/bro.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
 """

@@ -1,8 +1,8 @@
 """CEM: CrossQ without an actor: it searches for the action with the highest value.
 
-Differences from crossq.py (arXiv 1902.05605), which names its own from sac.py:
+Differences from crossq.py (arXiv 1902.05605):
 1. No actor and no entropy: the search of QT-Opt (arXiv 1806.10293, section 4.2).
-2. It starts from the last result and clips its samples (iCEM, 2008.06389); fewer for targets.
+2. It starts from the last result and clips its samples (iCEM, 2008.06389). Targets use fewer.
 3. Its exploration noise is correlated from step to step, as DDPG's (1509.02971).
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
@@ -223,21 +223,22 @@ class Agent:
         if explore and self.transitions < self.learning_starts:
             uniform = torch.special.ndtr(noise)  # the normal's distribution function
             return self.low + (self.high - self.low) * uniform
-        # Exploring, the search starts from the last plan; otherwise from 0 with the same samples
+        # Exploring, the search starts from the last plan; otherwise from 0 with
+        # the same samples for every observation
         c, (_, N, A) = self.config, noise.shape
         warm = explore and self.num_envs >= N
         if warm:
             noise = c.noise_memory * self.noise[:, :N] + (1 - c.noise_memory**2) ** 0.5 * noise
             self.noise.copy_(torch.cat([self.noise[:, N:], noise], 1))
         generators = self.generators if explore else [torch.Generator(self.device).manual_seed(0)]
-        draws = randn(generators, c.iterations, N, c.samples * A, A)
+        draws = randn(generators, c.iterations, N if explore else 1, c.samples * A, A)
         plans = self.search(obs, self.plans[:, :N] if warm else torch.zeros_like(noise), draws)
         self.plans.copy_(torch.cat([self.plans[:, N:], plans], 1) if warm else self.plans)
         actions = self.centre + self.scale * (plans + c.noise * noise)
         return actions.clamp(self.low, self.high)
 
     def _search(self, obs, mean, draws):
-        """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A) -> (S, B, A) in [-1, 1]."""
+        """obs (S, B, O), guess (S, B, A), draws (S, rounds, B, K, A), S and B or 1 -> (S, B, A)."""
         std, obs = torch.ones_like(mean), obs.repeat_interleave(draws.shape[3], dim=1)
         for noise in draws.unbind(1):
             x = (mean[:, :, None] + std[:, :, None] * noise).clamp(-1, 1)  # (S, B, K, A)

@@ -3,7 +3,7 @@
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
 2. Batch renormalisation before each layer of every network.
-3. Critics 1024 wide (SBX's; paper: 2048), actor_lr 1e-3, fewer actor steps; beta1 0.5, alpha's too.
+3. Critics 1024 wide (SBX's; paper: 2048), actor_lr 1e-3, an actor step per three; all beta1 0.5.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -11,6 +11,7 @@ two critics for each seed; read S as 1.
 Departures from the paper, each with its reason
 1. The first actions are uniform, so early data is not biased by an untrained policy.
 2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
+3. The target entropy is that of actions in environment units, as in CleanRL, not in [-1, 1].
 
     python learn_simple.py agents/crossq.py --env HalfCheetah-v5 --seeds 8 --steps 100_000 --log
 """

@@ -10,7 +10,8 @@ two critics for each seed; read S as 1.
 Departures from the paper, each with its reason
 1. The first actions are uniform, so early data is not biased by an untrained policy.
 2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
-3. The critics and the temperature learn faster (1e-3) than the actor (3e-4), as in CleanRL.
+3. The target entropy is that of actions in environment units, as in CleanRL, not in [-1, 1].
+4. The critics and the temperature learn faster (1e-3) than the actor (3e-4), as in CleanRL.
 
     python learn_simple.py agents/droq.py --env Hopper-v5 --seeds 8 --steps 20_000 --log
 """

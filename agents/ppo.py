@@ -9,7 +9,8 @@ Departures from CleanRL, each with its reason
 1. A truncated episode bootstraps from V(its true last observation): truncation does not end the
    task.
 2. Observation statistics change only in updates, so that the policy learns from the inputs that it
-   acted on, but for a rollout's first step. The first rollout is not normalised.
+   acted on. The first rollout is only clipped. A rollout's first action comes before the update.
+   Reward statistics are those of all environments and include the rollout that they scale.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
    Adam's step count is shared and keeps counting, so no seed affects another.
 
@@ -29,7 +30,7 @@ class Config:
     gamma: float = 0.99  # discount factor of a step
     gae_lambda: float = 0.95  # GAE: 0 is the one-step TD error, 1 the Monte Carlo advantage
     # Rollout and schedule
-    num_steps: int | None = None  # rollout length of an environment; none: 2048 in all, 16 or more
+    num_steps: int | None = None  # rollout length; none: 2048 / num_envs or more, at least 16
     num_minibatches: int = 32  # gradient steps in an epoch
     micro_batches: int = 1  # parts of a minibatch, one in memory at a time
     update_epochs: int = 10  # passes over a rollout

@@ -9,7 +9,8 @@ Departures from CleanRL, each with its reason
 1. A truncated episode bootstraps from V(its true last observation): truncation does not end the
    task.
 2. Observation statistics change only in updates, so that the policy learns from the inputs that it
-   acted on, but for a rollout's first step. The first rollout is not normalised.
+   acted on. The first rollout is only clipped. A rollout's first action comes before the update.
+   Reward statistics are those of all environments and include the rollout that they scale.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
    Adam's step count is shared and keeps counting, so no seed affects another.
 4. Minibatches hold whole sequences. Backpropagation stops at their start, at the stored memory.
@@ -30,7 +31,7 @@ class Config:
     gamma: float = 0.99  # discount factor of a step
     gae_lambda: float = 0.95  # GAE: 0 is the one-step TD error, 1 the Monte Carlo advantage
     # Rollout and schedule
-    num_steps: int | None = None  # rollout length of an environment; none: 2048 in all, 16 or more
+    num_steps: int | None = None  # rollout length; none: 2048 / num_envs or more, at least 16
     seq_len: int = 16  # steps in a sequence; num_steps is a multiple of it
     num_minibatches: int = 32  # gradient steps in an epoch
     micro_batches: int = 1  # parts of a minibatch, one in memory at a time
@@ -152,8 +153,8 @@ class LSTM(nn.Module):
         self.gates, self.units = Linear(generators, fan_in + units, 4 * units, gain=1.0), units
 
     def forward(self, x, memory=None):
-        """x (S, B, in), outputs and cells before it (S, B, 2 H), 0 if none or of another B -> x and
-        outputs (S, B, in + H), outputs and cells after it."""
+        """x (S, B, in), memory (S, B, 2 H) -> x and output (S, B, in + H), new memory. It is output
+        and cell; no memory, or one of another B, counts as zeros."""
         if memory is None or memory.shape[1] != x.shape[1]:
             memory = x.new_zeros(*x.shape[:2], 2 * self.units)
         output, cell = memory.chunk(2, -1)

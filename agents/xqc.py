@@ -4,7 +4,7 @@ Palenicek et al. 2025, arXiv 2509.25174. Differences from crossq.py:
 1. Plain batch norm before each ReLU; after every step the weights into each unit have length 1.
 2. Categorical critics (C51, 101 atoms), trained by cross-entropy, with target networks.
 3. Rewards are divided by the spread of their discounted return; the learning rate falls linearly.
-From FlashSAC, arXiv 2604.04539: the largest return fits the atoms; exploration noise may be held.
+From FlashSAC, arXiv 2604.04539: scaled returns stay within the atoms; noise may be held.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.

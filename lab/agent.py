@@ -171,6 +171,9 @@ def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_
         hidden = call("hidden_activations", agent.hidden_activations)
         expect("hidden_activations", "a dict of lists of tensors", isinstance(hidden, dict) and all(
             isinstance(x, torch.Tensor) for layers in hidden.values() for x in layers), hidden)
+        for name in hidden:
+            expect("hidden_activations", "keys that name the agent's networks",
+                   isinstance(getattr(agent, name, None), nn.Module), repr(name))
     state = call("saving its state", save_state, agent)
     expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
     call("restoring its state", restore_state, agent, state)

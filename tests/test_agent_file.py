@@ -416,7 +416,8 @@ def test_every_range_is_of_a_setting_and_holds_its_default(module):
 
 @pytest.mark.parametrize("line, words", [
     ("return {'qf': self.gone}", r"hidden_activations failed .*no attribute 'gone'"),
-    ("return [self.gain]", r"hidden_activations should give a dict of lists of tensors")])
+    ("return [self.gain]", r"hidden_activations should give a dict of lists of tensors"),
+    ("return {'critics': []}", r"keys that name the agent's networks, but gave 'critics'")])
 def test_hidden_activations_are_tried_before_the_run(tmp_path, line, words):
     method = f"\n    def hidden_activations(self):\n        {line}\n"
     path = write(tmp_path, KEEPS_THE_CONTRACT + method)

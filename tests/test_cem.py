@@ -227,8 +227,9 @@ def test_not_exploring_neither_uses_nor_changes_the_plans_nor_the_generators():
     assert before["plans"].any(-1).all()
     seen = spied(agent)
     first, second = (agent.act(obs, explore=False) for _ in range(2))
-    for others in (1, 2, 7):
-        agent.act(obs[:, :1].expand(2, others, 3), explore=False)
+    for others in (1, 2, 7):  # an action depends on the observation alone, not on its row
+        equal = agent.act(obs[:, :1].expand(2, others, 3), explore=False)
+        torch.testing.assert_close(equal, first[:, :1].expand_as(equal))
     assert torch.equal(first, second) and not any(guess.any() for guess, _ in seen)
     assert all(same(before[name], value) for name, value in flat_state(save_state(agent)).items())
     assert torch.equal(first, CENTRE + SCALE * seen[0][1])  # no noise

@@ -50,6 +50,7 @@ class TrainLogger:
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.updated = False  # whether there was an update since plasticity was measured
+        self.learned = False  # whether there was an update at all, as far as is known
         self.failed: set[int] = set()
         self.last_eval: Sequence[float | None] = []
         self.means: list[float] = []  # of the evaluations, over the seeds that have not failed
@@ -83,6 +84,7 @@ class TrainLogger:
                               for seed in self.job.seeds]
         if state is None:
             return self.start(agent)
+        self.learned = True  # probably: not stored
         self.last_eval, self.failed = state["last_eval"], set(state["failed"])
         self.means = state.get("means", [])
         self.metrics, self.logged_step = state["metrics"], step
@@ -128,6 +130,7 @@ class TrainLogger:
         self.fail_broken(step, self.training)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
+        self.learned |= bool(metrics)
         if evaluating or due(step, job.log_every, job.steps_per_act):
             self.write_rows(step, agent, evaluating)
         elif time.perf_counter() - self.last_emit > 1:
@@ -137,6 +140,9 @@ class TrainLogger:
         every = job.checkpoint_every
         late = every is None and time.perf_counter() - self.saved > CHECKPOINT_SECONDS
         end = step >= job.steps or self.ended
+        if end and not self.learned:
+            self.emit({"step": step, "warning": "nothing was learned: update() gave no metrics. "
+                       "The agent may collect more steps before it learns than the run has"})
         if end or late or due(step, job.steps // 10 if every is None else every, job.steps_per_act):
             self.save(step, agent)
         self.cut_before_evaluation(step)
