@@ -26,10 +26,11 @@ from lab.settings import build
 VERBS = ("act", "observe", "update")
 
 
-def load_agent(path: str | Path) -> ModuleType:
-    """The module at `path`, with an Agent and a Config. UserError if it is missing or broken."""
+def load_agent(path: str | Path, source: bytes | None = None) -> ModuleType:
+    """The module at `path`, with an Agent and a Config, or what it was when its source was read.
+    UserError if it is missing or broken."""
     path = Path(path)
-    if not os.path.isfile(path):  # False, too, if the name is too long
+    if source is None and not os.path.isfile(path):  # False, too, if the name is too long
         beside = sorted(str(p) for p in Path("agents").glob("*.py"))
         raise UserError(f"no agent file {str(path)!r}; agents here: {', '.join(beside) or 'none'}")
     name = re.sub(r"\W", "_", f"agent_file_{path.resolve()}")
@@ -39,7 +40,10 @@ def load_agent(path: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and tyro look the module up to read the comments
     try:
-        spec.loader.exec_module(module)
+        if source is None:
+            spec.loader.exec_module(module)
+        else:
+            exec(compile(source, path.resolve(), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise UserError(f"agent file {path}{line} does not load: "
@@ -58,10 +62,11 @@ def load_agent(path: str | Path) -> ModuleType:
 
 
 def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: Sequence[int],
-                num_envs: int, total_steps: int, device: str, accelerate: Callable[..., Any]
-                ) -> Any:
-    """The Agent at `path`. UserError if it refuses the environment or its settings."""
-    module = load_agent(path)
+                num_envs: int, total_steps: int, device: str, accelerate: Callable[..., Any],
+                source: bytes | None = None) -> Any:
+    """The Agent at `path`, see load_agent. UserError if it refuses the environment or its
+    settings."""
+    module = load_agent(path, source)
     check_actions(path, module, spec)
     known = {field.name for field in dataclasses.fields(module.Config)}
     unknown = sorted(set(config) - known)
@@ -261,8 +266,9 @@ def grown(replay: Any, saved: dict[str, Any]) -> dict[str, Any]:
     fewer = {name: x for name, x in saved.items() if has_fewer(x, getattr(replay, name, None))}
     if not fewer:
         return saved
-    rows = {x.shape[1] for x in fewer.values()}
-    if {saved.get("size")} != rows or saved.get("position") != 0:
+    rows, size = {x.shape[1] for x in fewer.values()}, saved.get("size")
+    full = {size} == rows and saved.get("position") == 0
+    if not full and (size is None or saved.get("position") != size):  # else it was not full yet
         raise ValueError("the replay cannot grow: it needs a size, its rows in use, and a "
                          "position, that of the next row, which is 0 when it is full")
     longer = {name: getattr(replay, name) for name in fewer}

@@ -195,6 +195,9 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     module = load_agent(path)
     script = sys.modules["__main__"].__doc__ or ""
     description = f"{script}\nThe agent:\n\n{module.__doc__ or ''}"
+    if kind is not Vectorised and (kept.get("num_envs") or 1) > 1:
+        raise UserError(f"{source} has {kept['num_envs']} environments per seed, which only "
+                        f"learn_vectorised.py has: run that, or give {path} and its flags")
     names = {field.name for field in dataclasses.fields(kind)}
     others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
     kept = {key: value for key, value in kept.items() if key not in others}

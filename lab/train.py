@@ -61,8 +61,10 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
     jobs = make_jobs(options, config, processes, options.resume)
     folder = options.resume
     if folder:
-        with recorder.writable(folder), tempfile.TemporaryFile(dir=folder):
-            pass
+        with recorder.writable(folder, new=False), tempfile.TemporaryFile(dir=folder):
+            changed = recorder.note_versions(folder)
+        if changed:
+            print(f"warning: resumed with {', '.join(changed)}", file=sys.stderr)
         extend(folder, options)
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
@@ -113,7 +115,7 @@ def extend(folder: Path, options: Options) -> None:
                                 "the run first, with --resume alone")
     content["options"] = before | {"steps": options.steps, "seeds": options.seeds,
                                    "extended": options.extended}
-    with recorder.writable(folder):
+    with recorder.writable(folder, new=False):
         recorder.write_json(path, content)
 
 
@@ -139,10 +141,15 @@ class RunSummary:
         self.final: dict[str, dict[int, float]] = {env_id: {} for env_id in options.env}
         self.stops: dict[str, dict[str, Any]] = {}  # environment -> step, reason
         self.failures: list[str] = []
+        self.failed: dict[str, set[int]] = {env_id: set() for env_id in options.env}
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         if "failed_seed" in message:
-            self.add_failure(job, [message["failed_seed"]], message["reason"])
+            at = f" at step {message['step']}" if "step" in message else ""
+            self.add_failure(job, [message["failed_seed"]], message["reason"] + at)
+        if message.get("unsaved"):
+            self.failures.append(f"{job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: "
+                                 f"{message['warning']}")
         returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
                    if self.tag in row}
         if "stopped" in message:
@@ -156,7 +163,10 @@ class RunSummary:
                 band.refresh()
 
     def add_failure(self, job: Job, seeds: Sequence[int], reason: str) -> None:
-        """Seeds that stopped before the last step."""
+        """Seeds that stopped before the last step. A job that starts again names its own again."""
+        if self.failed[job.env_id].issuperset(seeds):
+            return
+        self.failed[job.env_id] |= set(seeds)
         names = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
         self.failures.append(f"{job.env_id} {names}: {reason}")
         if self.all_seeds:
@@ -174,7 +184,11 @@ class RunSummary:
                 band.refresh()  # otherwise another process may train the run
             if stop := recorder.read_stop(group):
                 self.stops[env_id] = stop
-            self.final[env_id] = final_returns(group, self.seeds, self.options.steps, self.tag)
+            written = final_returns(group, self.seeds, self.options.steps, self.tag)
+            self.final[env_id] |= written  # keeps what a full disk did not take
+            lost = sorted(self.final[env_id].keys() - written.keys() - self.failed[env_id])
+            if lost:
+                self.failures.append(f"{env_id} seeds {lost}: the last row was not written")
         agent_name = Path(self.options.agent).stem
         most = "at most " if self.stops else ""
         title = f"{agent_name}: {self.kind} after {most}{self.options.steps} steps of each seed"
@@ -186,12 +200,13 @@ class RunSummary:
             plot = folder / "learning_curves.png"
             curves = {self.label(env_id): read_curves(group, self.seeds, self.tag)
                       for env_id, group in self.groups.items()}
+            print(f"run folder: {folder}")
             try:
                 draw_learning_curves(plot, curves, self.title + self.declared, self.kind)
+                print(f"plot:       {plot}")
             except OSError as error:
                 print(f"cannot write the plot: {error}", file=sys.stderr)
-            print(f"run folder: {folder}\nplot:       {plot}\n"
-                  f"curves:     tensorboard --logdir {folder}")
+            print(f"curves:     tensorboard --logdir {folder}")
         for reason in self.failures:
             print(f"FAILED {reason}", file=sys.stderr)
 

@@ -60,6 +60,11 @@ def environment(limit=100):
 environment()(Point)
 
 
+@environment(limit=None)
+class Endless(Point):
+    """No limit."""
+
+
 # What reset and step return
 
 

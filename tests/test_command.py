@@ -17,9 +17,10 @@ import torch
 from ruamel.yaml import YAML
 
 from lab import train
-from lab.options import Simple, Tune, parse_args
+from lab.errors import UserError
+from lab.options import Simple, Tune, Vectorised, parse_args
 from lab.training import progress
-from lab.training.recorder import read_metrics
+from lab.training.recorder import SeedRecorder, read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
 from tests.conftest import AGENTS
 
@@ -518,6 +519,44 @@ def test_code_that_came_with_a_run_does_not_run(tmp_path, monkeypatch, capsys, f
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("kind", [Simple, Tune])
+def test_the_environments_of_a_vectorised_run_are_not_dropped(tmp_path, kind):
+    path = tmp_path / "config.json"
+    options = {"agent": "agents/ppo.py", "num_envs": 8}
+    path.write_text(json.dumps({"options": options, "config": {}}))
+    with pytest.raises(UserError, match="8 environments per seed, which only learn_vec"):
+        parse_args(["--config", str(path)], kind)
+    assert parse_args(["--config", str(path)], Vectorised)[0].num_envs == 8
+
+
+def test_a_failed_end_is_a_failure(tmp_path, capsys, no_curves, monkeypatch):
+    """The table has what the disk did not take, and the exit code is 1."""
+    monkeypatch.setattr(SeedRecorder, "write", lambda *_: None)
+    assert train.run(tiny(tmp_path, "--log")) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED Pendulum-v1 seeds [0]: the last row was not written" in err
+    assert "nan" not in out
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("lab.training.checkpoint.save", full)
+    monkeypatch.setattr(train, "draw_learning_curves", full)
+    assert train.run(tiny(tmp_path, "--log")) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED Pendulum-v1 seeds 0 to 0: checkpoint not written: no space left" in err
+    assert "cannot write the plot: no space left" in err and "plot:  " not in out
+
+
+def test_a_run_that_learns_nothing_says_so(capsys):
+    argv = ["agents/ppo.py", "--steps", "32", "--eval-episodes", "1", "--num-minibatches", "2"]
+    assert train.run([*argv, "--num-steps", "32"]) == 0
+    assert "nothing was learned" in capsys.readouterr().out
+    assert train.run([*argv, "--num-steps", "16"]) == 0
+    assert "nothing was learned" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_failed_job_is_named_and_the_others_finish(tmp_path, capfd):
     fails = """if self.spec.id == "Pendulum-v1" and self.transitions > 100 and self.replay.size > 1:
@@ -549,7 +588,7 @@ def test_a_seed_that_diverges_is_named_and_counts_in_no_mean(tmp_path, capsys, n
     path = write(tmp_path, patched("update", diverges) + "del Agent.hidden_activations\n")
     assert train.run([path, *tiny(tmp_path, log, "--seeds", "3")]) == 1
     out, err = capsys.readouterr()
-    assert err == "FAILED Pendulum-v1 seed 1: the agent's loss/qf is not finite\n"
+    assert err == "FAILED Pendulum-v1 seed 1: the agent's loss/qf is not finite at step 153\n"
     row = next(line for line in out.splitlines() if re.search(r"Pendulum-v1\s*.\s*2 ", line))
     assert "0:" in out.split(row[:20])[-1] and not re.search(r"\b1:-", out)
 

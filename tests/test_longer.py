@@ -180,6 +180,18 @@ def test_the_first_actions_stay_those_of_the_shorter_run(path):
         assert torch.equal(longer.replay.rows[:, :40], short.replay.rows)
 
 
+def test_a_replay_that_is_not_full_yet_grows_too():
+    """If the newest checkpoint is damaged, the one before it is loaded."""
+    path, spec = "agents/sac.py", spec_for(load_agent("agents/sac.py"))
+    short, longer = (build_agent(path, {}, spec, [0, 1], 4, steps, "cpu", lambda f: f)
+                     for steps in (40, 4000))
+    short.replay.rows.normal_()
+    short.replay.size = short.replay.position = 24
+    restore_state(longer, save_state(short))
+    assert (longer.replay.size, longer.replay.position) == (24, 24)
+    assert torch.equal(longer.replay.rows[:, :24], short.replay.rows[:, :24])
+
+
 def test_a_replay_without_a_position_cannot_grow():
     class Replay:
         STATE = ("rows",)

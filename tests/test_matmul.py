@@ -194,6 +194,13 @@ def test_a_study_chooses_once_for_all_its_trials(chosen):
     assert options.fp32_library == job.fp32_library == ONEDNN and len(chosen) == 1
 
 
+def test_on_a_cluster_it_is_blas_and_recorded(chosen):
+    """So that a run that goes on here keeps it."""
+    options, config = parse_args(["--engine", "ray"], Simple)
+    made = make_jobs(options, config, 1, None)
+    assert choose_fp32_library(options, made, Products()).fp32_library == BLAS and not chosen
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--cuda"]])
 def test_only_fp32_on_a_cpu_has_a_choice(monkeypatch, chosen, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -80,6 +80,17 @@ def test_a_run_folder_holds_settings_versions_and_the_agents_source(tmp_path, ag
     assert (folder / "mine.py").read_text() == agent_file.read_text()
 
 
+def test_other_versions_on_resuming_are_told_once_and_kept(tmp_path, agent_file):
+    folder = create_run_folder(tmp_path, "sac", agent_file, {})
+    assert recorder.note_versions(folder) == []
+    before = json.loads((folder / "versions.json").read_text())
+    (folder / "versions.json").write_text(json.dumps(before | {"torch": "0.1"}))
+    assert recorder.note_versions(folder) == [f"torch {before['torch']} instead of 0.1"]
+    content = json.loads((folder / "versions.json").read_text())
+    assert content == before | {"torch": "0.1", "resumed": [before]}
+    assert recorder.note_versions(folder) == []
+
+
 def test_versions_are_those_of_the_imported_packages():
     import gymnasium
     import torch

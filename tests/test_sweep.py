@@ -14,7 +14,7 @@ import torch
 
 from lab.options import parse_args
 from lab.training import processes
-from lab.training.job import Job, join_stacks, split_seeds
+from lab.training.job import Job, join_stacks, make_jobs, split_seeds
 from lab.training.processes import run_jobs
 from lab.training.ray_processes import difference, inspection, share
 
@@ -23,6 +23,7 @@ FAILURES = {
     "user": ("raise UserError('no luck; try another')", r"no luck; try another"),
     "exception": ("raise ZeroDivisionError('first\\nsecond')",
                   r".*\w\.py:\d+: ZeroDivisionError: first"),
+    "exit": ("raise SystemExit", r".*\w\.py:\d+: SystemExit: "),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", r"its process ended with code -9"),
 }
 
@@ -43,7 +44,7 @@ from lab.errors import UserError
 def patch(self):
     if self.transitions >= 20:
         {line}
-    return {{}}
+    return {{"loss/qf": torch.zeros(len(self.generators))}}
 
 
 Agent.update = patch
@@ -144,12 +145,22 @@ def test_one_job_runs_in_this_process(tmp_path):
     assert "return/eval" in messages[-1][1]["rows"][0]
 
 
-@pytest.mark.parametrize("kind", ["user", "exception"])
+def test_a_job_trains_the_agent_that_the_run_began_with(tmp_path):
+    """A job that waits, or starts again, may find the file edited."""
+    agent = tmp_path / "mine.py"
+    agent.write_text(SAC)
+    options, config = parse_args([str(agent), "--steps", "10", "--actor-width", "8"])
+    [job] = make_jobs(options, config, 1, None)
+    agent.write_text("edited")
+    assert run_jobs([job], 1, lambda *_: None) == {}
+
+
+@pytest.mark.parametrize("kind", ["user", "exception", "exit"])
 def test_one_job_that_fails_is_reported(tmp_path, capsys, kind):
     line, reason = FAILURES[kind]
     failures = run_jobs([make_job(tmp_path, "mine", line)], 1, lambda *_: None)
     assert list(failures) == [0] and re.fullmatch(reason, failures[0])
-    assert ("Traceback" in capsys.readouterr().err) == (kind == "exception")
+    assert ("Traceback" in capsys.readouterr().err) == (kind != "user")
 
 
 # Several jobs, each in a process of its own
@@ -157,10 +168,10 @@ def test_one_job_that_fails_is_reported(tmp_path, capsys, kind):
 
 @pytest.mark.slow
 def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
-    """Two processes work through four jobs, of which three fail."""
+    """Two processes work through five jobs, of which four fail."""
     jobs = [make_job(tmp_path, kind, line) for kind, (line, _) in FAILURES.items()]
     jobs.append(make_job(tmp_path, "good", seeds=(3, 4)))
-    rows, alive = {place: [] for place in range(4)}, []
+    rows, alive = {place: [] for place in range(5)}, []
 
     def report(place, message):
         alive.append(len(multiprocessing.active_children()))
@@ -168,13 +179,13 @@ def test_jobs_report_and_fail_each_for_itself(tmp_path, capfd):
             rows[place].append((message["step"], sorted(message["rows"])))
 
     failures = run_jobs(jobs, 2, report)
-    assert sorted(failures) == [0, 1, 2]
+    assert sorted(failures) == [0, 1, 2, 3]
     for place, (_, reason) in enumerate(FAILURES.values()):
         assert re.fullmatch(reason, failures[place])
         assert rows[place] == [(10, [0]), (20, [0])]
-    assert rows[3] == [(10, [3, 4]), (20, [3, 4]), (30, [3, 4]), (40, [3, 4])]
+    assert rows[4] == [(10, [3, 4]), (20, [3, 4]), (30, [3, 4]), (40, [3, 4])]
     assert max(alive) <= 2 and not multiprocessing.active_children()
-    assert capfd.readouterr().err.count("Traceback") == 1, "of the unexpected exception alone"
+    assert capfd.readouterr().err.count("Traceback") == 2, "of the unexpected exceptions"
 
 
 @pytest.mark.slow
@@ -215,6 +226,23 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
     for place, job in enumerate(jobs):
         [step] = saved_steps(job)
         assert reached[place] <= step < job.steps
+
+
+def test_a_process_that_does_not_end_is_killed_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "END_SECONDS", 0.5)
+    amid = tmp_path / "amid"
+    job = make_job(tmp_path, "mine", f"Path({str(amid)!r}).touch(); time.sleep(100)")
+
+    def report(place, message):
+        while message["step"] == 10 and not amid.exists():
+            time.sleep(0.01)
+        if amid.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job, job], 1, report)
+    assert "did not end its step in 0 s and was killed" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
 
 
 def test_ctrl_c_in_a_terminal_leaves_checkpoints(tmp_path):

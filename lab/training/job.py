@@ -23,6 +23,7 @@ from lab.errors import UserError
 from lab.options import Options, Vectorised, check_options, free_cores
 from lab.stopping import stops
 from lab.training import checkpoint
+from lab.training.evaluation import ENDLESS
 from lab.training.recorder import find_stacks, group_folder, members_of, printable, safe_name
 
 MAX_NAME = 200  # bytes of a run's name; file systems allow 255 with the timestamp
@@ -42,6 +43,7 @@ class Job:
     eval_every: int
     log_every: int
     checkpoint_every: int | None  # None: a tenth of the run or 5 minutes; 0: only at the end
+    source: bytes | None = None  # of the agent when the run began; None: the file as it is
     eval_episodes: int = 5  # per seed and evaluation
     eval_env: str = "own"  # own, same: training's, none
     keep_best: bool = True  # each seed's weights at its best evaluation
@@ -146,10 +148,12 @@ def make_jobs(options: Options, config: dict[str, Any], processes: int, folder: 
     stacks = {env_id: stacks_of(options, env_id, seeds, processes) for env_id in options.env}
     if options.init_from and (new := not_begun(options, folder, seeds)):
         checkpoint.find_sources(options.init_from, new)
+    source = Path(options.agent).read_bytes()
     return [Job(
         agent_path=options.agent, config=config, env_id=env_id, seeds=share, steps=options.steps,
         eval_every=every(options.eval_every, 10), log_every=every(options.log_every, 100),
-        checkpoint_every=options.checkpoint_every, eval_episodes=options.eval_episodes,
+        checkpoint_every=options.checkpoint_every, source=source,
+        eval_episodes=options.eval_episodes,
         eval_env=options.eval_env, keep_best=options.keep_best, device=device,
         compile=options.compile, precision=options.precision,
         fp32_library=(fp32_on_cpu(options) and options.fp32_library) or matmul.BLAS,
@@ -252,6 +256,10 @@ def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
             job.agent_path, job.config, spec, job.seeds, job.num_envs, job.num_envs, device,
             lambda fn: fn), job.seeds, Path(job.init_from))
     products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
+    if job.eval_env != "none" and spec.max_episode_steps is None:
+        print(f"warning: {job.env_id} has no time limit: an evaluation episode of more than "
+              f"{ENDLESS} steps would end the run; register it with max_episode_steps",
+              file=sys.stderr)
     return spec, products
 
 
@@ -260,8 +268,10 @@ def choose_fp32_library(options: AnyOptions, jobs: Sequence[Job], products: matm
     """The options with the library for the fp32 products of all the jobs: on a CPU the given one,
     or else the faster exact one. On a cluster it is BLAS, since processors may differ. UserError if
     the given one rounds here."""
-    if not fp32_on_cpu(options) or getattr(options, "engine", "local") == "ray":
+    if not fp32_on_cpu(options):
         return options
+    if getattr(options, "engine", "local") == "ray":
+        return replace(options, fp32_library=matmul.BLAS)  # recorded: a run may go on elsewhere
     library = matmul.choose(products, options.fp32_library, jobs[0].threads)
     return replace(options, fp32_library=library)
 

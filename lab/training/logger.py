@@ -74,7 +74,8 @@ class TrainLogger:
         state = checkpoint.load_latest(self.job.checkpoints, self.job.device)
         if state is None and checkpoint.exist(self.job.checkpoints):
             raise UserError(f"no checkpoint in {self.job.checkpoints} can be read, so this run "
-                            "cannot continue; its metrics are kept: start a new run")
+                            "cannot continue; its metrics are kept: start a new run (--init-from "
+                            "may still read its weights)")
         self._check_settings(state or {})
         step = 0 if state is None else state["step"]
         self.stopped = (state or {}).get("stopped")
@@ -258,7 +259,7 @@ class TrainLogger:
 
     def fail_broken(self, step: int, envs: VectorEnvs, where: str = "") -> None:
         for index, value in envs.broken.items():
-            self.fail(index, step, f"the environment returned {value}{where} at step {step}")
+            self.fail(index, step, f"the environment returned {value}{where}")
 
     def fail(self, index: int, step: int, reason: str) -> None:
         """Leave the seed out from here on."""
@@ -287,7 +288,8 @@ class TrainLogger:
                     "recent": self.recent, "best": self.best, "means": self.means,
                     "stopped": self.stopped})
             except OSError as error:
-                self.emit({"step": step, "warning": f"checkpoint not written: {error}"})
+                self.emit({"step": step, "warning": f"checkpoint not written: {error}",
+                           "unsaved": step >= self.job.steps or self.ended})
             if not self.restore_checked:
                 exact = self.training.can_restore_exactly()
                 self.restore_checked = exact is not None

@@ -25,7 +25,7 @@ def train(job: Job, emit: Emit) -> None:
     with (contextlib.closing(training), computed_by(job.fp32_library),
           contextlib.ExitStack() as held, Interrupts() as interrupts):
         agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
-                            agent_steps(job), job.device, accelerate)
+                            agent_steps(job), job.device, accelerate, job.source)
         log = TrainLogger(job, accelerate, training, emit)
         if log.evaluation not in (None, training):
             held.enter_context(contextlib.closing(log.evaluation))

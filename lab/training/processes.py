@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from lab.training.job import Emit, Job
 from lab.training.loop import train
 
 RETRIES = 2  # restarts of a job whose process was killed
+END_SECONDS = 180.0  # for interrupted jobs to write their checkpoints: an evaluation is one step
 Report = Callable[[int, dict[str, Any]], None]  # called with the job's index and a message
 
 
@@ -124,9 +126,14 @@ class Processes:
     def __exit__(self, *exception: object) -> None:
         for key in self.running:
             self.end(key)
+        deadline = time.monotonic() + END_SECONDS
         for process, _ in self.running.values():
-            process.join(30)
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                print(f"a process did not end its step in {END_SECONDS:.0f} s and was killed: "
+                      "what it did since its last checkpoint is lost", file=sys.stderr)
             process.kill()
+            process.join()
 
 
 class Engine(NamedTuple):
@@ -163,7 +170,7 @@ def attempt(work: Callable[[Job, Emit], None], job: Job, emit: Emit) -> Failure 
         return Failure(str(error), "settings" if settings else "error")
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() in the user's code
         traceback.print_exc()
         place = place_of(job.agent_path, error)
         reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first_line(error)}"

@@ -22,11 +22,10 @@ from lab.training import recorder
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 from lab.training.mailbox import Mailbox
-from lab.training.processes import Engine, Failure, Processes, attempt
+from lab.training.processes import END_SECONDS, Engine, Failure, Processes, attempt
 
 ANSWER_SECONDS = 15.0  # for an address to answer
 START_SECONDS = 120.0  # for a node to start its first Python process
-END_SECONDS = 30.0  # for interrupted jobs to write their checkpoints
 PACKAGES = ("torch", "gymnasium")  # the same version on every node
 OBJECT_STORE = 100_000_000  # bytes of shared memory; messages are small
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}  # quiet, by default

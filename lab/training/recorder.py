@@ -114,13 +114,14 @@ def members_of(stack: Path) -> range:
 
 
 @contextlib.contextmanager
-def writable(root: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError."""
+def writable(root: Path, new: bool = True) -> Iterator[None]:
+    """Turn an OSError into a UserError; a new run could be elsewhere."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to the runs folder {str(root)!r}: {error.strerror}; choose "
-                        "another with --runs") from error
+        where = (f"the runs folder {str(root)!r}", "; choose another with --runs") if new else (
+            repr(str(root)), "")
+        raise UserError(f"cannot write to {where[0]}: {error.strerror}{where[1]}") from error
 
 
 def versions() -> dict[str, str]:
@@ -132,6 +133,18 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found | {"system": platform.system(), "processor": processor()}
+
+
+def note_versions(folder: Path) -> list[str]:
+    """What differs here from the run's versions.json, in words; written there under "resumed"."""
+    path = folder / "versions.json"
+    before, now = json.loads(path.read_text()), versions()
+    latest = before.get("resumed", [before])[-1]
+    if all(latest.get(name) == value for name, value in now.items()):
+        return []
+    write_json(path, before | {"resumed": [*before.get("resumed", []), now]})
+    return [f"{name} {value} instead of {latest.get(name, 'none')}"
+            for name, value in now.items() if latest.get(name) != value]
 
 
 def processor() -> str:

@@ -72,9 +72,6 @@ def check(options: Tune, config: dict[str, Any]) -> tuple[Tune, Space, Job]:
     if len(options.env) != 1:
         raise UserError(f"a study takes one --env, not {' '.join(options.env)}")
     searched = space.read(options.space, load_agent(options.agent).Config, options.agent)
-    if job.eval_every > options.steps:
-        raise UserError(f"--steps {options.steps} is less than --eval-every {job.eval_every}: no "
-                        "trial would be evaluated")
     if options.eval_env == "none":
         raise UserError("a study compares evaluation returns: --eval-env must be own or same")
     if (options.n_warmup_steps or 0) < 0:

@@ -86,7 +86,8 @@ class Study:
         elif trial.state != "running":
             return  # already stopped
         elif "failed_seed" in message:
-            self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
+            at = f" at step {message['step']}" if "step" in message else ""
+            self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}{at}")
             pool.end(trial.number)
         else:
             for note in message.get("notes", ()):

@@ -86,7 +86,11 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path, number, code):
     assert process.returncode == code and "Traceback" not in err
     stacks = list(tmp_path.glob("*/*/sac/stack_*"))
     assert len(stacks) == 2 and all(checkpoint.load_latest(stack)["step"] for stack in stacks)
-    assert len(children) >= 2 and not any(map(runs, children))
+    assert len(children) >= 2
+    deadline = time.monotonic() + 60  # Python's resource tracker ends after its parent
+    while any(map(runs, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -117,5 +121,7 @@ def test_a_full_disk_does_not_end_training_and_the_checkpoint_before_survives(tm
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in err and "2000/2000" in out, (out, err)
     assert "checkpoint not written" in out and "logging failed, training continues" in err
+    assert process.returncode == 1 and "the last row was not written" in err
+    assert "nan" not in out and "plot:  " not in out
     (stack,) = tmp_path.glob("*/*/sac/stack_*")
     assert 200 <= checkpoint.load_latest(stack)["step"] < 2_000
