@@ -89,6 +89,8 @@ def test_other_versions_on_resuming_are_told_once_and_kept(tmp_path, agent_file)
     content = json.loads((folder / "versions.json").read_text())
     assert content == before | {"torch": "0.1", "resumed": [before]}
     assert recorder.note_versions(folder) == []
+    (folder / "versions.json").unlink()
+    assert recorder.note_versions(folder) == []
 
 
 def test_versions_are_those_of_the_imported_packages():

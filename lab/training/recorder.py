@@ -137,14 +137,17 @@ def versions() -> dict[str, str]:
 
 def note_versions(folder: Path) -> list[str]:
     """What differs here from the run's versions.json, in words; written there under "resumed"."""
-    path = folder / "versions.json"
-    before, now = json.loads(path.read_text()), versions()
-    latest = before.get("resumed", [before])[-1]
-    if all(latest.get(name) == value for name, value in now.items()):
+    path, now = folder / "versions.json", versions()
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):  # nothing to compare with
         return []
-    write_json(path, before | {"resumed": [*before.get("resumed", []), now]})
-    return [f"{name} {value} instead of {latest.get(name, 'none')}"
-            for name, value in now.items() if latest.get(name) != value]
+    latest = before.get("resumed", [before])[-1]
+    changed = [f"{name} {value} instead of {latest.get(name, 'none')}"
+               for name, value in now.items() if latest.get(name) != value]
+    if changed:
+        write_json(path, before | {"resumed": [*before.get("resumed", []), now]})
+    return changed
 
 
 def processor() -> str:
