@@ -420,7 +420,8 @@ def draw(scores: Scores, path: Path) -> None:
             options, _ = settings(name)
             label = name.removesuffix("-bf16") + ", clipped reward" * bool(options.clip_reward)
             label += f", {options.action_repeat} steps an action" * (options.action_repeat > 1)
-            panels.setdefault((options.env[0], options.steps > 300_000), []).append(
+            long = options.steps > 300_000 or name.endswith("-300k")
+            panels.setdefault((options.env[0], long), []).append(
                 (name, label, Path(options.agent).stem))
     figure, axes = pyplot.subplots(-(-len(panels) // 3), 3, squeeze=False, layout="constrained",
                                    figsize=(15, 4 * -(-len(panels) // 3)))

@@ -405,6 +405,8 @@ PROSE = {
         mean_at("xqc-biped", 60_000), math.floor(min(
             value for (_, step), value in learning.read()["xqc-biped"].items() if step == 60_000)),
         statistics.fmean(last("xqc-biped"))],
+    "It returns {:.0f} on average and no seed stays behind ({:.0f} to {:.0f})": lambda: [
+        statistics.fmean(values := last("xqc-walker2d-300k")), min(values), max(values)],
     "all five seeds walk as well: {:.0f} on average after 200 000 steps": lambda: [
         statistics.fmean(last("xqc-biped-raw"))],
     "return {:.0f} on 500 such terrains and finish {:.0%} of them": lambda: [
