@@ -40,10 +40,8 @@ def load_agent(path: str | Path, source: bytes | None = None) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and tyro look the module up to read the comments
     try:
-        if source is None:
-            spec.loader.exec_module(module)
-        else:
-            exec(compile(source, path.resolve(), "exec"), vars(module))
+        source = path.read_bytes() if source is None else source
+        exec(compile(source, path.resolve(), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise UserError(f"agent file {path}{line} does not load: "

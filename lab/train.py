@@ -62,10 +62,10 @@ def _train(options: Options, config: dict[str, Any], engine: Engine | None) -> i
     folder = options.resume
     if folder:
         with recorder.writable(folder, new=False), tempfile.TemporaryFile(dir=folder):
+            extend(folder, options)
             changed = recorder.note_versions(folder)
         if changed:
             print(f"warning: resumed with {', '.join(changed)}", file=sys.stderr)
-        extend(folder, options)
     if not folder and options.log:
         folder = recorder.create_run_folder(options.runs, jobs[0].name, Path(options.agent),
                                             describe(options, config, jobs[0].name))
@@ -115,8 +115,7 @@ def extend(folder: Path, options: Options) -> None:
                                 "the run first, with --resume alone")
     content["options"] = before | {"steps": options.steps, "seeds": options.seeds,
                                    "extended": options.extended}
-    with recorder.writable(folder, new=False):
-        recorder.write_json(path, content)
+    recorder.write_json(path, content)
 
 
 def _all_failed(stack: Path) -> bool:
@@ -145,8 +144,7 @@ class RunSummary:
 
     def receive(self, job: Job, message: dict[str, Any]) -> None:
         if "failed_seed" in message:
-            at = f" at step {message['step']}" if "step" in message else ""
-            self.add_failure(job, [message["failed_seed"]], message["reason"] + at)
+            self.add_failure(job, [message["failed_seed"]], message["reason"])
         if message.get("unsaved"):
             self.failures.append(f"{job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: "
                                  f"{message['warning']}")

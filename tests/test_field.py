@@ -159,6 +159,7 @@ def test_a_value_that_is_not_finite_fails_its_seed_and_names_the_environment(nam
     rows, failures = rows_and_failures(job)
     assert [(m["failed_seed"], m["step"]) for m in failures] == [(1, 20)]
     assert value.replace("\\", "") in failures[0]["reason"]
+    assert failures[0]["reason"].endswith("at step 20")
     assert {step for seed, step in rows if seed == 0} == set(range(8, 65, 8))
     assert {step for seed, step in rows if seed == 1} == {8, 16}
 

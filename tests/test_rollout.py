@@ -519,7 +519,7 @@ def test_a_seed_whose_metrics_turn_nan_fails_once_and_the_others_go_on(tmp_path,
         train(job, interrupt_at(75, fail))
     whole = run(dataclasses.replace(job, run=None))
     failures = [m for m in whole if "failed_seed" in m]
-    reason = "the agent's loss/scripted is not finite"
+    reason = "the agent's loss/scripted is not finite at step 45"
     assert failures == [{"failed_seed": 5, "step": 45, "reason": reason}]
     steps = {seed: list(rows) for seed, rows in rows_of(whole).items()}
     assert steps == {seed: list(range(5, 101 if seed != 5 else 45, 5)) for seed in (3, 5, 4)}
@@ -540,7 +540,8 @@ def test_a_diagnostic_that_is_nan_is_left_out_and_a_loss_or_a_weight_fails_the_s
     messages = run(make_job(scripted, config, env_id=DIARY, seeds=(3, 5, 4)))
     failures = [m for m in messages if "failed_seed" in m]
     assert failures == [
-        {"failed_seed": 5, "step": 45, "reason": f"the agent's {metric} is not finite"}] * fails
+        {"failed_seed": 5, "step": 45,
+         "reason": f"the agent's {metric} is not finite at step 45"}] * fails
     for seed, rows in rows_of(messages).items():
         broken = seed == 5
         assert list(rows) == list(range(5, 45 if broken and fails else 101, 5))

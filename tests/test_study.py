@@ -106,7 +106,8 @@ def train(job, last=100):
 
 def diverges(job):
     yield from train(job, 30)
-    yield {"failed_seed": job.seeds[0], "step": 40, "reason": "loss/qf is not finite"}
+    yield {"failed_seed": job.seeds[0], "step": 40,
+           "reason": "loss/qf is not finite at step 40"}
     yield {"step": 50, "rows": {}}
 
 

@@ -265,7 +265,8 @@ class TrainLogger:
         """Leave the seed out from here on."""
         if index not in self.failed:
             self.failed.add(index)
-            self.emit({"failed_seed": self.job.seeds[index], "step": step, "reason": reason})
+            self.emit({"failed_seed": self.job.seeds[index], "step": step,
+                       "reason": f"{reason} at step {step}"})
 
     def measure_plasticity(self, agent: Any) -> None:
         """Plasticity metrics of the last batch, once per update. A resumed agent has no batch

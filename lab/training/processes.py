@@ -132,8 +132,8 @@ class Processes:
             if process.is_alive():
                 print(f"a process did not end its step in {END_SECONDS:.0f} s and was killed: "
                       "what it did since its last checkpoint is lost", file=sys.stderr)
-            process.kill()
-            process.join()
+                process.kill()
+                process.join()
 
 
 class Engine(NamedTuple):

@@ -47,12 +47,12 @@ class SweepProgress:
             if note not in self.notes:
                 self.notes.add(note)
                 self.console.print(note, highlight=False, soft_wrap=True)
-        for kind in ("warning", "failed_seed"):
-            if kind in message:
-                text = message.get("reason") or message[kind]
-                seed = f" seed {message[kind]}" if kind == "failed_seed" else ""
-                at = f" at step {message['step']}" if "step" in message else ""
-                self.console.print(f"{job.env_id}{seed}: {text}{at}", highlight=False)
+        if "warning" in message:
+            at = f" at step {message['step']}" if "step" in message else ""
+            self.console.print(f"{job.env_id}: {message['warning']}{at}", highlight=False)
+        if "failed_seed" in message:
+            self.console.print(f"{job.env_id} seed {message['failed_seed']}: {message['reason']}",
+                               highlight=False)
         if "step" not in message or "failed_seed" in message:
             return
         self.steps[index] = message["step"]

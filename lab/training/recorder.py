@@ -119,9 +119,8 @@ def writable(root: Path, new: bool = True) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = (f"the runs folder {str(root)!r}", "; choose another with --runs") if new else (
-            repr(str(root)), "")
-        raise UserError(f"cannot write to {where[0]}: {error.strerror}{where[1]}") from error
+        what, advice = ("the runs folder ", "; choose another with --runs") if new else ("", "")
+        raise UserError(f"cannot write to {what}{str(root)!r}: {error.strerror}{advice}") from error
 
 
 def versions() -> dict[str, str]:

@@ -86,8 +86,7 @@ class Study:
         elif trial.state != "running":
             return  # already stopped
         elif "failed_seed" in message:
-            at = f" at step {message['step']}" if "step" in message else ""
-            self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}{at}")
+            self.end(trial, "diverged", f"seed {message['failed_seed']}: {message['reason']}")
             pool.end(trial.number)
         else:
             for note in message.get("notes", ()):
