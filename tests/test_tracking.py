@@ -151,13 +151,15 @@ def test_mlflow_gets_a_run_a_seed_and_a_resumed_run_goes_on_in_it(tmp_path, monk
 
 
 def log_records(data):
-    """The records of a LevelDB log, whose first block begins with 7 bytes of W&B's own."""
+    """The whole records of a LevelDB log, whose first block begins with 7 bytes of W&B's own."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (left := -at % 32768) and left < 7:  # the end of a block is left empty
             at += left
             continue
         size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):  # still being written
+            return
         record += data[at + 7:at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part of one
