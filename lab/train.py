@@ -146,8 +146,7 @@ class RunSummary:
         if "failed_seed" in message:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
         if message.get("unsaved"):
-            self.failures.append(f"{job.env_id} seeds {job.seeds[0]} to {job.seeds[-1]}: "
-                                 f"{message['warning']}")
+            self.failures.append(f"{job.env_id} {named(job.seeds)}: {message['warning']}")
         returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
                    if self.tag in row}
         if "stopped" in message:
@@ -165,8 +164,7 @@ class RunSummary:
         if self.failed[job.env_id].issuperset(seeds):
             return
         self.failed[job.env_id] |= set(seeds)
-        names = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        self.failures.append(f"{job.env_id} {names}: {reason}")
+        self.failures.append(f"{job.env_id} {named(seeds)}: {reason}")
         if self.all_seeds:
             self.all_seeds[job.env_id].alive -= set(seeds)
 
@@ -186,7 +184,7 @@ class RunSummary:
             self.final[env_id] |= written  # keeps what a full disk did not take
             lost = sorted(self.final[env_id].keys() - written.keys() - self.failed[env_id])
             if lost:
-                self.failures.append(f"{env_id} seeds {lost}: the last row was not written")
+                self.failures.append(f"{env_id} {named(lost)}: the last row was not written")
         agent_name = Path(self.options.agent).stem
         most = "at most " if self.stops else ""
         title = f"{agent_name}: {self.kind} after {most}{self.options.steps} steps of each seed"
@@ -207,6 +205,15 @@ class RunSummary:
             print(f"curves:     tensorboard --logdir {folder}")
         for reason in self.failures:
             print(f"FAILED {reason}", file=sys.stderr)
+
+
+def named(seeds: Sequence[int]) -> str:
+    """"seed 3", "seeds 0 to 4" or "seeds 0, 2": they are in order."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def declared(options: Options) -> str:

@@ -534,7 +534,7 @@ def test_a_failed_end_is_a_failure(tmp_path, capsys, no_curves, monkeypatch):
     monkeypatch.setattr(SeedRecorder, "write", lambda *_: None)
     assert train.run(tiny(tmp_path, "--log")) == 1
     out, err = capsys.readouterr()
-    assert "FAILED Pendulum-v1 seeds [0]: the last row was not written" in err
+    assert "FAILED Pendulum-v1 seed 0: the last row was not written" in err
     assert "nan" not in out
 
     def full(*_):
@@ -545,7 +545,7 @@ def test_a_failed_end_is_a_failure(tmp_path, capsys, no_curves, monkeypatch):
     monkeypatch.setattr(train, "draw_learning_curves", full)
     assert train.run(tiny(tmp_path, "--log")) == 1
     out, err = capsys.readouterr()
-    assert "FAILED Pendulum-v1 seeds 0 to 0: checkpoint not written: no space left" in err
+    assert "FAILED Pendulum-v1 seed 0: checkpoint not written: no space left" in err
     assert "cannot write the plot: no space left" in err and "plot:  " not in out
 
 

@@ -213,6 +213,25 @@ def test_a_job_whose_worker_dies_is_tried_again_on_the_other_node(engine, tmp_pa
     assert warning.startswith("its worker died on ") and warning.endswith("; restarting")
 
 
+def test_a_job_that_does_not_end_is_killed_and_named(engine, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(processes, "END_SECONDS", 0.5)
+    amid, after = tmp_path / "amid", tmp_path / "after"
+    job = make_job(tmp_path, "mine", f"Path({str(amid)!r}).touch(); time.sleep(5); "
+                                     f"Path({str(after)!r}).touch()")
+
+    def report(index, message):
+        while message.get("step") == 10 and not amid.exists():
+            time.sleep(0.01)
+        if amid.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job], 1, report, engine)
+    assert "did not end its step in 0 s and was killed" in capfd.readouterr().err
+    time.sleep(6)
+    assert not after.exists()
+
+
 def test_without_an_address_a_cluster_is_started_for_the_run_and_stopped(tmp_path, monkeypatch):
     """One job too runs there."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -130,10 +130,14 @@ class Processes:
         for process, _ in self.running.values():
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
-                print(f"a process did not end its step in {END_SECONDS:.0f} s and was killed: "
-                      "what it did since its last checkpoint is lost", file=sys.stderr)
+                warn_late()
                 process.kill()
                 process.join()
+
+
+def warn_late() -> None:
+    print(f"a process did not end its step in {END_SECONDS:.0f} s and was killed: "
+          "what it did since its last checkpoint is lost", file=sys.stderr)
 
 
 class Engine(NamedTuple):

@@ -18,11 +18,11 @@ from typing import Any
 from lab.accelerate import physical_cores
 from lab.errors import UserError, one_line
 from lab.options import Options, Simple, Tune
-from lab.training import recorder
+from lab.training import processes, recorder
 from lab.training.job import Emit, Job
 from lab.training.loop import train
 from lab.training.mailbox import Mailbox
-from lab.training.processes import END_SECONDS, Engine, Failure, Processes, attempt
+from lab.training.processes import Engine, Failure, Processes, attempt
 
 ANSWER_SECONDS = 15.0  # for an address to answer
 START_SECONDS = 120.0  # for a node to start its first Python process
@@ -106,9 +106,12 @@ class RayProcesses(Processes):
     def __exit__(self, *exception: object) -> None:
         for key in self.running:
             self.end(key)
-        tasks = list(self.tasks)
-        if tasks:
-            self.ray.wait(tasks, num_returns=len(tasks), timeout=END_SECONDS)
+        if tasks := list(self.tasks):
+            _, late = self.ray.wait(
+                tasks, num_returns=len(tasks), timeout=processes.END_SECONDS)
+            for task in late:
+                processes.warn_late()
+                self.ray.cancel(task, force=True)
         self.ray.kill(self.mailbox)
 
 
