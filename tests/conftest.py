@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as learn_vectorised.py, before torch
+os.environ.pop("FORCE_COLOR", None)  # for rich: tables without colours
+os.environ.pop("CLICOLOR_FORCE", None)
+os.environ.pop("TTY_COMPATIBLE", None)
+os.environ["COLUMNS"] = "80"
 
 import torch
 
@@ -48,9 +52,10 @@ def module(request):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Before each test, whatever the one before trained with."""
+def as_if_first():
+    """Whatever the test before trained with or drew."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -107,6 +107,15 @@ class Crashing(Painted):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class NeedsSecondGL(Painted):
+    """As where the first GL that is tried does not work."""
+
+    def render(self):
+        if os.environ["MUJOCO_GL"] == "egl":
+            raise RuntimeError("no EGL device")
+        return super().render()
+
+
 class Ragged(Painted):
     def render(self):
         return [1, 2]
@@ -205,7 +214,7 @@ for name, limit in (("Courses", 9), ("LongCourses", 15)):
     if f"lab-tests/{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{name}-v0", Courses, max_episode_steps=limit)
 for kind in (Target, Diary, Faulty, OnlyInTheMainProcess, DictObservations, WideDictObservations,
-             Unbounded, Frozen, Painted, Crashing, Ragged, Choices, ManyChoices, DiscreteTarget,
-             FlatMasked, WrongMask, Tables):
+             Unbounded, Frozen, Painted, Crashing, NeedsSecondGL, Ragged, Choices, ManyChoices,
+             DiscreteTarget, FlatMasked, WrongMask, Tables):
     if f"lab-tests/{kind.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"lab-tests/{kind.__name__}-v0", kind)

@@ -31,7 +31,7 @@ from tests.conftest import (
     spec_for,
 )
 
-# Training one of these takes seconds: the checks that train until it decides well are slow.
+# Training one of these takes seconds: the checks that need all their updates are slow.
 LONG = [*list(check.CHECKS)[-5:], "actions stay within the bounds of each dimension"]
 COSTLY = ("bro", "cem", "crossq", "droq", "xqc")
 
@@ -73,6 +73,17 @@ def test_exploring_differs_from_step_to_step_and_from_seed_to_seed(module):
     obs = torch.zeros(2, 1, 3)
     first, second = agent.act(obs), agent.act(obs)
     assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+
+
+def test_an_agent_that_learns_goes_on_exploring(module):
+    agent = make_agent(module, num_envs=8)
+    if hasattr(agent, "learning_starts"):
+        agent.transitions = agent.learning_starts
+    obs = torch.zeros(2, 8, 3)
+    first, second = agent.act(obs), agent.act(obs)
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    best = agent.act(obs, explore=False)
+    assert not torch.equal(first, best) and torch.equal(best, agent.act(obs, explore=False))
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])

@@ -49,7 +49,9 @@ def test_an_old_run_goes_on_with_its_own_copy_of_the_agent(run, capsys):
     assert train.run(["--resume", "run"]) == 2
     assert "(python learn_simple.py run/tiny.py --resume run)" in capsys.readouterr().err
     assert train.run(["run/tiny.py", "--resume", "run"]) == 0, capsys.readouterr().err
-    for stack in run.glob("*/tiny/stack_0_1"):
+    stacks = list(run.glob("*/tiny/stack_0_1"))
+    assert stacks
+    for stack in stacks:
         assert checkpoint.load_latest(stack)["step"] == 60
         assert read_metrics(stack.parent / "seed_1/metrics.jsonl")[-1]["debug/updates"] == 60
 

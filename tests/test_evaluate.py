@@ -14,7 +14,6 @@ from lab.envs.shard import FRESH, seed_of
 from lab.envs.spec import make_one, probe
 from lab.errors import guarded
 from lab.options import parse_args
-from lab.policy import PolicyStack
 from lab.report import __main__ as report
 from lab.training import checkpoint, logger, loop
 from lab.training.job import make_jobs
@@ -93,7 +92,14 @@ def test_episodes_are_a_plain_loops_from_fresh_starts(run, capsys, monkeypatch):
     assert len(kinds) == 3, "falls, finished courses and time limits"
 
 
-def test_episodes_do_not_depend_on_how_many_run_at_once_or_on_training(run, capsys):
+def test_more_episodes_begin_with_the_same(run, capsys):
+    few, _ = evaluated(capsys, run, "--episodes", 3)
+    more, _ = evaluated(capsys, run, "--episodes", 5, "--out", run / "more")
+    first = [close(e) for e in more["episodes"] if e["episode"] < 3]
+    assert few["episodes"] == first and len(first) == 9
+
+
+def test_episodes_start_as_none_of_training_or_evaluation():
     starts = {seed_of(0, (FRESH, 0), n) for n in range(25)}
     seen = {seed_of(0, (stream, step), n) for stream in (0, 1) for step in range(STEPS + 1)
             for n in range(25)}
@@ -140,14 +146,23 @@ def test_exploring_and_another_environment(run, capsys):
 def test_exploring_agents_see_as_many_environments_as_in_training(tmp_path, capsys, monkeypatch):
     run = train(tmp_path, seeds=1, processes=1)
     monkeypatch.setattr(evaluate, "AT_ONCE", 2)
+    made = []
+
+    class Spy(evaluate.Fresh):
+        def __init__(self, config):
+            made.append(config.num_envs)
+            super().__init__(config)
+
+    monkeypatch.setattr(evaluate, "Fresh", Spy)
     one, _ = evaluated(capsys, run, "--episodes", 3)
     several, _ = evaluated(capsys, run, "--episodes", 3, "--explore", "--out", run / "noisy")
+    assert made == [2, 1, 1, 1, 1]
     assert len(one["episodes"]) == len(several["episodes"]) == 3
-    monkeypatch.setattr(PolicyStack, "with_memory", True, raising=False)
-    monkeypatch.setattr(PolicyStack, "__init__", lambda self, parts: self.__dict__.update(
-        seeds=[0], failed=[]))
-    assert "explores with a memory that only training" in refused(
-        capsys, run, "--explore", "--out", run / "memory")
+
+
+def test_an_agent_that_explores_with_a_memory_is_refused(tmp_path, capsys):
+    run = train(tmp_path, seeds=1, processes=1, agent="agents/ppo_lstm.py")
+    assert "explores with a memory that only training" in refused(capsys, run, "--explore")
 
 
 def test_success_counts_every_episode_where_only_some_tell_it():

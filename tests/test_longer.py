@@ -35,6 +35,13 @@ def resumed(path, flags, kind=Simple):
     return script.run(["--resume", str(path), *flags.split()], kind)
 
 
+def forget(path, newest):
+    """As if it was stopped before that checkpoint, but after another."""
+    (file,) = path.glob(f"*/*/{newest}")
+    file.unlink()
+    assert list(file.parent.glob("step_*.pt"))
+
+
 def state(path, stack="stack_0_1", env_id="Pendulum-v1", name="sac"):
     return checkpoint.load_latest(recorder.group_folder(path, env_id, name) / stack)
 
@@ -70,8 +77,7 @@ def test_a_longer_run_is_the_one_that_began_with_its_steps(tmp_path, capsys):
 def test_it_says_so_and_can_be_extended_again_stopped_and_resumed(tmp_path, capsys):
     path = run(tmp_path, SAC + " --steps 40 --seeds 2")
     assert resumed(path, "--steps 80") == 0 and resumed(path, "--steps 120") == 0
-    for file in path.glob("*/*/stack_0_1/step_*120-*.pt"):
-        file.unlink()
+    forget(path, "stack_0_1/step_*120-*.pt")
     assert resumed(path, "") == 0
     options = json.loads((path / "config.json").read_text())["options"]
     assert (options["steps"], options["extended"]) == (120, [40, 80])
@@ -109,8 +115,7 @@ def test_more_seeds_in_new_stacks(tmp_path, capsys):
     assert json.loads((path / "config.json").read_text())["options"]["seeds"] == 4
     assert report.main([str(path), "--out", str(tmp_path / "report")]) == 0
     assert "3: -" in (tmp_path / "report/report.md").read_text()
-    for file in path.rglob("stack_2_3/step_*40-*.pt"):  # it is stopped, and goes on
-        file.unlink()
+    forget(path, "stack_2_3/step_*40-*.pt")  # it is stopped, and goes on
     assert resumed(path, "") == 0
     assert unequal(state(other, "stack_2_3"), state(path, "stack_2_3")) == []
     assert {folder.name for folder in path.glob("*/*/stack_*")} == {"stack_0_1", "stack_2_3"}
@@ -134,14 +139,13 @@ def test_fewer_is_one_line(finished, capsys, flags, words):
 
 
 def test_an_environment_that_never_began_is_finished_first(finished, capsys, tmp_path):
-    path = finished / "config.json"
-    before = path.read_text()
-    content = json.loads(before)
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    path = copy / "config.json"
+    content = json.loads(path.read_text())
     content["options"]["env"] = ["Pendulum-v1", "MountainCarContinuous-v0"]
     path.write_text(json.dumps(content))
-    assert resumed(finished, "--steps 80") == 2
+    assert resumed(copy, "--steps 80") == 2
     assert "MountainCarContinuous-v0/sac is at step 0 of 40: finish" in capsys.readouterr().err
-    path.write_text(before)
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +154,12 @@ def finished(tmp_path_factory):
 
 
 def test_an_unfinished_run_is_finished_first(finished, capsys, tmp_path):
-    (newest,) = finished.rglob("step_*40-*.pt")
-    moved = newest.rename(tmp_path / newest.name)
-    assert resumed(finished, "--steps 80") == 2
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    forget(copy, "stack_0_1/step_*40-*.pt")
+    assert resumed(copy, "--steps 80") == 2
     assert re.search(r"stack_0_1 is at step 20 of 40: finish the run first, with --resume alone",
                      capsys.readouterr().err)
-    assert json.loads((finished / "config.json").read_text())["options"]["steps"] == 40
-    moved.rename(newest)
+    assert json.loads((copy / "config.json").read_text())["options"]["steps"] == 40
 
 
 @pytest.mark.parametrize("path", [

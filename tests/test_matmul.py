@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lab import matmul, train
+from lab.accelerate import PRECISIONS
 from lab.agent import FirstCalls, check_contract
 from lab.errors import UserError
 from lab.matmul import BLAS, ONEDNN, Product, Products, RecordProducts, computed_by
@@ -166,17 +167,30 @@ def test_one_choice_holds_for_all_processes_and_is_recorded(tmp_path, monkeypatc
     assert parse_args(["--resume", str(folder)])[0].fp32_library == BLAS
 
 
+def told_in_update(folder, expression, **settings):
+    """The value of the expression within the update of SAC, for each of two seeds."""
+    agent, rows = folder / "mine.py", []
+    agent.write_text(Path("agents/sac.py").read_text().replace(
+        '"policy/entropy": entropy,',
+        f'"policy/entropy": entropy.new_full([len(entropy)], {expression}),'))
+    loop.train(Job(str(agent), SMALL, "Pendulum-v1", (0, 1), steps=40, eval_every=40, log_every=40,
+                   checkpoint_every=0, eval_episodes=1, **settings),
+               lambda message: rows.extend(message.get("rows", {}).values()))
+    return [row["policy/entropy"] for row in rows]
+
+
 @pytest.mark.parametrize("library", [BLAS, ONEDNN])
 def test_a_run_computes_with_its_library(tmp_path, library):
-    agent, rows = tmp_path / "mine.py", []
-    agent.write_text(Path("agents/sac.py").read_text().replace(
-        '"policy/entropy": entropy,', '"policy/entropy": entropy.new_full('
-        '[len(entropy)], torch.get_float32_matmul_precision() == "medium"),'))
-    loop.train(Job(str(agent), SMALL, "Pendulum-v1", (0, 1), steps=40, eval_every=40, log_every=40,
-                   checkpoint_every=0, eval_episodes=1, fp32_library=library),
-               lambda message: rows.extend(message.get("rows", {}).values()))
-    assert [row["policy/entropy"] for row in rows] == [library == ONEDNN] * 2
+    told = told_in_update(tmp_path, 'torch.get_float32_matmul_precision() == "medium"',
+                          fp32_library=library)
+    assert told == [library == ONEDNN] * 2
     assert not uses_onednn()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_computes_in_its_precision(tmp_path, precision):
+    told = told_in_update(tmp_path, 'torch.is_autocast_enabled("cpu")', precision=precision)
+    assert told == [precision == "bf16"] * 2
 
 
 def test_the_plan_measures_with_the_choice_and_prints_it(monkeypatch, capsys, chosen):

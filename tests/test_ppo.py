@@ -12,7 +12,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 from agents import ppo
-from lab.agent import check_ranges
+from lab.agent import check_ranges, load_agent
 from lab.training.job import Job
 from lab.training.loop import train
 from tests.conftest import (
@@ -88,6 +88,14 @@ def test_normaliser_statistics_equal_those_of_all_the_data(float64):
     data = torch.cat(parts, 1)
     torch.testing.assert_close(normaliser.mean, data.mean(1, keepdim=True))
     torch.testing.assert_close(normaliser.var, data.var(1, keepdim=True, correction=0))
+
+
+@pytest.mark.parametrize("path", ["agents/ppo.py", "agents/ppo_discrete.py", "agents/ppo_lstm.py"])
+def test_normalised_observations_and_rewards_are_within_10(path):
+    normaliser = load_agent(path).Normaliser(1, 1, "cpu")
+    normaliser.update(torch.tensor([[[-1.0], [1.0]]]))
+    scaled = normaliser.scale(torch.tensor([-1e3, -9.0, 9.0, 1e3]))
+    torch.testing.assert_close(scaled.flatten(), torch.tensor([-10.0, -9.0, 9.0, 10.0]))
 
 
 def test_statistics_stand_still_while_a_rollout_is_collected_and_read():

@@ -19,7 +19,7 @@ from lab.envs.make import make_envs
 from lab.envs.shard import EVALUATION, TRAINING
 from lab.envs.spec import probe
 from lab.errors import UserError
-from lab.training import checkpoint, loop
+from lab.training import checkpoint, logger, loop
 from lab.training import evaluation as evaluation_module
 from lab.training import job as job_module
 from lab.training.evaluation import evaluate
@@ -593,7 +593,8 @@ def test_an_evaluation_that_does_not_end_is_an_error(scripted, monkeypatch):
 @pytest.mark.parametrize("name, settings", [
     ("gamma", {"config": {"gamma": 0.5}}), ("num_envs", {"num_envs": 2}),
     ("clip_reward", {"clip_reward": (-1.0, 1.0)}), ("action_repeat", {"action_repeat": 2}),
-    ("failure_below", {"failure_below": -1.0})])
+    ("failure_below", {"failure_below": -1.0}), ("precision", {"precision": "bf16"}),
+    ("eval_env", {"eval_env": "same"})])
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
     job = make_job(run=str(tmp_path), steps=20, checkpoint_every=10)
     run(job)
@@ -601,6 +602,33 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path, name, settings):
     with pytest.raises(UserError, match=f"started with {name} = .* not .*: restore") as caught:
         run(dataclasses.replace(job, config=config, **settings))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.2)
+    job = make_job(run=str(tmp_path), steps=20)
+    with checkpoint.lock(job.checkpoints), pytest.raises(UserError, match="another process"):
+        run(job)
+    assert run(job)
+
+
+def test_checkpoints_are_a_tenth_of_the_run_apart_or_five_minutes(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, state: saved.append(step))
+    run(make_job(run=str(tmp_path / "short"), checkpoint_every=None))
+    assert saved == list(range(10, 101, 10))
+    saved.clear()
+    monkeypatch.setattr(logger, "CHECKPOINT_SECONDS", 0)  # each step is late
+    run(make_job(run=str(tmp_path / "long"), checkpoint_every=None))
+    assert saved == list(range(1, 101))
+
+
+def test_a_rule_to_stop_leaves_a_failed_seed_out(scripted):
+    """Its first evaluation is before it fails."""
+    messages = run(make_job(scripted, {"nan_from": 15, "metric": "loss/scripted"}, env_id=DIARY,
+                            stop_at=-1e9, stop_at_evals=3))
+    assert [m["failed_seed"] for m in messages if "failed_seed" in m] == [1]
+    assert [m["step"] for m in messages if "stopped" in m] == [30]
 
 
 def test_all_environments_are_closed_when_training_raises(monkeypatch):

@@ -45,7 +45,7 @@ class Broken(Fake):
 
 
 class Stuck(Fake):
-    go = threading.Event()
+    go: threading.Event  # of the test
 
     def log(self, run, step, row):
         self.go.wait(30)
@@ -87,6 +87,7 @@ def test_a_slow_service_holds_nothing_up(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"options": {}, "config": {}}')
     with tracking.tracked("slow", None) as none:
         assert none is None, "no run folder, nothing to track"
+    monkeypatch.setattr(Stuck, "go", threading.Event(), raising=False)
     monkeypatch.setitem(tracking.SERVICES, "slow", Stuck)
     with tracking.tracked("slow", tmp_path) as tracker:
         for step in range(100):
@@ -124,7 +125,10 @@ def test_mlflow_gets_a_run_a_seed_and_a_resumed_run_goes_on_in_it(tmp_path, monk
                 urllib.request.urlopen(f"{address}/health")
                 break
             except OSError:
+                assert server.poll() is None, "the server ended"
                 time.sleep(0.2)
+        else:
+            pytest.fail("the server does not answer")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert train.run([*TINY, "--track", "mlflow", "--runs", str(tmp_path / "runs")]) == 0
         [folder] = (tmp_path / "runs").iterdir()
@@ -182,6 +186,8 @@ def test_wandb_writes_a_run_a_seed_when_offline(tmp_path, monkeypatch, capsys):
             if records and records[-1].HasField("exit"):
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail(f"{path} has no end")
         history, group, settings = [], "", {}
         for record in records:
             if record.HasField("run"):

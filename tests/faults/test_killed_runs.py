@@ -69,8 +69,20 @@ def numbers(folder):
         for line in path.read_text().splitlines()]
         for path in folder.glob("*/*/seed_*/metrics.jsonl")}
     states = {str(path.relative_to(folder)): flat_state(checkpoint.load_latest(path))
-              for path in folder.glob("*/*/stack_*")}
+              for path in stacks(folder)}
     return rows, states
+
+
+def stacks(folder):
+    found = list(folder.glob("*/*/stack_*"))
+    assert found
+    return found
+
+
+def first_rows(folder):
+    """With their times, which training them again would change."""
+    return {path: path.read_text().split("\n", 1)[0]
+            for path in folder.glob("*/*/seed_*/metrics.jsonl")}
 
 
 def table_of(out):
@@ -88,16 +100,19 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(name, tmp_path):
 
     dice = random.Random(name)
     process = start(script, *argv, "--runs", str(tmp_path / "killed"))
-    kills = 0
+    kills, firsts = 0, []
     for part in (0.25, 0.5, 0.8):
         def folder():
             return next(iter((tmp_path / "killed").glob("*-*")), None)
         kills += kill_after(process, folder, part * steps, dice.uniform(0, 0.3))
+        assert all(map(checkpoint.last_step, stacks(folder()))), "no checkpoint to go on from"
+        firsts.append(first_rows(folder()))
         process = start(script, "--resume", str(folder()))
     out_again, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out_again
     assert kills >= 2, "it was too fast to be killed"
     assert "start again" not in out_again
+    assert firsts == [first_rows(folder())] * 3, "it was trained again from the first step"
 
     (rows, states), (rows_again, states_again) = numbers(whole), numbers(folder())
     assert rows == rows_again and all(rows.values())
