@@ -18,6 +18,7 @@ from lab import train
 from lab.agent import action_kind, check_ranges, load_agent, restore_state, save_state  # noqa: F401
 from lab.check.driver import drive, flat_state, make_steps, same  # noqa: F401, the tests' too
 from lab.envs.spec import EnvSpec, discrete_spec
+from lab.errors import guarded
 from lab.training import loop
 from lab.training.processes import attempt
 
@@ -72,16 +73,34 @@ def no_curves(monkeypatch):
 
 
 @pytest.fixture
-def jobs_here(monkeypatch):
+def jobs_here(monkeypatch, keep_threads):
     """Jobs run in this process."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
     def run_jobs(jobs, processes, report, engine=None):
         found = {index: attempt(loop.train, job, functools.partial(report, index))
                  for index, job in enumerate(jobs)}
         return {index: failure.reason for index, failure in found.items() if failure}
 
     monkeypatch.setattr(train, "run_jobs", run_jobs)
+
+
+@pytest.fixture
+def keep_threads(monkeypatch):
+    """What sets the number of threads leaves this process's alone."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def refusal(capsys, main, *argv):
+    """-> the one line on stderr of a command that refuses its flags."""
+    assert guarded(lambda: main([str(arg) for arg in argv])) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert not out and "Traceback" not in err
+    return err
+
+
+def timeless(row):
+    """A row of metrics.jsonl without what another run of the same would change."""
+    return {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("perf/")}
 
 
 def few_updates(path):

@@ -118,8 +118,9 @@ def test_a_bad_setting_is_named_with_its_value(module, field, value):
 
 
 @needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[] if path.stem == "sac" else [pytest.mark.slow])
+    for path in AGENTS])
 def test_compiled_and_eager_updates_agree(path):
     """100 steps in float32; both round, so that a drift of 1e-3 is allowed, not one of 1e-2. XQC
     takes smaller steps than by default: where a gradient is near 0, rounding turns a whole one."""

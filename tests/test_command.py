@@ -22,7 +22,7 @@ from lab.options import Simple, Tune, Vectorised, parse_args
 from lab.training import progress
 from lab.training.recorder import SeedRecorder, read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
-from tests.conftest import AGENTS
+from tests.conftest import AGENTS, timeless
 
 SAC = Path("agents/sac.py").read_text()
 TINY = ["--env", "Pendulum-v1", "--steps", "300", "--actor-width", "8", "--qf-width", "8",
@@ -53,8 +53,7 @@ def write(folder, text, name="mine.py"):
 
 def metrics(run, env_id="Pendulum-v1", agent="sac", seed=0):
     rows = read_metrics(run / env_id / agent / f"seed_{seed}" / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "wall_time" and not k.startswith("perf/")}
-            for row in rows]
+    return [timeless(row) for row in rows]
 
 
 def contents(folder):
@@ -289,6 +288,12 @@ def test_the_comments_of_the_settings_are_their_help(capsys):
     for words in ("Soft Actor-Critic", "--qf-width INT", "units in each of a critic's",
                   "--steps INT", "default: 6000"):
         assert words in out
+
+
+@pytest.mark.parametrize("script", ["learn_vectorised.py", "hypertune.py"])
+def test_the_scripts_start(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: {script}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("argv", ["agents/ppo.py --env A B", "--env A B agents/ppo.py",

@@ -23,7 +23,7 @@ from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
 from lab.tuning import study
 from lab.watch import __main__ as watch
-from tests.conftest import drive, flat_state, make_steps, small_config, spec_for
+from tests.conftest import drive, flat_state, make_steps, small_config, spec_for, timeless
 from tests.pretend_device import PretendCuda, device_of
 
 DIARY = "tests.probe_envs:lab-tests/Diary-v0"
@@ -287,9 +287,8 @@ def test_an_evaluation_looks_at_the_host_every_25_steps_and_gives_the_same_retur
 
 def rows_of(folder):
     """Of each seed's metrics, without times."""
-    return {str(path.relative_to(folder)): [
-        {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("perf/")}
-        for row in read_metrics(path)] for path in sorted(folder.glob("*/*/seed_*/metrics.jsonl"))}
+    return {str(path.relative_to(folder)): [timeless(row) for row in read_metrics(path)]
+            for path in sorted(folder.glob("*/*/seed_*/metrics.jsonl"))}
 
 
 def trains(kind, folder, *words):

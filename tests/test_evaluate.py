@@ -17,12 +17,10 @@ from lab.options import parse_args
 from lab.report import __main__ as report
 from lab.training import checkpoint, logger, loop
 from lab.training.job import make_jobs
+from tests.conftest import refusal
 from tests.small_run import EPISODIC, STEPS, group, train
 
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 def evaluated(capsys, *argv):
@@ -40,10 +38,7 @@ def evaluated(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    assert guarded(lambda: evaluate.run([str(arg) for arg in argv])) == 2
-    _, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    return err
+    return refusal(capsys, evaluate.run, *argv)
 
 
 def plain(run, seed, stack, starts, repeat=1, env_id=EPISODIC):

@@ -20,7 +20,7 @@ from lab.export import __main__ as export
 from lab.export import numpy_code
 from lab.policy import load_policy
 from lab.training import checkpoint, recorder
-from tests.conftest import AGENTS
+from tests.conftest import AGENTS, refusal
 from tests.small_run import EPISODIC, STEPS, group, train
 
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, (
@@ -94,10 +94,7 @@ def exported(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    assert guarded(lambda: export.run([str(arg) for arg in argv])) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return refusal(capsys, export.run, *argv)
 
 
 def without_torch(code, folder, obs=OBS):

@@ -34,7 +34,7 @@ from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
 from lab.watch import camera
 from tests import field_envs
-from tests.conftest import small_config
+from tests.conftest import small_config, timeless
 
 PPO = "agents/ppo.py"
 SHORT = ("--steps=128", "--num-steps=32", "--num-minibatches=2", "--update-epochs=1",
@@ -61,7 +61,7 @@ def make_job(name, **settings):
 def rows_and_failures(job):
     messages = []
     loop.train(job, messages.append)
-    rows = {(seed, message["step"]): {k: v for k, v in row.items() if "perf" not in k}
+    rows = {(seed, message["step"]): timeless(row)
             for message in messages for seed, row in message.get("rows", {}).items()}
     return rows, [m for m in messages if "failed_seed" in m]
 
@@ -348,7 +348,7 @@ def only_one():
 
 
 def rows_of(folder):
-    return [{k: v for k, v in row.items() if "perf" not in k and k != "wall_time"}
+    return [timeless(row)
             for row in read_metrics(next(folder.glob("*/ppo/seed_0")) / "metrics.jsonl")]
 
 

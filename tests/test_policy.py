@@ -23,10 +23,7 @@ from lab.training.job import make_jobs
 from tests.conftest import AGENTS
 from tests.small_run import EPISODIC, STEPS, group, train
 
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 def states(run, stack="stack_0_1", name="sac"):

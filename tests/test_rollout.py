@@ -28,7 +28,7 @@ from lab.training.logger import due
 from lab.training.loop import train
 from lab.training.recorder import SeedRecorder, read_metrics
 from tests import probe_envs, small_run
-from tests.conftest import AGENTS, is_discrete, small_config
+from tests.conftest import AGENTS, is_discrete, small_config, timeless
 
 SAC = Path("agents/sac.py").resolve()
 SMALL_SAC = dataclasses.asdict(small_config(load_agent(SAC)))
@@ -103,8 +103,7 @@ def files_of(job):
     rows = {}
     for seed in job.seeds:
         written = read_metrics(job.group / f"seed_{seed}" / "metrics.jsonl")
-        rows[seed] = {row["step"]: {k: v for k, v in row.items() if k not in ("step", "wall_time")
-                                    and not k.startswith("perf/")} for row in written}
+        rows[seed] = {row.pop("step"): timeless(row) for row in written}
         assert len(rows[seed]) == len(written), "a step is written twice"
     return rows
 

@@ -26,7 +26,7 @@ from lab.training import checkpoint, recorder
 from lab.watch import __main__ as watch
 from lab.watch import camera, film
 from tests import probe_envs, small_run
-from tests.conftest import AGENTS, is_discrete
+from tests.conftest import AGENTS, is_discrete, refusal
 from tests.small_run import STEPS
 
 PAINTED = "tests.probe_envs:lab-tests/Painted-v0"
@@ -70,10 +70,7 @@ def filmed(capsys, *argv):
 
 
 def refused(capsys, *argv):
-    assert guarded(lambda: watch.run([str(arg) for arg in argv])) == 2
-    _, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    return err
+    return refusal(capsys, watch.run, *argv)
 
 
 def pictures(path):

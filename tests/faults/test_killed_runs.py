@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lab.training import checkpoint
-from tests.conftest import flat_state, same
+from tests.conftest import flat_state, same, timeless
 
 SMALL = "--batch-size 32 --learning-starts 100 --qf-width 32 --actor-width 32"
 COMMANDS = {
@@ -65,8 +65,7 @@ def kill_after(process, folder_of, step, moment):
 def numbers(folder):
     """All that a run leaves behind, but for times."""
     rows = {str(path.relative_to(folder)): [
-        {k: v for k, v in json.loads(line).items() if "perf/" not in k and k != "wall_time"}
-        for line in path.read_text().splitlines()]
+        timeless(json.loads(line)) for line in path.read_text().splitlines()]
         for path in folder.glob("*/*/seed_*/metrics.jsonl")}
     states = {str(path.relative_to(folder)): flat_state(checkpoint.load_latest(path))
               for path in stacks(folder)}
