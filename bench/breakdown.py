@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from lab.accelerate import Accelerator, prepare_process  # noqa: E402
 from lab.agent import build_agent  # noqa: E402
-from lab.training.job import Job, make_training  # noqa: E402
+from lab.training.job import Job, make_train_envs  # noqa: E402
 from lab.training.recorder import versions  # noqa: E402
 
 ENV, NUM_ENVS, STEPS = "HalfCheetah-v5", 32, 12
@@ -49,7 +49,7 @@ def build(workers: int, threads: int, ratio: float, seeds: int = 1, num_envs: in
               seeds=tuple(range(seeds)),
               steps=10**6, eval_every=0, log_every=10**6, checkpoint_every=0, num_envs=num_envs,
               backend="workers" if workers > 1 else "sync", workers=workers)
-    envs = make_training(job)
+    envs = make_train_envs(job)
     agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, num_envs, job.steps,
                         "cpu", Accelerator(compiled=True, precision=precision))
     return envs, agent
@@ -63,7 +63,7 @@ def measure(workers: int, threads: int, ratio: float) -> dict[str, float]:
         if step == 4:  # compiled
             spent = dict.fromkeys(PARTS, 0.0)
         times = [time.perf_counter()]
-        actions = envs.send_groups(agent.act, obs)
+        actions = envs.act_and_send(agent.act, obs)
         times.append(time.perf_counter())
         agent.update()
         times.append(time.perf_counter())

@@ -136,11 +136,11 @@ def measure_environment(algorithm: str) -> float:
     import torch
 
     from lab.accelerate import prepare_process
-    from lab.training.job import make_training
+    from lab.training.job import make_train_envs
 
     prepare_process()
     measured = job(algorithm, 1, "fp32-eager")
-    envs = make_training(measured)
+    envs = make_train_envs(measured)
     envs.reset()
     actions = 2 * torch.rand(200, 1, measured.num_envs, envs.spec.action_dim) - 1
     for x in actions[:20]:
@@ -158,9 +158,9 @@ def count_flops(algorithm: str) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lab.agent import build_agent
-    from lab.training.job import make_training
+    from lab.training.job import make_train_envs
 
-    envs = make_training(measured)
+    envs = make_train_envs(measured)
     N, spec = measured.num_envs, envs.spec
     agent = build_agent(measured.agent_path, measured.config, spec, [0], N, 10**6, "cpu",
                         lambda fn: fn)

@@ -294,7 +294,7 @@ def test_groups_are_acted_on_one_by_one_and_get_their_own_actions(make):
 
     for _ in range(12):
         seen.clear()
-        actions = stack.send_groups(act, obs)
+        actions = stack.act_and_send(act, obs)
         t = stack.receive()
         assert len(seen) == SETTINGS[make.name].get("groups", 1) == len(stack.groups)
         assert torch.equal(torch.cat(seen, 1), obs)

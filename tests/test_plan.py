@@ -118,7 +118,7 @@ class World:
     def reset(self, *stream):
         return torch.zeros(1, 1, 1)
 
-    def send_groups(self, act, obs):
+    def act_and_send(self, act, obs):
         return act(obs)
 
     def receive(self):

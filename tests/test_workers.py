@@ -108,7 +108,7 @@ def test_a_group_steps_while_the_next_is_acted_on(make):
         parts.append(part)
         return torch.ones(2, 1, 1)
 
-    stack.send_groups(act_late, obs)
+    stack.act_and_send(act_late, obs)
     assert len(parts) == 2
     assert (stack.receive().next_obs[..., STEP] == 1).all()
 

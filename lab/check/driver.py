@@ -82,13 +82,13 @@ class AgentUnderTest:
 
     def train(self, env_id: str, done: Callable[[Any], bool], **settings: Any) -> bool:
         """Train until `done(agent)`, called up to sixteen times -> whether it returned True."""
-        training = make_envs(env_id, SEEDS, PROBE_ENVS, device=self.device)
-        agent = self.make(SEEDS, PROBE_ENVS, PROBE_STEPS, training.spec, **settings)
-        obs = training.reset()
+        envs = make_envs(env_id, SEEDS, PROBE_ENVS, device=self.device)
+        agent = self.make(SEEDS, PROBE_ENVS, PROBE_STEPS, envs.spec, **settings)
+        obs = envs.reset()
         for step in range(1, PROBE_STEPS // PROBE_ENVS + 1):
             actions = agent.act(obs)
             agent.update()
-            t = training.step(actions)
+            t = envs.step(actions)
             agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
             obs = t.obs
             if step * PROBE_ENVS % (PROBE_STEPS // 16) < PROBE_ENVS and done(agent):

@@ -108,8 +108,8 @@ class VectorEnvs:
     def close(self) -> None:
         """Free the environments' resources; may be called twice."""
 
-    def send_groups(self, act: Callable[[torch.Tensor], torch.Tensor], obs: torch.Tensor
-                    ) -> torch.Tensor:
+    def act_and_send(self, act: Callable[[torch.Tensor], torch.Tensor], obs: torch.Tensor
+                     ) -> torch.Tensor:
         """act and send, group by group -> actions. A group steps while act works on the next."""
         parts = []
         for number, group in enumerate(self.groups):

@@ -24,7 +24,7 @@ from lab.envs.shard import TRAINING
 from lab.errors import UserError
 from lab.matmul import computed_by
 from lab.training.evaluation import ENDLESS, evaluate
-from lab.training.job import Emit, Job, agent_steps, make_evaluation, make_training
+from lab.training.job import Emit, Job, agent_steps, make_eval_envs, make_train_envs
 from lab.training.processes import Processes
 
 # seconds: of steps before the first update, of evaluation, between messages
@@ -114,13 +114,13 @@ def measure(job: Job, emit: Emit) -> None:
     since the last message: {"steps", "updates"} as counts, {"stepping", "updating"} in seconds."""
     emit({})
     start_time = time.perf_counter()
-    training = make_training(job)
-    evaluation = make_evaluation(job, training)
-    with (contextlib.closing(training), contextlib.closing(evaluation or training),
+    envs = make_train_envs(job)
+    eval_envs = make_eval_envs(job, envs)
+    with (contextlib.closing(envs), contextlib.closing(eval_envs or envs),
           computed_by(job.fp32_library)):
-        loop = Loop(job, training)
+        loop = Loop(job, envs)
         build = time.perf_counter() - start_time
-        compiling, evaluating = (sample_evaluation(loop.agent, evaluation) if evaluation
+        compiling, evaluating = (sample_evaluation(loop.agent, eval_envs) if eval_envs
                                  else (0.0, 0.0))
         emit({"cost": loop.warm_up(build, compiling, evaluating)})
         while True:
@@ -133,12 +133,12 @@ def measure(job: Job, emit: Emit) -> None:
 class Loop:
     """The training loop, timed."""
 
-    def __init__(self, job: Job, training: VectorEnvs):
-        self.job, self.training = job, training
+    def __init__(self, job: Job, envs: VectorEnvs):
+        self.job, self.envs = job, envs
         self.accelerate = Accelerator(job.compile, job.precision, job.device)
-        self.agent = build_agent(job.agent_path, job.config, training.spec, job.seeds,
+        self.agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds,
                                  job.num_envs, agent_steps(job), job.device, self.accelerate)
-        self.obs = training.reset(TRAINING, 0)
+        self.obs = envs.reset(TRAINING, 0)
         self.t: Any = None  # the last transition
         self.done: Any = Counter()  # steps, updates; seconds: stepping, updating
 
@@ -146,7 +146,7 @@ class Loop:
         """A step, or if not live the last transition again -> seconds: total, update (or 0)."""
         start_time = time.perf_counter()
         if live:
-            actions = self.training.send_groups(self.agent.act, self.obs)
+            actions = self.envs.act_and_send(self.agent.act, self.obs)
         else:
             actions = self.agent.act(self.obs)
         sent = time.perf_counter()
@@ -154,7 +154,7 @@ class Loop:
         if not live and self.job.device != "cpu":
             torch.cuda.synchronize()
         updating = time.perf_counter() - sent if learns else 0.0
-        t = self.t = self.training.receive() if live else self.t
+        t = self.t = self.envs.receive() if live else self.t
         self.agent.observe(self.obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
         self.obs = t.obs
         seconds = time.perf_counter() - start_time

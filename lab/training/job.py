@@ -105,7 +105,7 @@ class Job:
         return training + (len(self.seeds) * self.eval_episodes if self.eval_env == "own" else 0)
 
 
-def make_training(job: Job) -> VectorEnvs:
+def make_train_envs(job: Job) -> VectorEnvs:
     return make_envs(
         job.env_id, job.seeds, job.num_envs, job.backend, job.device, workers=job.workers,
         groups=job.groups, compile=job.compile, clip_reward=job.clip_reward,
@@ -113,9 +113,9 @@ def make_training(job: Job) -> VectorEnvs:
         env_kwargs=job.env_kwargs)
 
 
-def make_evaluation(job: Job, training: VectorEnvs) -> VectorEnvs | None:
+def make_eval_envs(job: Job, envs: VectorEnvs) -> VectorEnvs | None:
     if job.eval_env != "own":
-        return training if job.eval_env == "same" else None
+        return envs if job.eval_env == "same" else None
     return make_envs(job.env_id, job.seeds, job.eval_episodes, job.eval_backend, job.device,
                      action_repeat=job.action_repeat, env_kwargs=job.env_kwargs)
 

@@ -18,7 +18,7 @@ from lab.errors import UserError
 from lab.stopping import reason_to_stop
 from lab.training import checkpoint, plasticity
 from lab.training.evaluation import evaluate
-from lab.training.job import Emit, Job, make_evaluation
+from lab.training.job import Emit, Job, make_eval_envs
 from lab.training.recorder import STOPPED, SeedRecorder, reported_return, write_json
 
 CHECKPOINT_SECONDS = 300
@@ -44,9 +44,9 @@ def adjusted_settings(agent: Any, job: Job) -> list[str]:
 class TrainLogger:
     """Decides after each environment step whether to log, evaluate and checkpoint, and does it."""
 
-    def __init__(self, job: Job, accelerate: Accelerator, training: VectorEnvs, emit: Emit):
-        self.job, self.accelerate, self.training, self.emit = job, accelerate, training, emit
-        self.evaluation = make_evaluation(job, training)
+    def __init__(self, job: Job, accelerate: Accelerator, envs: VectorEnvs, emit: Emit):
+        self.job, self.accelerate, self.envs, self.emit = job, accelerate, envs, emit
+        self.eval_envs = make_eval_envs(job, envs)
         self.recorders: list[SeedRecorder] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.updated = False  # whether there was an update since plasticity was measured
@@ -98,7 +98,7 @@ class TrainLogger:
         restore_state(agent, state["agent"])
         self.notes = {"notes": adjusted_settings(agent, self.job)}
         self.cut_before_evaluation(step)
-        obs, lost = self.training.load_state_dict(state["envs"], TRAINING, step)
+        obs, lost = self.envs.load_state_dict(state["envs"], TRAINING, step)
         if lost:
             self.emit({"step": step, "warning": f"{lost} of {obs[..., 0].numel()} episodes start "
                        "again: their environment cannot be restored"})
@@ -109,7 +109,7 @@ class TrainLogger:
         if self.job.init_from:
             checkpoint.init_agent(agent, self.job.seeds, Path(self.job.init_from))
         self.notes = {"notes": adjusted_settings(agent, self.job)}
-        return 0, self.training.reset(TRAINING, 0)
+        return 0, self.envs.reset(TRAINING, 0)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """UserError if the run was started with other settings."""
@@ -128,7 +128,7 @@ class TrainLogger:
     def step(self, step: int, metrics: dict[str, torch.Tensor], agent: Any) -> None:
         """Call after every environment step."""
         job, evaluating = self.job, self.evaluates(step)
-        self.fail_broken(step, self.training)
+        self.fail_broken(step, self.envs)
         self.metrics.update(metrics)
         self.updated |= bool(metrics)
         self.learned |= bool(metrics)
@@ -158,22 +158,22 @@ class TrainLogger:
 
     def cut_before_evaluation(self, step: int) -> None:
         """An evaluation in the environments of training truncates their episodes."""
-        self.training.cut = (self.evaluation is self.training
+        self.envs.cut = (self.eval_envs is self.envs
                              and self.evaluates(step + self.job.steps_per_act))
 
     def mean_returns(self, step: int, agent: Any) -> Sequence[float | None]:
         """Of an evaluation; without one of training's episodes since the last call, None before the
         first one."""
-        if self.evaluation is None:
+        if self.eval_envs is None:
             before = self.last_eval or [None] * len(self.recent)
             returns = [total / number if number else last
                        for (number, total), last in zip(self.recent, before, strict=True)]
             self.recent = [[0.0, 0.0] for _ in returns]
             return returns
-        if self.evaluation is not self.training:
-            return evaluate(agent, self.evaluation, step)
-        with self.training.lend(TRAINING, step):
-            rounds = [evaluate(agent, self.training, step, k) for k in range(self.job.eval_rounds)]
+        if self.eval_envs is not self.envs:
+            return evaluate(agent, self.eval_envs, step)
+        with self.envs.lend(TRAINING, step):
+            rounds = [evaluate(agent, self.envs, step, k) for k in range(self.job.eval_rounds)]
         return [statistics.fmean(returns) for returns in zip(*rounds, strict=True)]
 
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
@@ -186,15 +186,15 @@ class TrainLogger:
                           "perf/updates_per_s": updates * per_second}
             self.clock, self.logged_step = now, step
             self.logged_updates = self.accelerate.gradient_steps
-        finished = self.training.finished()  # the host waits for the device here and below
-        self.fail_broken(step, self.training)
+        finished = self.envs.finished()  # the host waits for the device here and below
+        self.fail_broken(step, self.envs)
         for recent, (episodes, mean, _) in zip(self.recent, finished, strict=True):
             recent[0] += episodes
             recent[1] += episodes * mean
         if evaluating:
             self.last_eval = self.mean_returns(step, agent)
-            if self.evaluation:
-                self.fail_broken(step, self.evaluation, " in evaluation")
+            if self.eval_envs:
+                self.fail_broken(step, self.eval_envs, " in evaluation")
         self.measure_plasticity(agent)
         columns = {}
         if self.metrics:
@@ -220,7 +220,7 @@ class TrainLogger:
                 rows[seed] = row
                 if self.recorders:
                     self.recorders[index].write({"step": step} | row | self.speed)
-        if evaluating and self.evaluation:
+        if evaluating and self.eval_envs:
             self.note_best(step, agent)
             self.decide_to_stop(step)
         stopped = {"stopped": self.stopped} if self.stopped else {}
@@ -282,17 +282,17 @@ class TrainLogger:
             self.measure_plasticity(agent)  # a checkpoint does not hold the last batch
             try:
                 checkpoint.save(self.job.checkpoints, step, {
-                    "step": step, "agent": save_state(agent), "envs": self.training.state_dict(),
+                    "step": step, "agent": save_state(agent), "envs": self.envs.state_dict(),
                     "metrics": self.metrics, "settings": self._settings(),
                     "failed": sorted(self.failed), "last_eval": self.last_eval,
-                    "evaluated": bool(self.evaluation) and self.evaluates(step),
+                    "evaluated": bool(self.eval_envs) and self.evaluates(step),
                     "recent": self.recent, "best": self.best, "means": self.means,
                     "stopped": self.stopped})
             except OSError as error:
                 self.emit({"step": step, "warning": f"checkpoint not written: {error}",
                            "unsaved": step >= self.job.steps or self.ended})
             if not self.restore_checked:
-                exact = self.training.can_restore_exactly()
+                exact = self.envs.can_restore_exactly()
                 self.restore_checked = exact is not None
                 if exact is False:
                     self.emit({"step": step, "warning": "the environment cannot be restored: a "

@@ -10,7 +10,7 @@ from lab.accelerate import Accelerator
 from lab.agent import build_agent
 from lab.matmul import computed_by
 from lab.training import checkpoint
-from lab.training.job import Emit, Job, agent_steps, make_training
+from lab.training.job import Emit, Job, agent_steps, make_train_envs
 from lab.training.logger import TrainLogger
 
 
@@ -21,22 +21,22 @@ def train(job: Job, emit: Emit) -> None:
                               init_from=job.init_from and os.path.abspath(job.init_from),
                               run=job.run and os.path.abspath(job.run))
     accelerate = Accelerator(job.compile, job.precision, job.device)
-    training = make_training(job)
-    with (contextlib.closing(training), computed_by(job.fp32_library),
+    envs = make_train_envs(job)
+    with (contextlib.closing(envs), computed_by(job.fp32_library),
           contextlib.ExitStack() as held, Interrupts() as interrupts):
-        agent = build_agent(job.agent_path, job.config, training.spec, job.seeds, job.num_envs,
+        agent = build_agent(job.agent_path, job.config, envs.spec, job.seeds, job.num_envs,
                             agent_steps(job), job.device, accelerate, job.source)
-        log = TrainLogger(job, accelerate, training, emit)
-        if log.evaluation not in (None, training):
-            held.enter_context(contextlib.closing(log.evaluation))
+        log = TrainLogger(job, accelerate, envs, emit)
+        if log.eval_envs not in (None, envs):
+            held.enter_context(contextlib.closing(log.eval_envs))
         if job.checkpoints:
             held.enter_context(checkpoint.lock(job.checkpoints))
         step, obs = log.begin(agent)
         emit({"step": step})
         while step < job.steps:
-            actions = training.send_groups(agent.act, obs)
+            actions = envs.act_and_send(agent.act, obs)
             metrics = agent.update()  # on a GPU it runs while the environments step
-            t = training.receive()
+            t = envs.receive()
             agent.observe(obs, actions, t.rewards, t.next_obs, t.terminations, t.truncations)
             obs = t.obs
             step += job.steps_per_act
