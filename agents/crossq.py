@@ -3,7 +3,7 @@
 Bhatt et al. 2024, arXiv 1902.05605. Differences from sac.py:
 1. No target networks: the critics see (s, a) and (s', a') in one batch (section 4.1).
 2. Batch renormalisation before each layer of every network.
-3. Critics 1024 wide (SBX's; paper: 2048), actor_lr 1e-3, an actor step per three; all beta1 0.5.
+3. Critics 1024 wide (SBX; paper: 2048), actor_lr 1e-3, one actor step per three, beta1 0.5.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
 two critics for each seed; read S as 1.
@@ -73,11 +73,11 @@ def td_target(rewards, terminations, next_values, gamma):
 
 def squashed_log_probs(x, noise, log_std, log_scale):
     """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B)."""
-    # Change of variables, 1812.05905, appendix C: log p(x) minus the log-slope of scale * tanh
+    # Change of variables, 1812.05905, appendix C: log p(x) - log |d(scale * tanh(x)) / dx|
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # computed from x, it stays exact where tanh(x) rounds to 1
-    log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
-    return (log_normal - log_slope).sum(-1)
+    log_jacobian = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
+    return (log_normal - log_jacobian).sum(-1)
 
 
 class Linear(nn.Module):

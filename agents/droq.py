@@ -74,11 +74,11 @@ def td_target(rewards, terminations, next_values, gamma):
 
 def squashed_log_probs(x, noise, log_std, log_scale):
     """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B)."""
-    # Change of variables, 1812.05905, appendix C: log p(x) minus the log-slope of scale * tanh
+    # Change of variables, 1812.05905, appendix C: log p(x) - log |d(scale * tanh(x)) / dx|
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # computed from x, it stays exact where tanh(x) rounds to 1
-    log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
-    return (log_normal - log_slope).sum(-1)
+    log_jacobian = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
+    return (log_normal - log_jacobian).sum(-1)
 
 
 class Linear(nn.Module):

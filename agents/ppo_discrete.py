@@ -12,7 +12,7 @@ Departures from CleanRL, each with its reason
    acted on. The first rollout is only clipped. A rollout's first action comes before the update.
    Reward statistics are those of all environments and include the rollout that they scale.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
-   Adam's step count is shared and keeps counting, so no seed affects another.
+   Adam's step count is shared and keeps counting, so a stopped seed does not affect the others.
 
     python learn_simple.py agents/ppo_discrete.py --env CartPole-v1 --steps 100_000 --log
 """

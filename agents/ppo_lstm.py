@@ -12,7 +12,7 @@ Departures from CleanRL, each with its reason
    acted on. The first rollout is only clipped. A rollout's first action comes before the update.
    Reward statistics are those of all environments and include the rollout that they scale.
 3. A seed above target_kl stops alone: its weights and Adam moments stay until the next rollout.
-   Adam's step count is shared and keeps counting, so no seed affects another.
+   Adam's step count is shared and keeps counting, so a stopped seed does not affect the others.
 4. Minibatches hold whole sequences. Backpropagation stops at their start, at the stored memory.
 
     python learn_vectorised.py agents/ppo_lstm.py --env torch/CartPoleWithoutVelocity-v1 --log
@@ -159,9 +159,9 @@ class LSTM(nn.Module):
             memory = x.new_zeros(*x.shape[:2], 2 * self.units)
         output, cell = memory.chunk(2, -1)
         gates = self.gates(torch.cat([x, output], -1)).type_as(x)  # cells are never in bf16
-        keep, write, show, new = gates.chunk(4, -1)
-        cell = (keep + 1).sigmoid() * cell + write.sigmoid() * new.tanh()  # + 1: keeps at first
-        output = show.sigmoid() * cell.tanh()
+        forget, write, out, new = gates.chunk(4, -1)  # forget, input, output gate; candidate
+        cell = (forget + 1).sigmoid() * cell + write.sigmoid() * new.tanh()  # forget bias 1
+        output = out.sigmoid() * cell.tanh()
         return torch.cat([x, output], -1), torch.cat([output, cell], -1)
 
 

@@ -1,9 +1,9 @@
 """XQC: CrossQ with weight normalisation, distributional critics, target networks, scaled rewards.
 
 Palenicek et al. 2025, arXiv 2509.25174. Differences from crossq.py:
-1. Plain batch norm before each ReLU; after every step the weights into each unit have length 1.
+1. Plain batch norm before each ReLU; after every step the weights into each unit have norm 1.
 2. Categorical critics (C51, 101 atoms), trained by cross-entropy, with target networks.
-3. Rewards are divided by the spread of their discounted return; the learning rate falls linearly.
+3. Rewards are divided by the standard deviation of their discounted return; lr falls linearly.
 From FlashSAC, arXiv 2604.04539: scaled returns stay within the atoms; noise may be held.
 
 Every tensor starts with S, the seeds that train side by side, and inside the critics with S x 2,
@@ -12,8 +12,8 @@ two critics for each seed; read S as 1.
 Departures from the paper, each with its reason
 1. The first actions are uniform, so early data is not biased by an untrained policy.
 2. log_std is squashed by a tanh, as in CleanRL: a hard clamp has no gradient outside its range.
-3. Small by default: 2 layers of 256 for the paper's 4 of 512 (actor: 256), one update per
-   transition for two. With half as many steps, tau is twice the paper's and lr three times.
+3. Small by default: 2 layers of 256, not the paper's 4 of 512 (actor: 256), and one update per
+   transition, not two. With half as many updates, tau is twice the paper's and lr three times.
 
     python learn_simple.py agents/xqc.py --env Hopper-v5 --seeds 8 --steps 100_000 --log
 """
@@ -86,22 +86,22 @@ def project(probs, rewards, discounts, bonus):
     """The distribution of rewards + discounts * (values + bonus), for values with `probs` on the
     atoms, as one on the atoms: each value's probability goes to the two nearest, in proportion
     (1707.06887, algorithm 1). (S, B, ATOMS) and (S, B) each -> (S, B, ATOMS)."""
-    moved = rewards[..., None] + discounts[..., None] * (atoms_like(rewards) + bonus[..., None])
-    place = (moved.clamp(-V_MAX, V_MAX) + V_MAX) * ((ATOMS - 1) / (2 * V_MAX))
-    left = place.nan_to_num().floor().clamp(max=ATOMS - 2)  # the index of a NaN must exist
-    to_right = probs * (place - left)
-    left = left.long()
-    target = torch.zeros_like(probs).scatter_add(-1, left, probs - to_right)
-    return target.scatter_add(-1, left + 1, to_right)
+    values = rewards[..., None] + discounts[..., None] * (atoms_like(rewards) + bonus[..., None])
+    b = (values.clamp(-V_MAX, V_MAX) + V_MAX) * ((ATOMS - 1) / (2 * V_MAX))
+    lower = b.nan_to_num().floor().clamp(max=ATOMS - 2)  # the index of a NaN must exist
+    to_upper = probs * (b - lower)
+    lower = lower.long()
+    target = torch.zeros_like(probs).scatter_add(-1, lower, probs - to_upper)
+    return target.scatter_add(-1, lower + 1, to_upper)
 
 
 def squashed_log_probs(x, noise, log_std, log_scale):
     """Log-density of scale * tanh(x), x = mean + std * noise: (S, B, A) -> (S, B)."""
-    # Change of variables, 1812.05905, appendix C: log p(x) minus the log-slope of scale * tanh
+    # Change of variables, 1812.05905, appendix C: log p(x) - log |d(scale * tanh(x)) / dx|
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # computed from x, it stays exact where tanh(x) rounds to 1
-    log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
-    return (log_normal - log_slope).sum(-1)
+    log_jacobian = 2 * (math.log(2) - x - F.softplus(-2 * x)) + log_scale
+    return (log_normal - log_jacobian).sum(-1)
 
 
 class Linear(nn.Module):
@@ -272,7 +272,7 @@ class RewardScale:
         self.largest = torch.maximum(self.largest, returns.abs().amax(1))
         self.returns = returns * (ends == 0)
 
-    def __call__(self):
+    def value(self):
         """(S,)"""
         count, total, squares = self.sums.unbind(1)
         std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
@@ -367,7 +367,7 @@ class Agent:
             self.batch = self.replay.sample(
                 self.config.batch_size, self.config.n_step, self.config.gamma)
             noise = randn(self.generators, 2, self.config.batch_size, self.spec.action_dim)
-            metrics |= self.update_critic(*self.batch, self.reward_scale(), noise[:, 0])
+            metrics |= self.update_critic(*self.batch, self.reward_scale.value(), noise[:, 0])
             self.critic_steps += 1
             if self.critic_steps % self.config.policy_delay == 0:
                 metrics |= self.update_actor(self.batch[0], noise[:, 1])
@@ -384,8 +384,8 @@ class Agent:
         # Target: the distribution of the lower slow critic, plus the entropy bonus
         with torch.no_grad():
             next_probs = self.qf_target(*both, train=True, rows=later).softmax(-1)
-            first, second = mean_value(next_probs).unbind(1)  # (S, B)
-            next_probs = torch.where((first < second)[..., None], *next_probs.unbind(1))
+            q1, q2 = mean_value(next_probs).unbind(1)  # (S, B)
+            next_probs = torch.where((q1 < q2)[..., None], *next_probs.unbind(1))
             bonus = -self.log_alpha.exp()[:, None] * next_log_probs
             target = project(next_probs, b_rewards / scale[:, None], b_discounts, bonus)
             target = target[:, None].expand(-1, 2, -1, -1)  # the same for both critics

@@ -236,7 +236,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{cpu} progress and summary": [f"{own[n]:.2f} ms" for n in jobs],
         "job, CPU of a message": [f"{drivers[n]['job_cpu_ms_per_message']:.2f} ms" for n in jobs],
         "driver, memory for the jobs": [f"{drivers[n]['driver_mib']:.0f} MiB" for n in jobs],
-        "giving all jobs": [f"{drivers[n]['give_s']:.2f} s" for n in jobs],
+        "submitting all jobs": [f"{drivers[n]['give_s']:.2f} s" for n in jobs],
         "first message": [f"{drivers[n]['first_message_s']:.2f} s" for n in jobs],
         "messages a second": [f"{int(n) * (MESSAGES + 1) / drivers[n]['wall_s']:.0f}"
                               for n in jobs]})

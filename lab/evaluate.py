@@ -183,7 +183,7 @@ def describe(run: TrainedRun, env_id: str, kwargs: Sequence[str], policies: Poli
     # some environments have is_success only where it is True
     tells_success = any(e.success is not None for played in episodes.values() for e in played)
     seeds = {seed: {"step": policies.steps[seed]} | summary(played, bound, tells_success)
-             | ({"picked on": policies.best[seed]} if policies.best else {})
+             | ({"best evaluation": policies.best[seed]} if policies.best else {})
              for seed, played in episodes.items()}
     counted = [row for seed, row in seeds.items() if seed not in policies.failed]
     _, low, high = stats.t_interval([row["return"] for row in counted])
@@ -236,11 +236,11 @@ def show(result: dict[str, Any]) -> None:
     if result["failure_below"] is not None:
         print(f"failure: terminated with a last reward below {result['failure_below']:g}")
     if result["which"] == "best":
-        print("picked on: the evaluation that chose these weights, which is optimistic")
+        print("best evaluation: the one that chose these weights, so it is optimistic")
 
 
 def cells(row: dict[str, float], names: Sequence[str]) -> list[str]:
-    return [f"{row[name]:.{1 if name in ('return', 'length', 'picked on') else 2}f}"
+    return [f"{row[name]:.{1 if name in ('return', 'length', 'best evaluation') else 2}f}"
             for name in names]
 
 

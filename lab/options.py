@@ -34,15 +34,15 @@ class Options:
     # What to train
     agent: tyro.conf.Positional[str] = "agents/sac.py"  # agent file
     env: tuple[str, ...] = ("Pendulum-v1",)  # gymnasium ids, each trained separately
-    env_kwargs: tuple[str, ...] = ()  # NAME=VALUE arguments of gymnasium.make; tables declare them
+    env_kwargs: tuple[str, ...] = ()  # NAME=VALUE arguments of gymnasium.make; tables state them
     seeds: int = 1  # number of seeds
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     steps: int = 6_000  # environment steps per seed
     # start from the weights of this run, each seed from its own, or all from one seed's folder;
-    # tables declare it
+    # tables state it
     init_from: Path | None = None
-    # What to change about the task; tables and plots declare it
-    action_repeat: int = 1  # environment steps that each action is held for; rewards are summed
+    # What to change about the task; tables and plots state it
+    action_repeat: int = 1  # environment steps for each action; rewards are summed
     # clip the training reward of each environment step to [LOW, HIGH]
     clip_reward: tuple[float, float] | None = None
     # in training, a termination counts only if its last reward is below this; any other end of an
@@ -296,7 +296,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def _words(value: Any) -> Iterator[str]:
-    """Of a number, a text or a list of them, which may hold lists."""
+    """The words of a number, a text or a nested list of them."""
     if isinstance(value, list):
         for each in value:
             yield from _words(each)

@@ -29,7 +29,7 @@ class Service(Protocol):
     """A tracker's client, used by one thread."""
 
     def start(self, env_id: str, seed: int) -> Any:
-        """Begin the run of a seed, or go on with it."""
+        """Begin or resume the run of a seed."""
 
     def log(self, run: Any, step: int, row: dict[str, float]) -> None: ...
 
@@ -115,7 +115,7 @@ SERVICES: dict[str, type[Any]] = {"mlflow": MLflow, "wandb": WandB}
 def check(service: str | None) -> None:
     """UserError if its package is not installed."""
     if service and importlib.util.find_spec(service) is None:
-        raise UserError(f"--track {service} needs it: pip install {service}")
+        raise UserError(f"--track {service} needs a package: pip install {service}")
 
 
 def tracked(service: str | None, folder: Path | None
@@ -146,7 +146,7 @@ class Tracker:
                 try:
                     self.rows.put_nowait((job.env_id, seed, message["step"], row | speed))
                 except queue.Full:
-                    self._warn("it is too slow, so rows are left out")
+                    self._warn("the service is too slow; some rows are dropped")
 
     def __exit__(self, *exception: object) -> None:
         """Send what waits, and the files of the run."""
@@ -178,5 +178,5 @@ class Tracker:
 
     def _warn(self, reason: str) -> None:
         if not self.warned:
-            print(f"warning: --track: {reason}; training goes on", file=sys.stderr)
+            print(f"warning: --track: {reason}; training continues", file=sys.stderr)
         self.warned = True

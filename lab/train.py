@@ -17,7 +17,7 @@ from lab.matmul import Products
 from lab.options import Options, Simple, parse_args, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
-from lab.report.runs import changes, origins
+from lab.report.runs import changes, origins, seed_names
 from lab.stopping import stops
 from lab.training import checkpoint, recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs
@@ -146,7 +146,7 @@ class RunSummary:
         if "failed_seed" in message:
             self.add_failure(job, [message["failed_seed"]], message["reason"])
         if message.get("unsaved"):
-            self.failures.append(f"{job.env_id} {named(job.seeds)}: {message['warning']}")
+            self.failures.append(f"{job.env_id} {seed_names(job.seeds)}: {message['warning']}")
         returns = {seed: row[self.tag] for seed, row in message.get("rows", {}).items()
                    if self.tag in row}
         if "stopped" in message:
@@ -164,7 +164,7 @@ class RunSummary:
         if self.failed[job.env_id].issuperset(seeds):
             return
         self.failed[job.env_id] |= set(seeds)
-        self.failures.append(f"{job.env_id} {named(seeds)}: {reason}")
+        self.failures.append(f"{job.env_id} {seed_names(seeds)}: {reason}")
         if self.all_seeds:
             self.all_seeds[job.env_id].alive -= set(seeds)
 
@@ -184,7 +184,7 @@ class RunSummary:
             self.final[env_id] |= written  # keeps what a full disk did not take
             lost = sorted(self.final[env_id].keys() - written.keys() - self.failed[env_id])
             if lost:
-                self.failures.append(f"{env_id} {named(lost)}: the last row was not written")
+                self.failures.append(f"{env_id} {seed_names(lost)}: the last row was not written")
         agent_name = Path(self.options.agent).stem
         most = "at most " if self.stops else ""
         title = f"{agent_name}: {self.kind} after {most}{self.options.steps} steps of each seed"
@@ -205,15 +205,6 @@ class RunSummary:
             print(f"curves:     tensorboard --logdir {folder}")
         for reason in self.failures:
             print(f"FAILED {reason}", file=sys.stderr)
-
-
-def named(seeds: Sequence[int]) -> str:
-    """"seed 3", "seeds 0 to 4" or "seeds 0, 2": they are in order."""
-    if len(seeds) == 1:
-        return f"seed {seeds[0]}"
-    if seeds[-1] - seeds[0] == len(seeds) - 1:
-        return f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def declared(options: Options) -> str:

@@ -615,8 +615,9 @@ def test_a_clipped_training_reward_is_declared_and_evaluation_is_raw(tmp_path, c
 def test_a_held_action_and_the_failures_are_declared_and_kept(tmp_path, capsys, no_curves):
     argv = tiny(tmp_path, "agents/sac.py", "--log", "--action-repeat", "2", "--failure-below", "-9")
     assert train.run(argv) == 0
-    assert ("trained and evaluated with each action held for 2 steps, trained with terminations "
-            "only where the last reward is below -9.0") in " ".join(capsys.readouterr().out.split())
+    words = ("trained and evaluated with each action repeated for 2 steps, trained with "
+             "terminations only where the last reward is below -9.0")
+    assert words in " ".join(capsys.readouterr().out.split())
     (run,) = (tmp_path / "runs").iterdir()
     again, _ = parse_args(["--config", str(run / "config.json")])
     assert (again.action_repeat, again.failure_below) == (2, -9.0)

@@ -210,7 +210,7 @@ def test_each_seeds_weights_are_kept_at_its_best_evaluation(tmp_path, monkeypatc
     monkeypatch.undo()
     result, out = evaluated(capsys, run, "--episodes", 2, "--which", "best")
     assert [result["seeds"][seed]["step"] for seed in "01"] == [8, 16]
-    assert [result["seeds"][seed]["picked on"] for seed in "01"] == [3.0, 5.0]
+    assert [result["seeds"][seed]["best evaluation"] for seed in "01"] == [3.0, 5.0]
     last, _ = evaluated(capsys, run, "--episodes", 2)
     assert last["episodes"] != result["episodes"] and "which is optimistic" in out
 
@@ -259,7 +259,7 @@ def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsy
                for which in ("last", "best")]
     assert report.main([str(run), "--out", str(out)]) == 0
     told = (out / "report.md").read_text()
-    for result, picked in zip(results, (None, results[1]["mean"]["picked on"]), strict=True):
+    for result, picked in zip(results, (None, results[1]["mean"]["best evaluation"]), strict=True):
         (row,) = (line for line in told.splitlines() if f"| {result['which']}, at " in line)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[3:6] == ["3", "4", f"{result['mean']['return']:.1f}"]

@@ -321,15 +321,15 @@ BEST = [("ppo", "8", "fp32-compiled"), ("sac", "8", "bf16-compiled"),
         ("crossq", "4", "bf16-compiled"), ("droq", "4", "bf16-compiled")]
 # What the pages say in words, and the figures in it.
 PROSE = {
-    "PPO {:.1f} and SAC {:.1f} times as many seed-steps a second on one core with AMX (8 seeds; "
-    "SAC in bf16, {:.1f} in fp32), {:.1f} and {:.1f} on one without": lambda: [
+    "PPO {:.1f} and SAC {:.1f} times the steps/s, summed over seeds, on one core with AMX (8 "
+    "seeds; SAC in bf16, {:.1f} in fp32), {:.1f} and {:.1f} on one without": lambda: [
         *(ours(*case, "sb3") for case in (*BEST[:2], ("sac", "8", "fp32-compiled"))),
         *(ours(*case, "sb3", "speed-amd") for case in BEST[:2])],
     "PPO {:.1f}, SAC {:.1f}, CrossQ {:.1f}, DroQ {:.1f} times as many with AMX (PPO and SAC: 8 "
     "seeds, CrossQ and DroQ: 4; all but PPO in bf16), {:.1f}, {:.1f}, {:.1f} and {:.1f} without":
     lambda: [ours(*case, "sbx", name) for name in ("speed", "speed-amd") for case in BEST],
-    "Eight seeds of PPO make {:.1f} times as many seed-steps a second as four, and {:.1f} times as "
-    "many as one": lambda: [
+    "Eight seeds of PPO make {:.1f} times the steps/s, summed over seeds, of four, and {:.1f} "
+    "times as many as one": lambda: [
         ratio("speed", ("ppo", "lab", "8", "fp32-eager"), ("ppo", "lab", n, "fp32-eager"))
         for n in ("4", "1")],
     "a second torch thread {:.0%}": lambda: [
@@ -348,15 +348,16 @@ PROSE = {
              for name in ("sac", "crossq") for seeds in ("1", "8")],
     "one seed of SAC in fp32 runs here at {:.2f} of its speed": lambda: [
         ours("sac", "1", "fp32-compiled", "sbx")],
-    "Eight seeds make {:.1f} times as many seed-steps as SBX in bf16 (target 2) and {:.1f} times "
-    "in fp32 (target 1.4)": lambda: [
+    "Eight seeds make {:.1f} times as many steps, summed over them, as SBX in bf16 (target 2) and "
+    "{:.1f} times in fp32 (target 1.4)": lambda: [
         ours("sac", "8", f"{precision}-compiled", "sbx") for precision in ("bf16", "fp32")],
     "Eight seeds make {:.2f} times as many steps as SB3 in eager mode (target 5) and {:.2f} times "
     "compiled (target 7)": lambda: [
         ours("ppo", "8", f"fp32-{how}", "sb3") for how in ("eager", "compiled")],
     "passes 2.5 x with 4 seeds, not with one ({:.2f})": lambda: [
         ours("droq", "1", "bf16-compiled", "sbx")],
-    "8 seeds of PPO make {:.1f} times and of SAC (bf16) {:.1f} times as many environment steps":
+    "8 stacked seeds of PPO run at {:.1f} times the steps/s of Stable-Baselines3, summed over "
+    "seeds, and of SAC (bf16) at {:.1f} times":
     lambda: [ours("ppo", "8", "fp32-compiled", "sb3"), ours("sac", "8", "bf16-compiled", "sb3")],
     "{} seeds, means of two repeats": lambda: [result("gpu")["seeds"]],
     "with {} environments per seed, compiled, random actions: {:.0f} million environment steps/s":
@@ -430,8 +431,8 @@ PROSE = {
         statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
         mean_at(name, 80_000) for name in ("xqc-biped-raw", "xqc-biped")],
-    "XQC has a mean score of {:.2f} ({:.2f} to {:.2f}; random has 0 and TD3 after a million steps "
-    "1); the best published agent there has {:.2f}": of_td3,
+    "XQC has a mean score of {:.2f} ({:.2f} to {:.2f}), where random actions score 0 and TD3 after "
+    "a million steps 1; the best published agent there has {:.2f}": of_td3,
     "by a bootstrap over the seeds of each task, is {:.2f} to {:.2f}": lambda: of_td3()[1:3],
     "take {} MiB in all": lambda: [result("speed")["memory_mib_8_seeds_sac_100k_steps"]],
     "one standard error ({:.0f} on HalfCheetah, {:.0f} on Hopper)": lambda: [

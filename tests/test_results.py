@@ -223,7 +223,8 @@ def test_clipped_rewards_are_declared(tmp_path):
 def test_what_was_changed_about_the_task_is_declared_and_an_older_run_changed_nothing(tmp_path):
     run = write_run(tmp_path / "a", {V4: seeds(*range(5))}, action_repeat=2, failure_below=-99.0)
     assert warnings(run) == [
-        f"a was trained and evaluated with each action held for 2 steps ({run}); returns are raw",
+        f"a was trained and evaluated with each action repeated for 2 steps ({run}); returns are "
+        "raw",
         f"a was trained with terminations only where the last reward is below -99.0 ({run}); "
         "returns are raw"]
     old = write_run(tmp_path / "old", {V4: seeds(*range(5))})
@@ -282,11 +283,11 @@ def test_seeds_that_tuned_the_settings_are_told(tmp_path):
     tuned = write_run(tmp_path / "tuned", {V4: seeds(*range(8))}, settings={"gamma": 0.9})
     (line,) = warnings(tuned)
     assert line.startswith(f"tuned in {V4} is reported on seeds that the study s tuned its "
-                           "settings on (0 to 5)") and str(study / "confirmed") in line
+                           "settings on (seeds 0 to 5)") and str(study / "confirmed") in line
     given = study / "best.json"  # with a flag that won over it
     named = write_run(tmp_path / "elsewhere/named", {V4: seeds(*range(5))},
                       settings={"gamma": 0.8}, config=str(given))
-    assert len(warnings(named)) == 1 and "(0 to 4)" in warnings(named)[0]
+    assert len(warnings(named)) == 1 and "(seeds 0 to 4)" in warnings(named)[0]
     given.rename(tmp_path / "best.json")
     assert warnings(named) == [
         f"named has the settings of {given}, but that study is missing: it may "
@@ -324,8 +325,8 @@ def test_seeds_that_settings_which_ship_were_tuned_on_are_told(tmp_path):
         content["options"]["agent"] = str(agent)
         recorder.write_json(run / "config.json", content)
     assert warnings(first) == [
-        f"2 in {V4} is reported on seeds that its settings were tuned on (2, 3; a/study), so its "
-        "mean is biased upwards: --first-seed 4 takes others"]
+        f"2 in {V4} is reported on seeds that its settings were tuned on (seeds 2 to 3; a/study), "
+        "so its mean is biased upwards: --first-seed 4 takes others"]
     assert warnings(other) == []
 
 
@@ -335,7 +336,7 @@ def test_a_studys_own_trials_are_told_and_its_confirmation_is_not(tmp_path):
     held_out = write_run(study / "confirmed/001", {V4: seeds(*range(5), first=1_000_000)})
     for run in (trial, held_out):
         (run / "config.json").unlink()  # they have none of their own
-    assert "tuned its settings on (2, 3)" in warnings(trial)[-1]
+    assert "tuned its settings on (seeds 2 to 3)" in warnings(trial)[-1]
     assert warnings(held_out) == []
 
 

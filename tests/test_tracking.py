@@ -94,13 +94,13 @@ def test_a_slow_service_holds_nothing_up(tmp_path, monkeypatch, capsys):
             tracker.receive(JOB, {"step": step, "rows": {0: {"x": 1.0}}})
     Stuck.go.set()
     assert capsys.readouterr().err == (
-        "warning: --track: it is too slow, so rows are left out; training goes on\n")
+        "warning: --track: the service is too slow; some rows are dropped; training continues\n")
 
 
 def test_a_service_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert train.run([*TINY, "--track", "wandb", "--runs", str(tmp_path)]) == 2
-    assert "--track wandb needs it: pip install wandb" in capsys.readouterr().err
+    assert "--track wandb needs a package: pip install wandb" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -256,7 +256,7 @@ def test_the_scale_equals_a_slow_one_from_every_step_so_far(float64, num_envs):
             seen[seed].extend(running[seed].tolist())
         running[(ends[0] + ends[1]) > 0] = 0
         expected = [slow_scale(returns) for returns in seen]
-        torch.testing.assert_close(agent.reward_scale(), torch.tensor(expected))
+        torch.testing.assert_close(agent.reward_scale.value(), torch.tensor(expected))
         larger |= {scale > max(abs(x) for x in returns) / 5 + 1e-9
                    for scale, returns in zip(expected, seen, strict=True)}
     assert larger == {False, True}
@@ -267,7 +267,7 @@ def test_scaled_rewards_are_finite_while_all_are_0_and_bounded_ever_after():
     for step, (obs, _, next_obs, *ends) in enumerate(make_steps((0, 1), 1, 40)):
         rewards = torch.full((2, 1), 1e6 if step == 20 else 1e-3 if step > 20 else 0.0)
         agent.observe(obs, obs[..., :2], rewards, next_obs, *ends)
-        scaled = agent.replay.rows[..., -3] / agent.reward_scale()[:, None]
+        scaled = agent.replay.rows[..., -3] / agent.reward_scale.value()[:, None]
         assert scaled.isfinite().all() and scaled.abs().max() <= 10
     assert scaled.max() == 5
 

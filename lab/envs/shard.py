@@ -23,7 +23,7 @@ class StepRules(NamedTuple):
     """How a step of an agent is made of frames, the steps of the environment. The returns and
     lengths of episodes stay those of the environment."""
 
-    action_repeat: int  # frames that an action is held for, fewer at the end of an episode
+    action_repeat: int  # frames for which an action is repeated, fewer at an episode's end
     clip_reward: tuple[float, float] | None  # bounds of each frame's reward, before the sum
     failure_below: float | None  # a termination with a last reward of this or more is a truncation
 

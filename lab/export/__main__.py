@@ -158,9 +158,9 @@ class Exported:
 
 
 def difference(policy: Policy, exported: Exported) -> float:
-    """Over two episodes, in batches and one by one. The largest, relative to half the range of an
-    action if that is above 1; of discrete actions, the share of observations with another choice.
-    """
+    """The largest difference of an action over two episodes, in batches and one by one, relative to
+    half its range if that is above 1; of discrete actions, the share of observations with another
+    choice."""
     spec, draw = policy.spec, np.random.default_rng(0)
     obs = draw.standard_normal((OBSERVATIONS, spec.obs_dim))
     obs *= np.resize([0.1, 1, 10], (OBSERVATIONS, 1))
@@ -188,7 +188,7 @@ def episodes(policy: Policy | Exported, obs: np.ndarray) -> np.ndarray:
 
 
 def measure(policy: Policy) -> str:
-    """What difference() is of, in policy.json."""
+    """The name of difference() in policy.json."""
     return "different_choices" if policy.spec.num_actions else "largest_difference"
 
 
@@ -228,12 +228,12 @@ class ActModule(nn.Module):
 
 
 def examples(policy: Policy) -> tuple[torch.Tensor, ...]:
-    """Of each input. Two rows, since torch takes a size of 1 for a constant."""
+    """An example of each input. Two rows, since torch takes a size of 1 for a constant."""
     return tuple(torch.zeros(2, width) for width in widths(policy))
 
 
 def exported_program(policy: Policy) -> torch.export.ExportedProgram:
-    """For any B."""
+    """The policy as a torch.export program for any B."""
     args, batch = examples(policy), torch.export.Dim("batch")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about itself

@@ -85,23 +85,23 @@ def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
             mean, bounds = found["mean"], found["return_interval"] or [math.nan] * 2
             shares = [f"{mean[name]:.0%}" if name in mean else "-"
                       for name in ("terminated", "success")]
-            picked = number(mean["picked on"]) if "picked on" in mean else "-"
+            best = number(mean["best evaluation"]) if "best evaluation" in mean else "-"
             at = span_of_steps([seed["step"] for seed in found["seeds"].values()])
             exploring = ", exploring" * bool(found.get("explore"))
             rows.append([label(found["environment"], found), method.name,
                          f"{found['which']}, at {at}{exploring}",
                          str(len(found["seeds"]) - len(found["failed_seeds"])),
                          str(found["episodes_per_seed"]),
-                         number(mean["return"]), span(bounds), *shares, picked])
+                         number(mean["return"]), span(bounds), *shares, best])
     if not rows:
         return []
     return [Heading("Fresh episodes"), Table(
         ("environment", "method", "weights", "n", "episodes", "mean", T_INTERVAL, "terminated",
-         "success", "picked on"), rows,
+         "success", "best evaluation"), rows,
         "Evaluations by python -m lab.evaluate, on starts that neither training nor the run's own "
         "evaluations used. Episodes are of each seed. The best weights are those of each seed's "
-        "best evaluation. That one, picked on, is the largest of many and so optimistic; the mean "
-        "on fresh episodes is not.", 3)]
+        "best evaluation, which is the largest of many and so optimistic; the mean on fresh "
+        "episodes is not.", 3)]
 
 
 def across_environments(methods: Sequence[Method], out: Path, colors: dict[str, str]

@@ -195,6 +195,15 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def seed_names(seeds: Sequence[int]) -> str:
+    """"seed 3", "seeds 0 to 4" or "seeds 0, 2": they are in order."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seeds {', '.join(map(str, seeds))}"
+
+
 def span_of_steps(steps: Sequence[int]) -> str:
     """The lowest and the highest: "1,000 to 2,000", or "1,000" if they are equal."""
     return " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
@@ -212,7 +221,7 @@ def changes(options: Mapping[str, Any]) -> list[str]:
     """What the options change of the task, in words. Older runs lack some of them."""
     found = []
     if (repeat := options.get("action_repeat", 1)) > 1:
-        found.append(f"trained and evaluated with each action held for {repeat} steps")
+        found.append(f"trained and evaluated with each action repeated for {repeat} steps")
     if clip := options.get("clip_reward"):
         found.append("trained on rewards clipped to [{}, {}]".format(*clip))
     if (bound := options.get("failure_below")) is not None:

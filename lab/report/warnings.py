@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.report.runs import Method, Result, Run, changes, label, origins, span_of_steps
+from lab.report.runs import Method, Result, Run, changes, label, origins, seed_names, span_of_steps
 from lab.settings import tuned_file
 from lab.training import recorder
 
@@ -124,8 +124,8 @@ def tuned_on(method: Method, run: Run) -> Iterator[str]:
             continue
         if overlap := sorted(result.seeds.keys() & set(study.seeds)):
             yield (f"{method.name} in {study.environment} is reported on seeds that the study "
-                   f"{study.folder.name} tuned its settings on ({_span(overlap)}), so its mean is "
-                   f"biased upwards: {study.folder / 'confirmed'} has held-out seeds")
+                   f"{study.folder.name} tuned its settings on ({seed_names(overlap)}), so its "
+                   f"mean is biased upwards: {study.folder / 'confirmed'} has held-out seeds")
 
 
 def shipped_with(method: Method, run: Run) -> Iterator[str]:
@@ -143,10 +143,5 @@ def shipped_with(method: Method, run: Run) -> Iterator[str]:
             continue
         if result and (overlap := sorted(result.seeds.keys() & set(seeds))):
             yield (f"{method.name} in {result.environment} is reported on seeds that its settings "
-                   f"were tuned on ({_span(overlap)}; {source}), so its mean is biased upwards: "
-                   f"--first-seed {len(seeds)} takes others")
-
-
-def _span(seeds: Sequence[int]) -> str:
-    whole = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
-    return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))
+                   f"were tuned on ({seed_names(overlap)}; {source}), so its mean is biased "
+                   f"upwards: --first-seed {len(seeds)} takes others")

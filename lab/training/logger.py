@@ -162,8 +162,8 @@ class TrainLogger:
                              and self.evaluates(step + self.job.steps_per_act))
 
     def mean_returns(self, step: int, agent: Any) -> Sequence[float | None]:
-        """Of an evaluation; without one of training's episodes since the last call, None before the
-        first one."""
+        """The mean return of each seed in an evaluation; with --eval-env none, in the episodes of
+        training since the last call, None before the first one."""
         if self.eval_envs is None:
             before = self.last_eval or [None] * len(self.recent)
             returns = [total / number if number else last
