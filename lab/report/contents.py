@@ -85,14 +85,15 @@ def fresh_episodes(methods: Sequence[Method]) -> list[Block]:
             mean, bounds = found["mean"], found["return_interval"] or [math.nan] * 2
             shares = [f"{mean[name]:.0%}" if name in mean else "-"
                       for name in ("terminated", "success")]
-            best = number(mean["best evaluation"]) if "best evaluation" in mean else "-"
+            best = mean.get("best evaluation", mean.get("picked on"))  # its name until 2026-11
             at = span_of_steps([seed["step"] for seed in found["seeds"].values()])
             exploring = ", exploring" * bool(found.get("explore"))
             rows.append([label(found["environment"], found), method.name,
                          f"{found['which']}, at {at}{exploring}",
                          str(len(found["seeds"]) - len(found["failed_seeds"])),
                          str(found["episodes_per_seed"]),
-                         number(mean["return"]), span(bounds), *shares, best])
+                         number(mean["return"]), span(bounds), *shares,
+                         "-" if best is None else number(best)])
     if not rows:
         return []
     return [Heading("Fresh episodes"), Table(
