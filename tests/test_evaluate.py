@@ -212,7 +212,7 @@ def test_each_seeds_weights_are_kept_at_its_best_evaluation(tmp_path, monkeypatc
     assert [result["seeds"][seed]["step"] for seed in "01"] == [8, 16]
     assert [result["seeds"][seed]["best evaluation"] for seed in "01"] == [3.0, 5.0]
     last, _ = evaluated(capsys, run, "--episodes", 2)
-    assert last["episodes"] != result["episodes"] and "which is optimistic" in out
+    assert last["episodes"] != result["episodes"] and "so it is optimistic" in out
 
 
 def test_a_seed_that_failed_keeps_its_best_weights(tmp_path, monkeypatch):
