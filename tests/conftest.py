@@ -85,7 +85,7 @@ def jobs_here(monkeypatch, keep_threads):
 
 @pytest.fixture
 def keep_threads(monkeypatch):
-    """What sets the number of threads leaves this process's alone."""
+    """Commands leave this process's number of threads alone."""
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 

@@ -22,7 +22,7 @@ from lab.options import Simple, Tune, Vectorised, parse_args
 from lab.training import progress
 from lab.training.recorder import SeedRecorder, read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments
-from tests.conftest import AGENTS, timeless
+from tests.conftest import AGENTS, refusal, timeless
 
 SAC = Path("agents/sac.py").read_text()
 TINY = ["--env", "Pendulum-v1", "--steps", "300", "--actor-width", "8", "--qf-width", "8",
@@ -63,10 +63,7 @@ def contents(folder):
 def refused(capsys, folder, argv):
     """-> the one line on stderr; nothing is written."""
     before = contents(folder)
-    assert train.run(argv) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert not out and "Traceback" not in err
+    err = refusal(capsys, train.run, *argv)
     assert contents(folder) == before
     return err
 

@@ -69,8 +69,7 @@ actions = np.array(actions)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+def quick(monkeypatch, keep_threads):
     monkeypatch.setattr(export, "DECISIONS", 2)
 
 

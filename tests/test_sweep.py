@@ -141,6 +141,7 @@ def test_one_job_runs_in_this_process(tmp_path):
     job = make_job(tmp_path, "mine")
     assert run_jobs([job], 4, lambda place, message: messages.append((place, message))) == {}
     assert {place for place, _ in messages} == {0}
+    assert messages[0][1]["step"] == 0
     assert [message["step"] for _, message in messages if "rows" in message] == [10, 20, 30, 40]
     assert "return/eval" in messages[-1][1]["rows"][0]
 

@@ -159,7 +159,7 @@ class TrainLogger:
     def cut_before_evaluation(self, step: int) -> None:
         """An evaluation in the environments of training truncates their episodes."""
         self.envs.cut = (self.eval_envs is self.envs
-                             and self.evaluates(step + self.job.steps_per_act))
+                         and self.evaluates(step + self.job.steps_per_act))
 
     def mean_returns(self, step: int, agent: Any) -> Sequence[float | None]:
         """The mean return of each seed in an evaluation; with --eval-env none, in the episodes of
