@@ -10,6 +10,7 @@ sac         updates/s of stacked SAC, against one seed without this lab
 envs        environments in torch, PPO on them, and rl8's PPO on the same Pendulum
 learning    32 seeds on HalfCheetah-v4
 quadrotor   PPO on torch/Quadrotor-v0
+leanrl      a plain loop of SAC beside LeanRL's way, a CUDA graph
 
 Time that a section does not use goes to the later ones. An error is recorded in the results and
 does not stop the other measurements.

@@ -38,7 +38,7 @@ from lab.options import (  # noqa: E402
     parse_args,
     read_line,
 )
-from lab.report import curves, published  # noqa: E402
+from lab.report import curves, published, runs  # noqa: E402
 from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
@@ -244,24 +244,24 @@ def settings(name: str) -> tuple[Options, dict[str, Any]]:
 
 def keep(name: str, run: Path) -> None:
     """Store a run in bench/results/<name>/ and its evaluations in scores.csv."""
-    ran, (wanted, config) = json.loads((run / "config.json").read_text()), settings(name)
-    options = ran["options"]
+    (options, ran), (wanted, config) = runs.read_config(run), settings(name)
     same = ("env", "seeds", "first_seed", "steps", "compile", "precision", "clip_reward",
             "eval_episodes", "num_envs", "action_repeat", "failure_below")
     older = {"action_repeat": 1}  # of runs from before the flag
     wanted = json.loads(json.dumps({name: getattr(wanted, name, None) for name in same} | config))
-    if ran["config"] | {name: options.get(name, older.get(name)) for name in same} != wanted:
+    if ran | {name: options.get(name, older.get(name)) for name in same} != wanted:
         raise SystemExit(f"{run} is not a run of {name}: {EXPERIMENTS[name][0]}")
     folder = RESULTS / name
     (env_id,) = options["env"]
-    group = recorder.group_folder(run, env_id, Path(options["agent"]).stem)
-    seeds = range(options["first_seed"], options["first_seed"] + options["seeds"])
-    by_seed = curves.read_curves(group, seeds, "return/eval")
+    (method,) = runs.load([str(run)])
+    (result,) = method.results.values()
+    by_seed = {number: [(e.step, e.value) for e in seed.curve]
+               for number, seed in sorted(result.seeds.items())}
     if not (run / PICTURE).exists():  # unfinished: cut at the last step that all seeds reached
-        last = min(max((step for step, _ in curve), default=0) for curve in by_seed.values())
-        if not last:
+        alive = [seed for seed in result.seeds.values() if not seed.failed]
+        if len(by_seed) < options["seeds"] or not all(seed.curve for seed in alive):
             raise SystemExit(f"{run} has a seed without an evaluation")
-        by_seed = {seed: [row for row in curve if row[0] <= last]
+        by_seed = {seed: [row for row in curve if row[0] <= result.step]
                    for seed, curve in by_seed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "versions.json"):
@@ -333,7 +333,8 @@ def pairs(scores: Scores) -> str:
             continue
         fp32, bf16 = scores[name], scores[name + "-bf16"]
         both = fp32.keys() & bf16.keys()
-        seeds, end = sorted({seed for seed, _ in both}), max(step for _, step in both)
+        end = max(step for _, step in both)
+        seeds = sorted(seed for seed, step in both if step == end)
         ends = [bf16[seed, end] - fp32[seed, end] for seed in seeds]
         means = [statistics.fmean(bf16[key] - fp32[key] for key in both if key[0] == seed)
                  for seed in seeds]
@@ -392,7 +393,8 @@ def mujoco(scores: Scores, steps: int = 100_000) -> str:
     for agent in ("xqc", "crossq"):
         names = {env: f"{agent}-{env[:-3].lower()}{length}" for env in TD3}
         ours = {env: statistics.fmean(last(scores.get(name + "-bf16") or scores[name])[1])
-                for env, name in names.items() if name in scores}
+                for env, name in names.items()
+                if name in scores and last(scores[name])[0] >= steps}
         if ours:
             found[f"**{agent}, here**"] = ours
     rows = []

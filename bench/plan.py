@@ -59,6 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from bench.speed import versions
+    from lab.accelerate import physical_cores
     from lab.training.recorder import processor
 
     rows = {}
@@ -69,7 +70,7 @@ def main() -> None:
                       "taken_s": round(measure(arguments), 1)}
         print(f"{name}: {rows[name]}", flush=True)
     result = {
-        "command": "python bench/plan.py", "processor": processor(), "cores": 2,
+        "command": "python bench/plan.py", "processor": processor(), "cores": physical_cores(),
         "python": platform.python_version(), "runs": rows,
         "versions": versions(sys.executable, ["torch", "gymnasium", "mujoco", "numpy"])}
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab.accelerate import physical_cores  # noqa: E402
+from lab.errors import guarded  # noqa: E402
 from lab.export.__main__ import FORMATS, Exported, widths  # noqa: E402
 from lab.policy import load_policy  # noqa: E402
 from lab.training import recorder  # noqa: E402
@@ -89,12 +90,17 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--seed", type=int)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     measured = measure(given.run, given.seed)
     (RESULTS / "policy.json").write_text(json.dumps(measured, indent=2) + "\n")
     (RESULTS / "policy.md").write_text(markdown(measured))
     print(markdown(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

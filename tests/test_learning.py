@@ -7,6 +7,7 @@ import pytest
 
 from bench import learning
 from lab import train
+from lab.errors import UserError
 from lab.options import Simple, parse_args
 from lab.training import recorder
 
@@ -31,7 +32,8 @@ def run(tmp_path, monkeypatch):
 def evaluate(run, seed, last):
     path = run / "BipedalWalkerHardcore-v3" / "crossq" / f"seed_{seed}" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps({"step": step, "return/eval": seed + step / 1e6}) + "\n"
+    path.write_text("".join(json.dumps({
+        "step": step, "return/eval": seed + step / 1e6, "wall_time": step / 100}) + "\n"
                             for step in range(25_000, last + 1, 25_000)))
 
 
@@ -58,6 +60,36 @@ def test_a_run_that_stopped_is_kept_as_far_as_all_seeds_got(run):
     assert max(step for name, _, step in kept() if name == NAME) == 75_000
     assert f"| {SEEDS} | 75000, stopped |" in learning.table(learning.read())
     assert (learning.RESULTS / NAME / learning.PICTURE).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_failed_seed_does_not_cut_the_others(run):
+    for seed in range(SEEDS):
+        evaluate(run, seed, 100_000 if seed else 25_000)
+    (run / "BipedalWalkerHardcore-v3/crossq/stack_0_3").mkdir()
+    learning.keep(NAME, run)
+    assert kept().count((NAME, 0, 25_000)) == kept().count((NAME, 1, 100_000)) == 1
+    assert "| 3 | 100000, stopped |" in learning.table(learning.read())
+
+
+def test_a_run_that_is_not_there_is_told_in_a_line(run):
+    with pytest.raises(UserError, match="no such run folder: nowhere"):
+        learning.main([NAME, "--run", "nowhere"])
+
+
+def test_a_comparison_in_bf16_is_of_the_seeds_that_both_have(monkeypatch):
+    monkeypatch.setattr(learning, "PAIRS", ("a",))
+    fp32 = {(seed, step): float(step) for seed in range(3) for step in (1, 2)}
+    bf16 = {key: value + key[0] for key, value in fp32.items() if key != (1, 2)}  # 1 failed
+    row = learning.pairs({"a": fp32, "a-bf16": bf16}).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")][1:7] == [
+        "a", "2", "2", "2", "1 [-12, 14]", "0 2"]
+
+
+def test_a_run_that_stopped_early_is_not_beside_the_published_results():
+    scores = {f"xqc-{task}": {(0, 100_000): 1000.0} for task in ("hopper", "ant")}
+    scores["xqc-ant"] = {(0, 90_000): 1000.0}
+    (row,) = (line for line in learning.mujoco(scores).splitlines() if "xqc, here" in line)
+    assert [cell.strip() for cell in row.split("|")][2:-1] == ["-", "1000", "-", "-", "-", "-"]
 
 
 def test_a_hardcore_row_is_of_unseen_terrains(run, monkeypatch):

@@ -177,6 +177,32 @@ def test_an_unfinished_run_is_shown_as_far_as_every_seed_got(tmp_path):
     assert warnings(run) == [f"a in {V4} is unfinished: 25 to 35 of 100 steps, shown at 20"]
 
 
+def test_an_unfinished_run_is_shown_without_a_seed_that_failed(tmp_path):
+    """The others of its stack are over one evaluation ahead; seed 2 lost one in a kill, and seed 9
+    trains in another stack, which is behind."""
+    rising = [float(n) for n in range(1, 7)]
+    values = {0: rising, 1: rising[:1], 2: rising[:5], 3: rising, 4: rising, 9: rising[:4]}
+    run = write_run(tmp_path / "a", {V4: values}, steps=100)
+    for stack in ("stack_0_4", "stack_9_9"):
+        (run / V4 / "sac" / stack).mkdir()
+    result = runs.load([str(run)])[0].results[V4]
+    assert [n for n, seed in result.seeds.items() if seed.failed] == [1]
+    assert result.step == 40 and result.returns(40) == [4] * 5
+    assert warnings(run)[-1] == (
+        f"a in {V4}: left out, because they did not reach 40 steps, are seeds 1 (at 15); if they "
+        "diverged, the mean of the others is biased upwards")
+
+
+def test_seeds_and_environments_that_have_not_begun_are_told(tmp_path):
+    run = write_run(tmp_path / "a", {V4: seeds(*range(5), first=2)}, first_seed=2, seeds=7,
+                    env=[V4, V5])
+    assert warnings(run) == [
+        f"a in {V4} is unfinished: seeds 7 to 8 of {run} have not begun",
+        f"a in {V5} is unfinished: seeds 2 to 8 of {run} have not begun"]
+    more = write_run(tmp_path / "b", {V4: seeds(*range(2), first=7)}, first_seed=7, seeds=2)
+    assert not any(V4 in line and "not begun" in line for line in warnings(f"x={run}", f"x={more}"))
+
+
 def test_a_run_without_an_evaluation_is_told(tmp_path):
     run = write_run(tmp_path / "a", {V4: {n: [] for n in range(5)}}, steps=100)
     assert runs.load([str(run)])[0].results[V4].step == 0
@@ -400,6 +426,23 @@ def test_environments_are_compared_at_the_last_step_that_all_reached(tmp_path):
     left_out = []
     assert compare.shared(methods, left_out) == [(V4, 20)]
     assert left_out == ["Ant-v4 (not in b)", "Hopper-v5 (not in a)"]
+
+
+def test_equal_steps_are_steps_at_which_all_have_an_evaluation(tmp_path):
+    """Not an old evaluation beside a new one: a has them every 10, b every 20 up to 60, c late."""
+    a, b, c = load(tmp_path, a={V4: {0: [float(n) for n in range(1, 6)]}},
+                   b={V4: {0: [2.0, 4.0, 6.0]}}, c={V4: {0: [1.0] * 7}})
+    b.results[V4].seeds[0] = runs.Seed(
+        [e._replace(step=2 * e.step) for e in b.results[V4].seeds[0].curve], 60, 0.0)
+    assert compare.shared([a, b], []) == [(V4, 40)]
+    (found,) = compare.improvements([a, b], b)
+    assert found.environments == [(V4, 40)] and found.probability.value == 0.5
+    c.results[V4].seeds[0] = runs.Seed(
+        [e._replace(step=e.step + 5) for e in c.results[V4].seeds[0].curve], 75, 0.0)
+    left_out = []
+    assert compare.shared([a, c], left_out) == []
+    assert left_out == [f"{V4} (no evaluations at equal steps)"]
+    assert compare.improvements([a, c], c) == []
 
 
 def test_of_two_versions_of_an_environment_one_counts(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from lab import stats
 from lab.report import published
-from lab.report.runs import Method, Result
+from lab.report.runs import LATE, Method, Result
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)  # thresholds, in normalised scores
 NEAR = 0.9  # compare a published point with an evaluation from 0.9 of its steps on
@@ -29,18 +29,18 @@ class Shared(NamedTuple):
 
 def shared(methods: Sequence[Method], left_out: list[str],
            reference: Callable[[str], Any] = lambda environment: True) -> list[Shared]:
-    """The environments in which every method has evaluations, each at the last step that all
-    methods reached, if it has a reference. Of two versions of an environment, the newer one.
+    """The environments in which every method has evaluations, each at the last step at which all
+    methods have one, if it has a reference. Of two versions of an environment, the newer one.
     Appends to `left_out` the environments that are left out, with the reason."""
     found: dict[str, Shared] = {}
     for environment in sorted({e for method in methods for e in method.results}, key=versioned):
         lacking = [m.name for m in methods if environment not in m.results]
-        step = 0 if lacking else min(m.results[environment].step for m in methods)
+        step = 0 if lacking else common_step([m.results[environment] for m in methods])
         if lacking:
             names = ", ".join(lacking) if len(lacking) < 4 else f"{len(lacking)} of the methods"
             left_out.append(f"{environment} (not in {names})")
-        elif not all(m.results[environment].at(step) for m in methods):
-            left_out.append(f"{environment} (no evaluations at equal steps yet)")
+        elif not step:
+            left_out.append(f"{environment} (no evaluations at equal steps)")
         elif not reference(environment):
             left_out.append(f"{environment} (no reference)")
         else:
@@ -49,6 +49,17 @@ def shared(methods: Sequence[Method], left_out: list[str],
                 left_out.append(f"{found[task].environment} (an older version of {environment})")
             found[task] = Shared(environment, step)
     return list(found.values())
+
+
+def common_step(results: Sequence[Result]) -> int:
+    """The last step at which every result has evaluations, up to 1% apart; 0 if there is none."""
+    last = min(result.step for result in results)
+    steps = {e.step for result in results for seed in result.seeds.values() for e in seed.curve}
+    for step in sorted((step for step in steps if step <= last), reverse=True):
+        found = [result.at(step).values() for result in results]
+        if all(found) and all(step <= LATE * e.step for each in found for e in each):
+            return step
+    return 0
 
 
 def versioned(environment: str) -> tuple[str, int]:

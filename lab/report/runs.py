@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Seed:
     curve: list[Evaluation]
     reached: int  # steps
     paused: float  # seconds; not in the evaluations' times
+    failed: bool = False  # the seeds that it trained with went on without it
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Result:
     @property
     def step(self) -> int:
         """The step at which the final return is taken: the end if a seed finished, else the last
-        evaluation of the slowest seed; 0 if there is none."""
-        ends = [seed.curve[-1].step for seed in self.seeds.values() if seed.curve]
+        evaluation of the slowest seed that has not failed; 0 if there is none."""
+        ends = [seed.curve[-1].step for seed in self.seeds.values()
+                if seed.curve and not seed.failed]
         finished = [end for end in ends if end >= self.planned]
         return min(finished or ends, default=0)
 
@@ -172,6 +174,10 @@ def add_run(method: Method, folder: Path) -> None:
         result.planned = max(result.planned, planned)
         if stop and (line := f"at step {stop['step']:,}: {stop['reason']}") not in result.stops:
             result.stops.append(line)
+    for stack in folder.glob("*/*/stack_*_*"):
+        environment, agent, _ = stack.relative_to(folder).parts
+        if result := method.results.get(label(ids.get(environment, environment), options)):
+            mark_failed(result.seeds, recorder.members_of(stack))
     settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
     if options:
         source = folder / Path(options["agent"]).name
@@ -179,6 +185,16 @@ def add_run(method: Method, folder: Path) -> None:
             settings["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
         settings |= {name: options.get(name, default) for name, default in SHARED.items()} | config
     method.runs.append(Run(folder, options, config, settings))
+
+
+def mark_failed(seeds: dict[int, Seed], stack: Sequence[int]) -> None:
+    """Mark the seeds that are over one evaluation behind others of their stack: a kill can lose
+    the last one, but no more."""
+    curves = [seeds[n].curve for n in stack if n in seeds]
+    most = max(map(len, curves), default=0)
+    for n in stack:
+        if n in seeds and len(seeds[n].curve) < most - 1:
+            seeds[n] = replace(seeds[n], failed=True)
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ def find(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         found += different_settings(method)
         for run in method.runs:
+            found += not_begun(method, run)
             found += [f"{method.name} was {change} ({run.folder}); returns are raw"
                       for change in changes(run.options)]
             found += [f"{method.name} was {origin} ({run.folder})"
@@ -51,6 +52,16 @@ def unfinished(result: Result) -> Iterator[str]:
     if paused:
         yield (f"{name} was apparently stopped for {paused / 60:.0f} min, which its wall-clock "
                "time leaves out")
+
+
+def not_begun(method: Method, run: Run) -> Iterator[str]:
+    first, count = run.options.get("first_seed", 0), run.options.get("seeds", 0)
+    for environment in (label(env_id, run.options) for env_id in run.options.get("env", ())):
+        result = method.results.get(environment)
+        waiting = [n for n in range(first, first + count) if not result or n not in result.seeds]
+        if waiting:
+            yield (f"{method.name} in {environment} is unfinished: {seed_names(waiting)} of "
+                   f"{run.folder} {'has' if len(waiting) == 1 else 'have'} not begun")
 
 
 def different_steps(results: Sequence[Result]) -> Iterator[str]:
