@@ -39,7 +39,6 @@ from lab.options import (  # noqa: E402
     read_line,
 )
 from lab.report import curves, published, runs  # noqa: E402
-from lab.training import recorder  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"
 FRESH = "fresh"  # name of the evaluation on unseen terrains
