@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -345,6 +346,8 @@ def test_a_setting_that_loses_a_held_out_seed_does_not_win(tmp_path, capsys, mon
     def loses_one(job):
         if job.config["actor_lr"] != 3e-4:  # the defaults
             seeds = job.seeds[:1] if job.seeds[0] >= HELD_OUT else job.seeds
+            if lost := set(job.seeds) - set(seeds):
+                yield {"failed_seed": max(lost), "reason": "loss/qf is not finite", "step": 10}
             job = dataclasses.replace(job, seeds=seeds)
         yield from train(job)
 
@@ -354,7 +357,56 @@ def test_a_setting_that_loses_a_held_out_seed_does_not_win(tmp_path, capsys, mon
     best = json.loads((tmp_path / "studies/mine/best.json").read_text())
     assert best["study"]["is"] == "defaults" and best["study"]["confirmed"] == [-0.995] * 3
     out, err = capsys.readouterr()
-    assert "nothing beat the defaults" in out and "trial_1: a seed diverged" in err
+    assert "nothing beat the defaults" in out
+    assert "FAILED trial_1, seed 1000002: loss/qf is not finite\n" in err
+    assert "FAILED trial_1, seed 1000001: no last evaluation\n" in err
+
+
+def test_a_killed_confirmation_is_no_verdict_and_goes_on(tmp_path, capsys, monkeypatch):
+    """best.json stays as it was: what was killed says nothing of its settings."""
+    def killed(job):
+        yield from crashes(job) if job.seeds[0] >= HELD_OUT else train(job)
+
+    assert tune(tmp_path, "--trials", "1", "--confirm-seeds", "2") == 0
+    best = tmp_path / "studies/mine/best.json"
+    before = best.read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeProcesses, "by_default", staticmethod(killed))
+        assert tune(tmp_path, "--trials", "1", "--confirm-seeds", "3") == 1
+    out, err = capsys.readouterr()
+    assert "FAILED defaults: its process ended with code -9\n" in err
+    assert "not confirmed: some held-out seeds" in out and "nothing beat" not in out
+    assert f"python hypertune.py --resume {best.parent}\n" in out and best.read_bytes() == before
+    assert tune(tmp_path, "--trials", "1", "--confirm-seeds", "3") == 0
+    assert json.loads(best.read_text())["study"]["seeds"] == list(range(HELD_OUT, HELD_OUT + 3))
+
+
+def test_a_rule_to_stop_keeps_its_held_out_seeds(tmp_path, capsys):
+    flags = ["--trials", "1", "--stop-plateau", "3"]
+    assert tune(tmp_path, *flags, "--confirm-seeds", "2") == 0
+    before = contents(tmp_path)
+    assert tune(tmp_path, *flags, "--confirm-seeds", "3") == 2
+    assert "needs the mean of all seeds: give --confirm-seeds 2, as before" in (
+        capsys.readouterr().err)
+    assert contents(tmp_path) == before
+    assert tune(tmp_path, *flags, "--confirm-seeds", "2") == 0
+
+
+def test_confirmed_runs_have_the_agent_of_the_studys_start(tmp_path):
+    agent = tmp_path / "mine.py"
+    source = Path("agents/sac.py").read_bytes()
+    agent.write_bytes(source)
+
+    def edits(job):
+        agent.write_bytes(source + b"# edited meanwhile\n")
+        yield from train(job)
+
+    FakeProcesses.fates = {0: edits}
+    assert tune(tmp_path, str(agent), "--trials", "1") == 0
+    copies = [*tmp_path.glob("studies/mine/confirmed/*/mine.py")]
+    assert len(copies) == 3 and all(copy.read_bytes() == source for copy in copies)
+    assert all(job.source == source for job in FakeProcesses.given)
 
 
 def test_a_study_starts_from_the_weights_of_one_seed_and_tells_its_best_settings(tmp_path, capsys):
@@ -419,6 +471,32 @@ def test_a_finished_study_trains_nothing_again(finished):
 
 
 # Kills and other tuners
+
+
+def test_checkpoints_that_a_kill_left_behind_are_removed(tmp_path):
+    assert tune(tmp_path, "--trials", "2") == 0
+    left = tmp_path / "studies/mine/trials/001/Pendulum-v1/sac/stack_2_3"
+    left.mkdir()
+    (left / "step_000000100.pt").touch()
+    assert tune(tmp_path, "--trials", "2") == 0 and not left.exists()
+
+
+def test_a_full_disk_is_told_in_a_line_and_the_study_goes_on(tmp_path, capsys, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def full(file):
+        synced.append(file)
+        if len(synced) == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert tune(tmp_path, "--trials", "2") == 2
+    err = capsys.readouterr().err
+    assert "trials.jsonl': No space left on device" in err and err.count("\n") == 1
+    assert tune(tmp_path, "--trials", "2") == 0
+    assert [trial.state for trial in trials(tmp_path)] == ["completed"] * 2
 
 
 def test_a_killed_study_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):

@@ -400,8 +400,16 @@ def test_a_second_tuner_is_refused_until_the_first_has_ended(tmp_path):
     Journal(tmp_path / "trials.jsonl").close()
 
 
-def test_a_journal_that_is_broken_before_its_end_is_refused(tmp_path):
+@pytest.mark.parametrize("line", [
+    "nonsense", "5", '"settings"', '{"trial": 1, "settings": {}}', '{"settings": {}}',
+    '{"trial": 0, "settings": 5}', '{"trial": 0, "step": 10, "returns": [1.0]}',
+    '{"trial": 0, "settings": {}}\n{"trial": 0, "step": 10}',
+    '{"trial": 0, "settings": {}}\n{"trial": 0, "step": 10, "returns": ["x"]}',
+    '{"trial": 0, "settings": {}}\n{"trial": 0, "state": "gone", "reason": ""}'])
+def test_a_journal_that_is_broken_before_its_end_is_refused(tmp_path, line):
     path = tmp_path / "trials.jsonl"
-    path.write_text('{"space": {}}\nnonsense\n{"trial": 0, "settings": {}}\n')
-    with pytest.raises(UserError, match=r"trials\.jsonl is corrupt"):
-        Journal(path)
+    for head in ('{"space": {}}\n', ""):
+        path.write_text(head + line + '\n{"trial": 0, "settings": {}}\n')
+        if head or line in ("nonsense", "5", '"settings"'):
+            with pytest.raises(UserError, match=r"trials\.jsonl is corrupt"):
+                Journal(path)

@@ -53,8 +53,9 @@ def _tune(options: Tune, config: dict[str, Any], searched: Space, job: Job, engi
                 if trial.state == "failed"]
         best = surrogate.recommend(searched, study.trials, TOP)
         if best:
-            failures = confirm.train(study, best)
-            confirm.show(study, best)
+            unfinished, diverged = confirm.train(study, best)
+            confirm.show(study, best, finished=not unfinished)
+            failures = unfinished + diverged
         else:
             failures = ["no trial completed"]
     for reason in lost + failures:
@@ -113,6 +114,7 @@ def open_study(options: Tune, config: dict[str, Any], searched: Space, job: Job
         if journal.header:
             _compare(folder, journal.header, header)
             check_source(folder, agent, Tune)
+            confirm.check_seeds(folder, options)
             recorder.write_json(folder / "config.json", described)
         else:
             recorder.describe_run(folder, agent, described)

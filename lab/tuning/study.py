@@ -35,6 +35,8 @@ class Study:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # rebuilt from the journal
         for trial in self.trials:
             self.draw_board(trial)
+            if trial.state != "running":  # a kill may have come in between
+                self.remove_checkpoints(trial)
 
     def job(self, trial: Trial) -> Job:
         """Each trial has its own seeds, so repeating a setting adds information."""
@@ -140,8 +142,10 @@ class Study:
                 self.end(trial, "failed", failure.reason)
         if trial.reason:
             progress.say(f"trial {trial.number} {trial.state}: {trial.reason}")
-        checkpoints = self.job(trial).checkpoints
-        if checkpoints:
+        self.remove_checkpoints(trial)
+
+    def remove_checkpoints(self, trial: Trial) -> None:
+        if checkpoints := self.job(trial).checkpoints:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     def catch_up(self, trial: Trial) -> None:

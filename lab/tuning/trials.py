@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lab.errors import UserError
+from lab.training import recorder
 from lab.training.checkpoint import locked
 
 ENDED = ("completed", "pruned", "diverged", "failed")
@@ -53,12 +54,12 @@ class Journal:
     """trials.jsonl, the write-ahead log of a study: suggestions, evaluations and ends of trials.
 
     A line is flushed to disk before the tuner acts on it. The file stays locked while it is open,
-    so a study has one tuner. UserError if another process holds the lock, or if a line other than
-    the last is corrupt.
+    so a study has one tuner. UserError if another process holds the lock, if a line other than the
+    last is corrupt, or if the disk is full.
     """
 
     def __init__(self, path: Path):
-        self.file = path.open("a+b")
+        self.path, self.file = path, path.open("a+b")
         if not locked(self.file):
             self.file.close()
             raise UserError(f"another tuner is running on {path.parent}; wait until it ends, or "
@@ -68,18 +69,20 @@ class Journal:
         self.torn: int | None = content.rfind(b"\n") + 1  # a kill can truncate the last line
         lines = content[:self.torn].splitlines()
         try:
-            self.header, *self.events = [json.loads(line) for line in lines] or [{}]
-        except ValueError as error:
+            self.header, *self.events = [dict(json.loads(line)) for line in lines] or [{}]
+            read_trials(self.events)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             self.file.close()
-            raise UserError(f"{path} is corrupt: {error}") from error
+            raise UserError(f"{path} is corrupt: {error!r}") from error
 
     def append(self, event: dict[str, Any]) -> None:
-        if self.torn is not None:
-            self.file.truncate(self.torn)
-            self.torn = None
-        self.file.write(json.dumps(event).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with recorder.writable(self.path, new=False):
+            if self.torn is not None:
+                self.file.truncate(self.torn)
+                self.torn = None
+            self.file.write(json.dumps(event).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def trials(self) -> list[Trial]:
         """The trials as of opening the file."""
@@ -90,14 +93,19 @@ class Journal:
 
 
 def read_trials(events: Sequence[dict[str, Any]]) -> list[Trial]:
-    """The lines of a journal after its header -> the trials."""
+    """The lines of a journal after its header -> the trials. ValueError, TypeError, KeyError or
+    IndexError if they are no such lines."""
     trials: list[Trial] = []
     for event in events:
+        number = event["trial"]
         if "settings" in event:
-            trials.append(Trial(event["trial"], event["settings"]))
+            if number != len(trials):
+                raise ValueError(f"trial {number} follows trial {len(trials) - 1}")
+            trials.append(Trial(number, dict(event["settings"])))
         elif "step" in event:
-            trials[event["trial"]].record(event["step"], event["returns"])
+            trials[number].record(int(event["step"]), event["returns"])
+        elif event["state"] in ENDED:
+            trials[number].state, trials[number].reason = event["state"], event["reason"]
         else:
-            trials[event["trial"]].state = event["state"]
-            trials[event["trial"]].reason = event["reason"]
+            raise ValueError(f"unknown state {event['state']}")
     return trials
