@@ -168,7 +168,7 @@ TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
 
 def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Options, dict[str, Any]]:
     """-> the options, and the agent's settings: every field of its Config is a flag."""
-    argv = _with_yaml(argv, kind)
+    argv = with_yaml(argv, kind)
     index, values = read_line(argv, kind)
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
@@ -255,7 +255,7 @@ def read_tuned(options: Options) -> dict[str, Any]:
                     f"{' or '.join(known) or 'an agent with a folder tuned/ beside it'}")
 
 
-def _with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
+def with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
     """The command line with the settings of --config FILE.yaml as flags, unless they are those of a
     run's config.json. Flags that are given win. UserError on a key that is no flag."""
     index, values = read_line(argv, kind)

@@ -237,6 +237,21 @@ def test_a_config_with_many_environments_is_planned_as_their_script(tried, tmp_p
     assert "python learn_vectorised.py agents/ppo.py" in capsys.readouterr().out
 
 
+def test_what_a_yaml_file_sets_is_kept(tried, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("compile: false\nprecision: fp32\nprocesses: 2\n")
+    assert plan.run(["--seeds", "4", "--config", str(tmp_path / "mine.yaml")]) == 0
+    assert {layout(job) for job in tried} == {(2, False, "fp32", "cpu")}
+    out = capsys.readouterr().out
+    assert "--compile" not in out and "--precision" not in out
+
+
+def test_a_studys_settings_are_planned_for_learn_simple(tried, tmp_path, capsys):
+    options = {"trials": 8, "workers": 2, "env": [TARGET], "seeds": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"options": options, "config": {}}))
+    assert plan.run(["agents/sac.py", "--config", str(tmp_path / "config.json")]) == 0
+    assert "python learn_simple.py agents/sac.py --config" in capsys.readouterr().out
+
+
 def test_without_a_compiler_nothing_is_compiled(tried, monkeypatch):
     monkeypatch.setattr(candidates, "can_compile", lambda: False)
     plan.run([])
@@ -436,7 +451,11 @@ def test_a_planned_run_uses_the_best_and_remembers_it(tried, tmp_path, capsys):
     assert train.run(argv) == 0 and len(tried) == count
     assert "using the cached plan" in capsys.readouterr().out
     assert train.run([*argv, "--gamma", "0.9"]) == 0 and len(tried) > count, "another question"
-    count = len(tried)
+    agent, count = tmp_path / "sac.py", len(tried)
+    for code in ("", "# slower"):
+        agent.write_text(Path("agents/sac.py").read_text() + code)
+        assert train.run([str(agent), *argv[1:]]) == 0 and len(tried) > count, "other code"
+        count = len(tried)
     (tmp_path / "plan.json").write_text("{torn")
     assert train.run(argv) == 0 and len(tried) > count, "a broken memory is measured again"
 

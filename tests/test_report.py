@@ -4,7 +4,10 @@ import base64
 import csv
 import html.parser
 import io
+import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -230,6 +233,49 @@ def test_bad_input_is_told_in_a_line(tmp_path, capsys):
         assert reason in err
 
 
+OPTIONS = {"agent": "sac.py", "env": ["Hopper-v4"], "steps": 10}
+EVALUATION = {"environment": "Hopper-v4", "which": "last", "episodes_per_seed": 5,
+              "failed_seeds": [], "mean": {"return": 1.0}, "return_interval": None,
+              "seeds": {"0": {"step": 10, "return": 1.0}}}
+
+
+@pytest.mark.parametrize("file, content", [
+    ("config.json", [5, {"options": 5, "config": {}}, {"options": OPTIONS, "config": 5}] + [
+        {"options": OPTIONS | {name: value}, "config": {}} for name, value in (
+            ("steps", None), ("agent", None), ("env", "Hopper-v4"), ("env", [5]), ("config", 5),
+            ("clip_reward", [1.0]), ("seeds", "2"), ("first_seed", None), ("extended", 5),
+            ("env_kwargs", [1]), ("failure_below", "x"), ("init_from", 5))]),
+    ("Hopper-v4/sac/stopped.json", [5, {}, {"step": 10}, {"step": "x", "reason": "y"}]),
+    ("Hopper-v4/sac/evaluation_last.json", [5, EVALUATION | {"seeds": {}}] + [
+        EVALUATION | {name: value} for name, value in (
+            ("environment", None), ("seeds", {"0": {}}), ("seeds", {"0": {"step": None}}),
+            ("mean", {}), ("mean", {"return": 1.0, "terminated": None}), ("which", 5),
+            ("return_interval", [1.0]), ("failed_seeds", 5), ("episodes_per_seed", None))]),
+    ("Hopper-v4/sac/seed_0/metrics.jsonl", [
+        {"step": math.inf, "wall_time": 1.0}, {"step": 1, "wall_time": math.nan}])])
+def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, file, content):
+    run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}})
+    (run / "config.json").write_text(json.dumps({"options": OPTIONS, "config": {}}))
+    assert make_report(tmp_path, run) == 0
+    for each in content:
+        (run / file).write_text(json.dumps(each) + "\n")
+        capsys.readouterr()
+        assert make_report(tmp_path, run) == 2, each
+        out, err = capsys.readouterr()
+        assert not out and str(run / file) in err and err.count("\n") == 1, err
+    (run / file).write_text('{"ste')
+    assert make_report(tmp_path, run) == (0 if file.endswith("jsonl") else 2), "torn"
+
+
+def test_an_evaluation_and_a_config_need_no_more_than_the_report_reads(tmp_path):
+    run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}}, tuned=True)
+    content = {"options": {"agent": "agents/sac.py", "tuned": True}, "config": {}}
+    (run / "config.json").write_text(json.dumps(content))
+    (run / "Hopper-v4/sac/evaluation_last.json").write_text(json.dumps(EVALUATION))
+    assert make_report(tmp_path, run) == 0
+    assert "Fresh episodes" in (tmp_path / "out/report.md").read_text()
+
+
 def test_it_is_a_command(tmp_path):
     run = write_run(tmp_path / "a", {"Hopper-v4": {0: [1.0]}})
     argv = [sys.executable, "-m", "lab.report", run, "--out", tmp_path / "out"]
@@ -244,14 +290,18 @@ def test_all_metrics_are_exported_as_one_value_a_row(tmp_path):
         recorder.write({"step": 10, "return/eval": 1.5 + seed})
         recorder.write({"step": 20, "return/eval": 2.5, "loss/qf": 0.1})
         recorder.close({}, None)
-    assert report.main([str(run), "--export", "csv", "--out", str(tmp_path / "out")]) == 0
+    theirs = tmp_path / "theirs" / run.name
+    shutil.copytree(run, theirs)
+    assert make_report(tmp_path, f"mine={run}", f"theirs={theirs}", "--export", "csv") == 0
     with (tmp_path / "out/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    where = {"run": run.name, "env": "Pendulum-v1", "agent": "sac", "seed": "1"}
-    of_one = [row for row in rows if row["seed"] == "1" and row["tag"] != "wall_time"]
+    where = {"method": "mine", "run": run.name, "env": "Pendulum-v1", "agent": "sac", "seed": "1"}
+    of_one = [row for row in rows if row["seed"] == "1" and row["method"] == "mine"
+              and row["tag"] != "wall_time"]
     assert of_one == [where | {"step": step, "tag": tag, "value": value} for step, tag, value in (
         ("10", "return/eval", "2.5"), ("20", "return/eval", "2.5"), ("20", "loss/qf", "0.1"))]
-    assert sum(row["tag"] == "wall_time" for row in rows) == 4
+    assert sum(row["tag"] == "wall_time" for row in rows) == 8
+    assert {row["method"] for row in rows} == {"mine", "theirs"}, "in folders of the same name"
 
 
 def test_a_name_may_have_dollars(tmp_path):

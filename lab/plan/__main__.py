@@ -36,12 +36,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def names_in_config(args: Sequence[str]) -> set[str]:
-    """The options in the file of --config. parse_args says if it cannot be read."""
+    """The options in the file of --config. parse_args says if it cannot be read. None of a study's,
+    whose trials are planned as runs of learn_simple.py."""
     path = read_line(args, Simple)[1].get("config")
     with contextlib.suppress(ValueError):
         content = read_file(Path(path)) if path else {}
         if isinstance(content, dict):
-            return {str(name).replace("-", "_") for name in content.get("options", content)}
+            names = {str(name).replace("-", "_") for name in content.get("options", content)}
+            return set() if "trials" in names else names
     return set()
 
 

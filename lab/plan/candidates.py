@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -32,6 +33,7 @@ from lab.options import (
     given_flags,
     read_line,
     resolve_defaults,
+    with_yaml,
 )
 from lab.plan import benchmark
 from lab.training.job import choose_fp32_library, dry_run, make_jobs
@@ -80,7 +82,8 @@ def _cache_key(options: Options, config: dict[str, Any], argv: Sequence[str]) ->
     settings = {name: str(value) for name, value in dataclasses.asdict(options).items()
                 if name not in others}
     machine = processor(), physical_cores(), torch.cuda.is_available(), torch.__version__
-    return json.dumps([machine, settings, config, _free(options, argv)])
+    source = hashlib.sha256(Path(options.agent).read_bytes()).hexdigest()
+    return json.dumps([machine, source, settings, config, _free(options, argv)])
 
 
 def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
@@ -93,7 +96,7 @@ def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
 
 def _free(options: Options, argv: Sequence[str]) -> list[str]:
     """Names of the options that a plan may choose: set neither by a flag nor by a --config."""
-    given = given_flags(argv)
+    given = given_flags(with_yaml(argv, type(options)))
     return [name for name in LAYOUT if hasattr(options, name) and name not in given
             and getattr(options, name) in (None, False, "fp32")]
 

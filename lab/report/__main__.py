@@ -29,7 +29,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER",
                         help="where report.md, report.html and the plots go (default: report)")
     parser.add_argument("--export", choices=["csv"], help=(
-        "also write all metrics to metrics.csv: run, env, agent, seed, step, tag, value"))
+        "also write all metrics to metrics.csv: method, run, env, agent, seed, step, tag, value"))
     return parser.parse_args(argv)
 
 

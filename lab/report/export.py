@@ -8,7 +8,7 @@ from pathlib import Path
 from lab.report.runs import Method
 from lab.training.recorder import read_metrics
 
-COLUMNS = ("run", "env", "agent", "seed", "step", "tag", "value")
+COLUMNS = ("method", "run", "env", "agent", "seed", "step", "tag", "value")
 
 
 def write(path: Path, methods: Sequence[Method]) -> None:
@@ -17,11 +17,12 @@ def write(path: Path, methods: Sequence[Method]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
-        for run in (run for method in methods for run in method.runs):
+        for name, run in ((method.name, run) for method in methods for run in method.runs):
             for metrics in sorted(run.folder.glob("*/*/seed_*/metrics.jsonl")):
                 env, agent, seed, _ = metrics.relative_to(run.folder).parts
                 if not re.fullmatch(r"seed_\d+", seed):
                     continue
                 for row in read_metrics(metrics):
-                    rows.writerows((run.folder.resolve().name, env, agent, seed[5:], row["step"],
-                                    tag, value) for tag, value in row.items() if tag != "step")
+                    rows.writerows((name, run.folder.resolve().name, env, agent, seed[5:],
+                                    row["step"], tag, value)
+                                   for tag, value in row.items() if tag != "step")

@@ -14,7 +14,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
+
+import typeguard
 
 from lab.errors import UserError
 from lab.training import recorder
@@ -28,6 +30,44 @@ LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% 
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart; rows with
 # an evaluation have a median of their own
+
+
+class Recorded(TypedDict, total=False):
+    """The options in a config.json that the report reads."""
+
+    agent: str
+    env: list[str]
+    env_kwargs: list[str]
+    seeds: int
+    first_seed: int
+    steps: float
+    action_repeat: int
+    clip_reward: list[float] | None
+    failure_below: float | None
+    eval_env: str
+    config: str | None
+    tuned: bool
+    init_from: str | None
+    extended: list[int]
+
+
+class Stopped(TypedDict):
+    """stopped.json."""
+
+    step: int
+    reason: str
+
+
+class Evaluated(TypedDict):
+    """What python -m lab.evaluate writes that the report reads."""
+
+    environment: str
+    which: str
+    episodes_per_seed: int
+    failed_seeds: list[int]
+    mean: dict[str, float]
+    return_interval: list[float] | None
+    seeds: dict[str, dict[str, Any]]
 
 
 class Evaluation(NamedTuple):
@@ -169,7 +209,7 @@ def add_run(method: Method, folder: Path) -> None:
                             f"in {folder}")
         tag = recorder.reported_return(options.get("eval_env", ""))
         seed = result.seeds[number] = read_seed(path, tag)
-        stop = recorder.read_stop(path.parent.parent)
+        stop = read_stop(path.parent.parent)
         planned = stop["step"] if stop else options.get("steps", seed.reached)
         result.planned = max(result.planned, planned)
         if stop and (line := f"at step {stop['step']:,}: {stop['reason']}") not in result.stops:
@@ -204,11 +244,39 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     for path in sorted(run.folder.glob("*/*/**/evaluation_*.json")):
         try:
             content = json.loads(path.read_text())
-            float(content["mean"]["return"]), len(content["seeds"]), content["which"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            check(content, Evaluated)
+            float(content["mean"]["return"]), min(int(s["step"]) for s in content["seeds"].values())
+        except BROKEN as error:
             raise UserError(f"{path} is not of python -m lab.evaluate: {error!r}") from error
         found.append(content)
     return found
+
+
+def read_stop(group: Path) -> Stopped | None:
+    """The step and the reason of a run that stopped before its last step. UserError if they cannot
+    be read."""
+    try:
+        stop: Any = recorder.read_stop(group)
+        if stop is not None:
+            check(stop, Stopped)
+        return stop
+    except BROKEN as error:
+        raise UserError(f"{group / recorder.STOPPED} is broken: {error!r}") from error
+
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError,
+          typeguard.TypeCheckError)
+
+
+def check(content: Any, kind: Any) -> None:
+    """TypeCheckError if a key of this TypedDict has another type, ValueError if a pair of bounds
+    has other than two."""
+    known = {key: value for key, value in dict(content).items() if key in kind.__annotations__}
+    typeguard.check_type(known, kind, collection_check_strategy=typeguard.CollectionCheckStrategy
+                         .ALL_ITEMS)
+    for name in ("clip_reward", "return_interval"):
+        if known.get(name) and len(known[name]) != 2:
+            raise ValueError(f"{name} must be two numbers, not {known[name]}")
 
 
 def seed_names(seeds: Sequence[int]) -> str:
@@ -264,10 +332,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     try:
         content = json.loads(path.read_text())
+        check(content["options"], Recorded)
         return {"agent": "", "eval_env": "own", **content["options"]}, dict(content["config"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         raise UserError(f"{path} is not a run's config.json: {error!r}") from error
 
 
@@ -304,8 +373,9 @@ def read_rows(path: Path, tag: str) -> Iterator[tuple[int, float, float | None]]
         try:
             row = json.loads(line)
             value = float(row[tag]) if tag in row else None
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{tag} {value}")
-            yield int(row["step"]), float(row["wall_time"]), value
-        except (ValueError, KeyError, TypeError) as error:
+            step, wall_time = int(row["step"]), float(row["wall_time"])
+            if not math.isfinite(wall_time if value is None else wall_time + value):
+                raise ValueError(f"wall_time {wall_time}, {tag} {value}")
+            yield step, wall_time, value
+        except BROKEN as error:
             raise UserError(f"{path}, line {number}, is not a row of metrics: {error!r}") from error

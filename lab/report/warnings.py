@@ -144,7 +144,7 @@ def shipped_with(method: Method, run: Run) -> Iterator[str]:
     if not run.options.get("tuned"):
         return
     agent = Path(run.options["agent"])
-    for env_id in run.options["env"]:
+    for env_id in run.options.get("env", ()):
         file = tuned_file(agent, env_id)
         result = method.results.get(label(env_id, run.options))
         try:
