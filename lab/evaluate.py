@@ -49,7 +49,9 @@ class Options:
     # another environment to evaluate in, made without the run's --env-kwargs; none: the run's own
     env: str | None = None
     explore: bool = False  # act as in training, with exploration
-    out: Path | None = None  # name of the .json and .csv files; none: evaluation_<which>, in PATH
+    # name of the .json and .csv files; none: evaluation_<which>, in the folder of each agent on its
+    # environment, or of the seed
+    out: Path | None = None
 
 
 class Episode(NamedTuple):
@@ -65,6 +67,8 @@ class Episode(NamedTuple):
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, evaluate, print and write -> exit code."""
     options = parse_flags(Options, argv, __doc__)
+    if options.out and options.out.name in ("", ".."):
+        raise UserError(f"--out {options.out} names no file")
     if options.episodes < 1:
         raise UserError(f"--episodes must be at least 1, not {options.episodes}")
     accelerate.prepare_process()
@@ -74,17 +78,28 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--out names one result, but {trained.folder} has several environments "
                         f"({ids}): give the folder of one of them")
     outs = [options.out or group.folder / f"evaluation_{options.which}" for group in trained.groups]
+    done = [out for out in outs if all(path.exists() for path in files_of(out))]
+    stays = done if len(done) < len(outs) else []  # evaluated before an interruption
     for out in outs:
-        for path in files_of(out):
-            if path.exists():
-                raise UserError(f"{path} exists: name another with --out")
-            if not path.parent.is_dir():
-                raise UserError(f"--out: there is no folder {path.parent}")
+        if out not in stays:
+            check_free(out)
+    for out in stays:
+        print(f"{out}.json exists and stays")
     for group, out in zip(trained.groups, outs, strict=True):
-        result = evaluate_group(trained, group, options)
-        show(result)
-        write(result, out)
+        if out not in stays:
+            result = evaluate_group(trained, group, options)
+            show(result)
+            write(result, out)
     return 0
+
+
+def check_free(out: Path) -> None:
+    """UserError if the files exist or cannot be written."""
+    for path in files_of(out):
+        if path.exists():
+            raise UserError(f"{path} exists: name another with --out")
+        if not path.parent.is_dir():
+            raise UserError(f"--out: there is no folder {path.parent}")
 
 
 def files_of(out: Path) -> list[Path]:

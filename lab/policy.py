@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -208,6 +208,9 @@ class Policy:
 
     def __call__(self, obs: Any) -> np.ndarray:
         x = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
+        if x.shape[-1:] != (self.spec.obs_dim,):
+            raise UserError(f"{self.env_id} has observations of {self.spec.obs_dim} numbers, not "
+                            f"of shape {tuple(x.shape)}")
         actions = self.act(x.reshape(1, -1, self.spec.obs_dim))
         return actions.reshape(*x.shape[:-1], -1).cpu().numpy()
 
@@ -217,6 +220,8 @@ def load_policy(path: str | Path, seed: int | None = None, which: Which = "last"
     """The policy of one seed of a run; `path` may be the folder of an environment, agent or seed in
     it. `agent`: its file, if the run's has changed or lies elsewhere. UserError if there is no such
     policy."""
+    if which not in get_args(Which):
+        raise UserError(f"which must be {' or '.join(get_args(Which))}, not {which!r}")
     run = open_run(Path(path), Path(agent) if agent else None)
     if len(run.groups) > 1:
         folders = " or ".join(str(group.folder) for group in run.groups)

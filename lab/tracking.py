@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -90,7 +91,7 @@ class WandB:
         name = f"{env_id} seed {seed}"
         run = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=f"{self.folder.name} {name}".replace("/", "-").replace(" ", "-"), name=name,
+            id=re.sub(r"[^a-zA-Z0-9_.-]", "-", f"{self.folder.name} {name}"), name=name,
             group=self.folder.name, dir=str(self.folder), resume="allow", reinit="create_new",
             config=self.settings | {"env": env_id, "seed": seed},
             settings=self.wandb.Settings(silent=True, console="off"))

@@ -287,7 +287,8 @@ def test_a_report_shows_fresh_episodes_and_that_picking_is_optimistic(run, capsy
     ("{tmp}/none", "no folder {tmp}/none"), ("{tmp}", "is not in a run folder"),
     ("{run} --episodes 0", "--episodes must be at least 1, not 0"),
     ("{run} --out {tmp}/none/a", "there is no folder {tmp}/none"),
-    ("{run} --which first", "invalid choice"),
+    ("{run} --out .", "--out . names no file"), ("{run} --out /", "--out / names no file"),
+    ("{run} --out ..", "--out .. names no file"), ("{run} --which first", "invalid choice"),
     ("{run} --env MountainCarContinuous-v0", "does not fit agents/sac.py: ValueError: actor d"),
     ("{run} --env Pendulum", "use 'Pendulum-v1'"),
     ("{run} --agent agents/ppo.py", "config.json does not fit agents/ppo.py")])
@@ -302,6 +303,22 @@ def test_a_result_is_not_overwritten(run, capsys):
     (group(run) / "evaluation_last.csv").write_text("mine")
     assert "evaluation_last.csv exists: name another with --out" in refused(capsys, run)
     assert (group(run) / "evaluation_last.csv").read_text() == "mine"
+
+
+def test_of_several_environments_those_without_a_result_are_evaluated(tmp_path, capsys):
+    """As after an interruption between them."""
+    targets = "tests.probe_envs:lab-tests/Target-v0"
+    run = train(tmp_path, env=(EPISODIC, targets), seeds=1)
+    evaluated(capsys, group(run), "--episodes", 2)
+    first, other = (group(run, env) / "evaluation_last.json" for env in (EPISODIC, targets))
+    before = first.read_bytes()
+    _, told = evaluated(capsys, run, "--episodes", 3)
+    assert f"{first} exists and stays\n" in told and told.splitlines()[-2] == str(other)
+    assert first.read_bytes() == before
+    assert json.loads(other.read_text())["episodes_per_seed"] == 3
+    assert f"{first} exists: name another" in refused(capsys, run)
+    first.with_suffix(".csv").unlink()
+    assert "evaluation_last.json exists: name another" in refused(capsys, run)
 
 
 def test_no_checkpoint_and_a_changed_agent_are_one_line(run, capsys):

@@ -92,12 +92,22 @@ def test_it_is_loaded_from_any_folder_with_the_runs_copy_of_the_agent(run, monke
     ({"path": "{tmp}/none"}, "no folder {tmp}/none"),
     ({"path": "{run}"}, "{run} has checkpoints of seeds 0, 1, 2: choose one of them"),
     ({"path": "{run}", "seed": 3}, "{run} has checkpoints of seeds 0, 1, 2"),
+    ({"path": "{run}", "seed": 1, "which": "Best"}, "which must be last or best, not 'Best'"),
     ({"path": "{run}", "seed": 1, "agent": "agents/ppo.py"}, "does not fit agents/ppo.py")])
 def test_bad_input_is_a_user_error(run, arguments, words):
     names = {"run": run, "tmp": run.parent}
     with pytest.raises(UserError, match=re.escape(words.format(**names))):
         load_policy(**{k: v.format(**names) if isinstance(v, str) else v
                        for k, v in arguments.items()})
+
+
+def test_observations_of_another_size_are_refused(run):
+    policy = load_policy(run, seed=1)
+    assert policy(OBS).shape == (*np.shape(OBS)[:-1], policy.spec.action_dim)
+    for obs in (np.zeros(2 * policy.spec.obs_dim), np.zeros((policy.spec.obs_dim, 1)), 0.0):
+        with pytest.raises(UserError, match=f"has observations of {policy.spec.obs_dim} numbers, "
+                                            r"not of shape \("):
+            policy(obs)
 
 
 def test_a_failed_seed_other_networks_and_damage_are_user_errors(run):

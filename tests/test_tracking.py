@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,22 @@ def log_records(data):
         if kind in (1, 4):  # whole, or the last part of one
             yield record
             record = b""
+
+
+def test_wandb_takes_the_id_of_a_run_in_any_environment(tmp_path, monkeypatch):
+    """Its ids have no / \\ # ? % :, which an environment of one's own has."""
+    ids = []
+
+    def init(id, **settings):
+        ids.append(id)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    service = tracking.WandB(tmp_path / "sac-1", {})
+    for env_id in ("Ant-v4", "torch/Pendulum-v1", "my.envs:mine/Hop-v0", "A%?#\\é-v0"):
+        service.start(env_id, 3)
+    assert ids == ["sac-1-Ant-v4-seed-3", "sac-1-torch-Pendulum-v1-seed-3",
+                   "sac-1-my.envs-mine-Hop-v0-seed-3", "sac-1-A------v0-seed-3"]
 
 
 def test_wandb_writes_a_run_a_seed_when_offline(tmp_path, monkeypatch, capsys):

@@ -216,8 +216,8 @@ def add_run(method: Method, folder: Path) -> None:
             result.stops.append(line)
     for stack in folder.glob("*/*/stack_*_*"):
         environment, agent, _ = stack.relative_to(folder).parts
-        if result := method.results.get(label(ids.get(environment, environment), options)):
-            mark_failed(result.seeds, recorder.members_of(stack))
+        if group := method.results.get(label(ids.get(environment, environment), options)):
+            mark_failed(group.seeds, recorder.members_of(stack))
     settings: dict[str, Any] = {"agent": " ".join(sorted(agents))}
     if options:
         source = folder / Path(options["agent"]).name
