@@ -1,7 +1,9 @@
 """The search space, the surrogate's data, suggestions, the pruner, the journal."""
 
+import contextlib
 import json
 import math
+import resource
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -390,6 +392,26 @@ def test_a_journal_gives_back_its_trials_and_tolerates_a_torn_line(tmp_path):
     journal.close()
     assert path.read_bytes().startswith(whole) and path.read_bytes().count(b"\n") == 6
     assert Journal(path).trials()[1].state == "failed"
+
+
+def test_a_line_that_a_full_disk_did_not_take_is_dropped(tmp_path):
+    """Here a limit on the size of files, which the second line exceeds."""
+    path = tmp_path / "trials.jsonl"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.closing(Journal(path)) as journal:
+        journal.append({"space": {}})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
+            with pytest.raises(UserError, match=r"cannot write to '.*jsonl': File too large"):
+                journal.append({"trial": 0, "settings": {"lr": 1e-3}})
+            journal.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with contextlib.closing(Journal(path)) as journal:
+        assert journal.header == {"space": {}} and journal.trials() == []
+        journal.append({"trial": 0, "settings": {"lr": 1e-3}})
+    with contextlib.closing(Journal(path)) as journal:
+        assert journal.trials() == [Trial(0, {"lr": 1e-3})]
 
 
 def test_a_second_tuner_is_refused_until_the_first_has_ended(tmp_path):

@@ -1,5 +1,6 @@
 """The trials of a study and their journal."""
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -89,7 +90,8 @@ class Journal:
         return read_trials(self.events)
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self.file.close()
 
 
 def read_trials(events: Sequence[dict[str, Any]]) -> list[Trial]:
