@@ -1,5 +1,6 @@
 """What the user is told, and the exit code of a program."""
 
+import errno
 import os
 import signal
 import sys
@@ -49,14 +50,15 @@ def guarded(do: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Output):
+                stream.end()
         sys.stdout, sys.stderr = streams
 
 
 def guard_output() -> None:
-    """Let no print fail: neither when the reader is gone, as with `| head -1`, nor on a character
-    that the locale's encoding lacks, which is escaped."""
+    """Let no print fail: neither when the reader or the terminal is gone, as with `| head -1`, nor
+    on a full disk, nor on a character that the locale's encoding lacks, which is escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
@@ -66,23 +68,32 @@ def guard_output() -> None:
 
 
 class _Output:
-    """A text stream that goes to the null device once its reader is gone."""
+    """A text stream that loses what a full disk does not take, and goes to the null device once it
+    cannot be written for another reason."""
 
     def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except BrokenPipeError:
-            self._drop()
+        self._attempt(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def end(self) -> None:
+        """Flush for the last time: Python's own flush at exit must find nothing to do."""
         try:
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._drop()
+
+    def _attempt(self, do: Callable[[], Any]) -> None:
+        try:
+            do()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._drop()
 
     def _drop(self) -> None:
         null = os.open(os.devnull, os.O_WRONLY)

@@ -170,6 +170,9 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     """-> the options, and the agent's settings: every field of its Config is a flag."""
     argv = with_yaml(argv, kind)
     index, values = read_line(argv, kind)
+    for name in ("resume", "config", "init_from"):
+        if values.get(name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: is a shell variable unset?")
     resume, given = values.get("resume"), values.get("config")
     source = Path(resume) / "config.json" if resume else Path(given) if given else None
     before = _read_settings(source) if source else {"options": {}, "config": {}}
@@ -183,6 +186,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
                *(NOT_INHERITED if kind is Tune and not resume else ())]
     kept = {k: v for k, v in before["options"].items() if k not in dropped}
     if source:
+        _check_types(source, kept, ("agent", "env", "num_envs", "steps", "seeds"))
         _refuse_code_beside(source, kept if index is None else {**kept, "agent": ""})
     path = kept.get("agent", kind.agent) if index is None else argv[index]
     started_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
@@ -211,7 +215,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
             for name, hint in get_type_hints(type(default)).items():
                 _check_type(name, getattr(default, name), hint)
     except TypeError as error:
-        raise UserError(f"{source or 'the default'} does not fit {path}: {error}") from error
+        reason = first_line(error)
+        raise UserError(f"{source or 'the default'} does not fit {path}: {reason}") from error
     options, config = read_flags(argv, index, *defaults, description)
     if resume:
         return (extend(options, kept) if kind is not Tune else options), config
@@ -227,6 +232,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
 
 def extend(options: Options, before: dict[str, Any]) -> Options:
     """The options of a resumed run, which may be longer or have more seeds than `before`."""
+    before = {"steps": type(options).steps, "seeds": type(options).seeds} | before
     for name in ("steps", "seeds"):
         if getattr(options, name) < before[name]:
             raise UserError(f"{options.resume} has {before[name]} {name}: --{name} "
@@ -271,8 +277,9 @@ def with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
     named = content.pop("agent", None)
     agent = str(named or kind.agent) if index is None else argv[index]
     env = content.get("env", ())
-    _refuse_code_beside(path, {"agent": agent if index is None and named else "",
-                               "env": [env] if isinstance(env, str) else env})
+    env = (env,) if isinstance(env, str) else tuple(env) if isinstance(env, list) else env
+    _check_types(path, {"env": env}, ("env",))
+    _refuse_code_beside(path, {"agent": agent if index is None and named else "", "env": env})
     known = {field.name for field in dataclasses.fields(kind)}
     known |= set(settings.names(settings.build(load_agent(agent).Config, {})))
     for name in content.keys() - known:
@@ -384,6 +391,17 @@ def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any
         return flags.options, settings.plain_config(flags.config)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _check_types(source: Path, options: dict[str, Any], names: Sequence[str]) -> None:
+    """UserError if one of these options, where the file has it, has another type."""
+    hints = get_type_hints(Vectorised)
+    try:
+        for name in names:
+            if name in options:
+                _check_type(name, options[name], hints[name])
+    except TypeError as error:
+        raise UserError(f"{source}: {first_line(error)}") from error
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
@@ -531,6 +549,8 @@ def check_options(options: Options) -> None:
     if len(set(options.env)) < len(options.env) or not options.env:
         given = " ".join(options.env) or "none"
         raise UserError(f"--env needs different environments, not {given}")
+    if options.seeds > LAST_SEED:
+        raise UserError(f"--seeds must be at most {LAST_SEED}, not {options.seeds}")
     if not 0 <= options.first_seed <= LAST_SEED - options.seeds:
         raise UserError(f"--first-seed must lie in [0, {LAST_SEED - options.seeds}], not "
                         f"{options.first_seed}")
@@ -551,6 +571,21 @@ def check_options(options: Options) -> None:
         if is_torch(env_id) or backend in ("torch", "envpool"):
             raise UserError(f"{changed[0]} is for environments of gymnasium.make, which does not "
                             f"make {env_id}" + f" with --backend {backend}" * bool(backend))
+
+
+def refuse_unused(options: Options, given: set[str]) -> None:
+    """UserError for a flag of the command that would do nothing."""
+    backend = getattr(options, "backend", None)
+    many = not isinstance(options, Vectorised) or options.plan or backend in ("workers", "envpool")
+    for name, used, need in (
+            ("workers", many, "--backend workers or envpool"),
+            ("stop_at_evals", options.stop_at is not None, "--stop-at"),
+            ("stop_rtol", options.stop_plateau is not None, "--stop-plateau"),
+            ("fp32_library", options.precision == "fp32" and not options.cuda, "fp32 on a CPU"),
+            ("eval_episodes", options.eval_env != "none", "--eval-env own or same"),
+            ("name", options.log, "--log"), ("checkpoint_every", options.log, "--log")):
+        if name in given and not used:
+            raise UserError(f"--{name.replace('_', '-')} does nothing without {need}")
 
 
 def resolve_defaults(options: Options) -> Options:

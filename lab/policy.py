@@ -55,6 +55,7 @@ class TrainedRun(NamedTuple):
 def open_run(path: Path, agent: Path | None = None) -> TrainedRun:
     """The run that contains `path`: a run folder, or one environment, agent or seed in it. `agent`:
     the file to load if the run's has changed. UserError if it has no checkpoints."""
+    path = recorder.located(path)
     folder = recorder.find_run(path)
     named = [str(agent)] if agent else []
     options, config = parse_args(["--config", str(folder / "config.json"), *named], Vectorised)

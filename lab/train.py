@@ -14,7 +14,16 @@ from rich.console import Console
 from lab import tracking
 from lab.errors import UserError, guarded
 from lab.matmul import Products
-from lab.options import Options, Simple, parse_args, resolve_defaults
+from lab.options import (
+    Options,
+    Simple,
+    check_options,
+    given_flags,
+    parse_args,
+    refuse_unused,
+    resolve_defaults,
+    with_yaml,
+)
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
 from lab.report.runs import changes, origins, seed_names
@@ -32,6 +41,8 @@ def run(argv: Sequence[str], kind: type[Options] = Simple,
     invalid input, 128 + signal."""
     def main() -> int:
         options, config = parse_args(argv, kind)
+        check_options(options)
+        refuse_unused(options, given_flags(with_yaml(argv, kind)))
         if getattr(options, "plan", False):
             options = candidates.apply_plan(options, config, argv)
         return (do or train)(options, config)

@@ -1,5 +1,6 @@
 """Checkpoints are atomic and checksummed."""
 
+import errno
 import os
 import pickle
 import resource
@@ -161,6 +162,19 @@ def replay(filled, size=5000):
 
 def written(folder):
     return {path.name: path.stat().st_mtime_ns for path in (folder / "blocks").iterdir()}
+
+
+def test_a_file_system_without_locks_is_told_and_a_held_lock_is_not_free(
+        tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "lock", "wb") as one, open(tmp_path / "lock", "wb") as other:
+        assert checkpoint.locked(one) and not checkpoint.locked(other)
+        for code, words in ((errno.ENOLCK, "has no locks"), (errno.ENOTSUP, "has no locks")):
+            def fail(*_, code=code):
+                raise OSError(code, os.strerror(code))
+
+            monkeypatch.setattr(fcntl, "flock", fail)
+            assert checkpoint.locked(other) and words in capsys.readouterr().err
 
 
 def test_large_tensors_are_loaded_as_they_were_saved(tmp_path, small_blocks):

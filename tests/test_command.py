@@ -125,6 +125,22 @@ def finished(tmp_path_factory):
     ("--config {folder}/beside.yaml", r"names code in its own folder, .*mine.py"),
     ("--config {folder}/unknown.json", r"unknown.json does not fit .*sac.py: .*'gama'"),
     ("--config {folder}/type.json", r"type.json does not fit .*sac.py: gamma: str is n"),
+    ("--config {folder}/agent.json", r"agent.json: agent: int is not an instance of str"),
+    ("--config {folder}/env.json", r"env.json: env: item 0 of tuple is not an instance of str"),
+    ("--config {folder}/envs.json", r"envs.json: num_envs: str "),
+    ("--config {folder}/clip.json", r"clip.json does not fit .*sac.py: clip_reward: "),
+    ("--config {folder}/blank.yaml", r"blank.yaml: env: None is not a tuple"),
+    ("--config {folder}/number.yaml", r"number.yaml: env: int is not a tuple"),
+    ("--config {folder}/nested.yaml", r"nested.yaml: env: item 0 of tuple is not an"),
+    ("--config=", r"--config is empty: is a shell variable unset\?"),
+    ("--resume=", r"--resume is empty"), ("--init-from=", r"--init-from is empty"),
+    ("--seeds 5_000_000_000", r"--seeds must be at most 4294967296, not 5000000000"),
+    ("--stop-at-evals 3", r"--stop-at-evals does nothing without --stop-at$"),
+    ("--stop-rtol 0.5 --stop-at 3", r"--stop-rtol does nothing without --stop-plateau"),
+    ("--fp32-library onednn --precision bf16", r"--fp32-library does nothing without fp32 on a C"),
+    ("--eval-env none --eval-episodes 3", r"--eval-episodes does nothing without --eval-env own"),
+    ("--name x --no-log", r"--name does nothing without --log"),
+    ("--checkpoint-every 5 --no-log", r"--checkpoint-every does nothing without --log"),
 ])
 def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
     write(tmp_path, "no json", "file")
@@ -137,6 +153,11 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, word
                        "beside": f"agent: {tmp_path}/mine.py"}.items():
         write(tmp_path, text, f"{name}.yaml")
     write(tmp_path, '{"options": {}, "config": {"gamma": "0.9"}}', "type.json")
+    for name, options in {"agent": {"agent": 5}, "env": {"env": [1, 2]}, "envs": {"num_envs": "a"},
+                          "clip": {"clip_reward": [1.0]}}.items():
+        write(tmp_path, json.dumps({"options": options, "config": {}}), f"{name}.json")
+    for name, text in {"blank": "env:", "number": "env: 5", "nested": "env: [[A], 3]"}.items():
+        write(tmp_path, text, f"{name}.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"tau: \xe9")
     argv = tiny(tmp_path, "--log", *flags.format(folder=tmp_path).split())
     assert re.search(words, refused(capsys, tmp_path, argv))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from lab.errors import UserError, guarded
 from lab.options import Simple, Tune, Vectorised, parse_args
 from lab.report import __main__ as report
 from lab.report import curves, page, runs
+from lab.training import checkpoint, recorder
 from lab.training.job import make_jobs
 from lab.training.recorder import read_metrics
 from lab.tuning import run as tuning
@@ -481,3 +483,76 @@ def test_a_path_that_the_locale_cannot_spell_is_refused(tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b"l\xe4ufe")
     for flags in (["--runs", str(folder)], [write(tmp_path, SAC, os.fsdecode(b"l\xe4ufer.py"))]):
         assert "PYTHONUTF8=1" in refused(capsys, tmp_path, [*tiny(tmp_path, "--log"), *flags])
+
+
+PRINTS = """
+import sys
+from lab.errors import guarded
+
+def work():
+    for number in range(3000):
+        print(number, flush=number % 2 == 0)
+        print(number, file=sys.stderr)
+    open("ended", "w").close()
+    return 0
+
+sys.exit(guarded(work))
+"""
+
+
+def printing(tmp_path, **streams):
+    """-> the exit code of a program that prints, and whether it got to its end."""
+    code = subprocess.run([sys.executable, "-c", PRINTS], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()}, **streams).returncode
+    return code, (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_a_full_disk_does_not_take_ends_nothing(tmp_path, name):
+    """--log > out.txt on the disk that fills."""
+    with open("/dev/full", "w") as full:
+        assert printing(tmp_path, **{"stdout": subprocess.DEVNULL, name: full}) == (0, True)
+
+
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path):
+    ours, theirs = os.openpty()
+    os.close(ours)
+    assert printing(tmp_path, stdout=theirs, stderr=theirs) == (0, True)
+    os.close(theirs)
+
+
+def test_output_goes_on_once_the_disk_has_space_again(tmp_path, monkeypatch):
+    full = [True]
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    def work():
+        print("lost", end="")
+        full.clear()
+        print("kept", end="")
+        return 0
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert guarded(work) == 0 and stream.getvalue() == "kept"
+
+
+def test_paths_inside_a_run_may_be_relative_to_its_folders(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stack = run / "Pendulum-v1/sac/stack_0_1"
+    stack.mkdir(parents=True)
+    (stack.parent / "seed_0").mkdir()
+    (stack / "step_5.pt").touch()
+    (run / "config.json").write_text("{}")
+    monkeypatch.chdir(stack.parent)
+    whole = {stack.parent: {0: stack, 1: stack}}
+    for path, found in ((".", whole), ("seed_0", {stack.parent: {0: stack}}), ("..", whole),
+                        ("./seed_0", {stack.parent: {0: stack}}), ("../..", whole)):
+        assert recorder.find_run(Path(path)).resolve() == run
+        assert {group.resolve(): {seed: stack.resolve() for seed, stack in stacks.items()}
+                for group, stacks in recorder.find_stacks(Path(path)).items()} == found, path
+    assert checkpoint.find_sources(Path("seed_0"), [7, 8]) == [(stack, 0)] * 2

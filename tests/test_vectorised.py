@@ -79,6 +79,8 @@ def test_every_agent_trains_on_many_environments(path, layout, tmp_path, no_curv
     ("--env torch/Pendulum-v2", "environment torch/Pendulum-v2; choose from torch/Pendulum-v1"),
     ("--backend torch --env Hopper-v5", "unknown environment torch/Hopper-v5"),
     ("--processes 2", "processes"),
+    ("--workers 2", "--workers does nothing without --backend workers or envpool"),
+    ("--env Pendulum-v1 --backend sync --workers 2", "--workers does nothing without --backend"),
 ])
 def test_bad_input_is_one_line(flags, words, capsys, tmp_path):
     assert run(*flags.split(), "--log", "--runs", tmp_path / "runs") == 2

@@ -202,7 +202,9 @@ def layouts(options: Options, free: Sequence[str], cuda: bool) -> list[dict[str,
     if not options.backend and any(map(is_torch, options.env)):
         return [{}]
     installed = ["envpool"] if importlib.util.find_spec("envpool") else []
-    backends = [options.backend] if options.backend else ["sync", "workers", *installed]
+    several = bool(options.workers) or (options.groups or 1) > 1  # which need processes
+    one = [] if several else ["sync"]
+    backends = [options.backend] if options.backend else [*one, "workers", *installed]
     numbers = list(dict.fromkeys((max(2, cores), max(2, cores - 1), 2 * cores)))
     numbers = numbers if "workers" in free else [options.workers or cores]
     groups = [1, 2] if "groups" in free else [options.groups or 1]

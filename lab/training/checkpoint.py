@@ -9,6 +9,7 @@ changed since the last checkpoint are not written again.
 """
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -56,8 +57,13 @@ def locked(file: IO[bytes]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         return True  # no fcntl on this system: no locks
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        print(f"warning: {file.name}: the file system has no locks ({error.strerror}), so nothing "
+              "keeps two processes from one run", file=sys.stderr)
     return True
 
 
@@ -150,6 +156,7 @@ def init_agent(agent: Any, seeds: Sequence[int], source: Path) -> None:
 def find_sources(path: Path, seeds: Sequence[int]) -> list[tuple[Path, int]]:
     """The stack and the seed there whose weights each seed starts from: in a run its own, in a
     seed's folder that one. UserError if a seed has none."""
+    path = recorder.located(path)
     groups = list(recorder.find_stacks(path).values())
     if not groups:
         raise UserError(f"{path} has no checkpoint yet")

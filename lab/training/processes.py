@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -150,8 +151,15 @@ class Engine(NamedTuple):
 def _child(pipe: connection.Connection, parent: int, work: Callable[[Job, Emit], None]) -> None:
     die_with(parent)
     guard_output()
+
+    def send(message: dict[str, Any]) -> None:
+        try:
+            pipe.send(message)
+        except BrokenPipeError:  # the parent is gone: write a checkpoint and end
+            signal.raise_signal(signal.SIGTERM)
+
     try:
-        failure = attempt(work, pipe.recv(), pipe.send)
+        failure = attempt(work, pipe.recv(), send)
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         sys.exit(1)
     if failure:

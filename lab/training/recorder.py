@@ -79,12 +79,24 @@ def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None
         shutil.copyfile(agent_path, folder / agent_path.name)
 
 
+def located(path: Path) -> Path:
+    """The path, made absolute if its run folder may lie above the working directory."""
+    if ".." not in path.parts and any(_is_run(folder) for folder in [path, *path.parents][:4]):
+        return path
+    return Path(os.path.abspath(path))
+
+
+def _is_run(folder: Path) -> bool:
+    return os.path.isfile(folder / "config.json")  # False, too, if the name is too long
+
+
 def find_run(path: Path) -> Path:
     """The run folder that contains `path`. UserError if there is none."""
     if not os.path.isdir(path):  # False, too, if the name is too long
         raise UserError(f"no folder {path}")
-    for folder in [path, *path.parents][:4]:
-        if (folder / "config.json").is_file():
+    place = located(path)
+    for folder in [place, *place.parents][:4]:
+        if _is_run(folder):
             return folder
     raise UserError(f"{path} is not in a run folder: found no config.json")
 
@@ -93,8 +105,9 @@ def find_stacks(path: Path) -> dict[Path, dict[int, Path]]:
     """{<environment>/<agent>: {seed: folder of its checkpoints}} of what has checkpoints in `path`,
     a run folder, or one environment, agent or seed in it. UserError if it is in no run folder."""
     found: defaultdict[Path, dict[int, Path]] = defaultdict(dict)
+    run, path = find_run(path), located(path)
     one = is_seed(path)
-    for stack in sorted(find_run(path).glob("*/*/stack_*_*")):
+    for stack in sorted(run.glob("*/*/stack_*_*")):
         if stack.is_relative_to(path.parent if one else path) and any(stack.glob("step_*.pt")):
             found[stack.parent] |= {seed: stack for seed in members_of(stack)
                                     if not one or path.name == f"seed_{seed}"}
