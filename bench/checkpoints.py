@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab.agent import build_agent  # noqa: E402
+from lab.agent import build_agent, save_state  # noqa: E402
 from lab.envs.make import make_envs  # noqa: E402
 from lab.training import checkpoint  # noqa: E402
 from lab.training.logger import CHECKPOINT_SECONDS  # noqa: E402
@@ -44,7 +44,7 @@ def main() -> None:
             agent.replay.rows[:, start : start + new] = torch.randn(
                 SEEDS, new, agent.replay.rows.shape[2])
             start_time = time.perf_counter()
-            checkpoint.save(Path(folder), number, {"agent": agent.state_dict()})
+            checkpoint.save(Path(folder), number, {"agent": save_state(agent)})
             pauses.append(time.perf_counter() - start_time)
             print(f"checkpoint {number}: {pauses[-1]:.1f} s", flush=True)
         start_time = time.perf_counter()

@@ -86,7 +86,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", f"{result['agent'].upper()} on {result['environment']} ({spaces['obs_dim']} "
               f"observations, {spaces['action_dim']} actions), one thread, torch "
               f"{versions['torch']}, {versions['processor']}, {result['cores']} cores with a load "
-              f"of {result['load']} from other processes."]
+              f"of {result['load']}."]
     return "\n".join(lines) + "\n"
 
 

@@ -91,7 +91,11 @@ def build_agent(path: str | Path, config: dict[str, Any], spec: EnvSpec, seeds: 
 
 def action_kind(module: ModuleType) -> str:
     """What the agent's ACTIONS says: "discrete", or "continuous" if it has none."""
-    return str(getattr(module.Agent, "ACTIONS", "continuous"))
+    kind = str(getattr(module.Agent, "ACTIONS", "continuous"))
+    if kind not in ("continuous", "discrete"):
+        raise UserError(f"ACTIONS of {Path(module.__file__ or '').name} must be continuous or "
+                        f"discrete, not {kind}")
+    return kind
 
 
 def check_actions(path: str | Path, module: ModuleType, spec: EnvSpec) -> None:
@@ -318,7 +322,8 @@ def seed_slice(x: torch.Tensor, stack: int, index: int) -> torch.Tensor:
 def copy_seed(target: dict[str, Any], to: tuple[int, int], source: dict[str, Any],
               of: tuple[int, int]) -> None:
     """Copy the weights of one seed, in place; `to`, `of`: the seeds in a stack, the seed's index.
-    ValueError if the stacks do not hold the same networks."""
+    In stacks of different sizes, a tensor of the same shape is one that all seeds share. ValueError
+    if the stacks do not hold the same networks."""
     theirs = {path: x for path, x in pytree.tree_flatten_with_path(source)[0]}
     for path, mine in pytree.tree_flatten_with_path(target)[0]:
         if not isinstance(mine, torch.Tensor):
@@ -326,7 +331,9 @@ def copy_seed(target: dict[str, Any], to: tuple[int, int], source: dict[str, Any
         name = "".join(map(str, path))
         if not isinstance(theirs.get(path), torch.Tensor):
             raise ValueError(f"the weights have no {name}")
-        new, old = seed_slice(mine, *to), seed_slice(theirs[path], *of)
+        new, old = mine, theirs[path]
+        if to[0] == of[0] or new.shape != old.shape:
+            new, old = seed_slice(new, *to), seed_slice(old, *of)
         if new.shape != old.shape:
             raise ValueError(f"{name} is {tuple(new.shape)} for a seed, not {tuple(old.shape)}")
         new.copy_(old)

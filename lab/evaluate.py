@@ -9,6 +9,7 @@ the same ones at each call. Writes a JSON file with every episode and a CSV file
 
 import contextlib
 import csv
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--out names one result, but {trained.folder} has several environments "
                         f"({ids}): give the folder of one of them")
     outs = [options.out or group.folder / f"evaluation_{options.which}" for group in trained.groups]
-    done = [out for out in outs if all(path.exists() for path in files_of(out))]
+    done = [out for out in outs if was_evaluated(out, options)]
     stays = done if len(done) < len(outs) else []  # evaluated before an interruption
     for out in outs:
         if out not in stays:
@@ -91,6 +92,19 @@ def run(argv: Sequence[str]) -> int:
             show(result)
             write(result, out)
     return 0
+
+
+def was_evaluated(out: Path, options: Options) -> bool:
+    """Whether the files are there, of a command with these options."""
+    if not all(path.exists() for path in files_of(out)):
+        return False
+    try:
+        found = json.loads(files_of(out)[0].read_text())
+        return (options.env in (None, found["environment"]) and options.which == found["which"]
+                and (options.episodes, options.explore) == (
+                    found["episodes_per_seed"], found["explore"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_free(out: Path) -> None:

@@ -24,7 +24,7 @@ from lab.accelerate import physical_cores
 from lab.agent import load_agent
 from lab.envs.base import TORCH, is_torch
 from lab.envs.spec import read_kwargs
-from lab.errors import UserError, first_line, one_line
+from lab.errors import CodeError, UserError, first_line, one_line
 from lab.matmul import Library
 from lab.stopping import stops
 
@@ -217,6 +217,8 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     except TypeError as error:
         reason = first_line(error)
         raise UserError(f"{source or 'the default'} does not fit {path}: {reason}") from error
+    except Exception as error:
+        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
     options, config = read_flags(argv, index, *defaults, description)
     if resume:
         return (extend(options, kept) if kind is not Tune else options), config
@@ -384,7 +386,12 @@ def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any
         for name, default in (("options", options), ("config", config))], frozen=True)
     if index is not None:  # move the file to the front: `--env A B agent.py` would be three ids
         argv = [argv[index], *argv[:index], *argv[index + 1:]]
-    flags = parse_flags(both, argv, description)
+    try:
+        flags = parse_flags(both, argv, description)
+    except UserError:
+        raise
+    except Exception as error:  # of a Config with a check of its own
+        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
     if flags.options.agent != path:  # the settings would be another agent's
         raise UserError(f"unknown argument {flags.options.agent!r}: the agent is {path}")
     try:

@@ -23,6 +23,7 @@ from lab.training.job import Job
 
 WAITING = 10_000  # rows that may wait
 PATIENCE = 60.0  # seconds to send what waits at the end
+INTERRUPTED = 5.0  # the same after Ctrl-C
 PROJECT = "mini-rl-lab"
 
 
@@ -149,9 +150,10 @@ class Tracker:
                 except queue.Full:
                     self._warn("the service is too slow; some rows are dropped")
 
-    def __exit__(self, *exception: object) -> None:
-        """Send what waits, and the files of the run."""
-        end = time.monotonic() + PATIENCE
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Send what waits, and the files of the run; only for a moment if it was interrupted."""
+        patience = PATIENCE if kind is None else INTERRUPTED
+        end = time.monotonic() + patience
         sent = False
         while self.thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Full):
@@ -160,7 +162,7 @@ class Tracker:
                     sent = True
                 self.thread.join(1)
         if self.thread.is_alive():
-            self._warn(f"it did not take everything within {PATIENCE:.0f} s")
+            self._warn(f"it did not take everything within {patience:.0f} s", then="")
 
     def _send(self) -> None:
         try:
@@ -177,7 +179,7 @@ class Tracker:
         except Exception as error:
             self._warn(f"{type(error).__name__}: {first_line(error)}")
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, then: str = "; training continues") -> None:
         if not self.warned:
-            print(f"warning: --track: {reason}; training continues", file=sys.stderr)
+            print(f"warning: --track: {reason}{then}", file=sys.stderr)
         self.warned = True

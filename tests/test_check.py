@@ -200,6 +200,53 @@ def test_a_network_that_is_frozen_on_purpose_may_stay_as_it_is(tmp_path):
     assert "qf_target" in check.failure(check.CHECKS[WEIGHTS], subject)
 
 
+def test_a_fixed_layer_of_a_trained_module_is_told_where_to_go(tmp_path):
+    subject = changed_sac(tmp_path, (
+        "        self.actor_optimizer = ",
+        "        self.actor.mlp.fc2.requires_grad_(False)\n        self.actor_optimizer = "))
+    assert "must be an attribute of its own" in check.failure(check.CHECKS[WEIGHTS], subject)
+
+
+def test_a_nan_that_stays_is_no_change(tmp_path):
+    subject = changed_sac(tmp_path, (
+        'STATE = ("actor", ', 'STATE = ("last", "number", "actor", '),
+        ("        self.actor = Actor(", """\
+        self.last, self.number = torch.full([len(seeds)], math.nan), math.nan
+        self.actor = Actor("""))
+    for name in (FROZEN, ALONE, NAN, RESUME):
+        assert check.failure(check.CHECKS[name], subject) is None
+
+
+def test_an_agent_for_one_discrete_action_is_checked_with_one(tmp_path, monkeypatch):
+    text = Path("agents/ppo_discrete.py").read_text()
+    place = "        self.actor = Network("
+    path = tmp_path / "mine.py"
+    path.write_text(text.replace(place, f"""\
+        if len(spec.num_actions) != 1:
+            raise ValueError(f"one discrete action, not {{spec.num_actions}}")
+{place}"""))
+    assert path.read_text() != text
+    subject = check.parse([str(path)])
+    assert subject.spec.num_actions == (5,)
+    for name in (VERBS, NUMBER, BOUNDS, FROZEN, LEARNS):
+        assert check.failure(check.CHECKS[name], subject) is None, name
+    assert check.parse(["agents/ppo_discrete.py"]).spec.num_actions == (2, 3)
+
+
+@pytest.mark.parametrize("task", [probes.Target, probes.OneTarget])
+def test_the_best_constant_action_by_hand(task):
+    env = task()
+    box = env.action_space
+    returns = []
+    for seed in range(4000):
+        env.reset(seed=seed)
+        returns.append(sum(env.step(task.centre)[1] for _ in range(4)))
+    assert sum(returns) / 4000 == pytest.approx(probes.best_constant(task), rel=0.03)
+    env.reset(seed=0)
+    best = task.centre + task.slope * env.obs[-len(task.slope):]
+    assert (box.low <= best).all() and (best <= box.high).all() and env.step(best)[1] == 0
+
+
 def test_the_command_says_passed_or_failed_and_exits_so(tmp_path, monkeypatch, capsys):
     def raises(subject):
         raise ZeroDivisionError("the second\nline")
@@ -221,6 +268,7 @@ def test_the_command_says_passed_or_failed_and_exits_so(tmp_path, monkeypatch, c
     (["agents/sac.py", "--gama", "0.9"], "--gama"),
     (["agents/sac.py", "--gamma", "2"], r"sac.py on check: gamma must lie in \[0, 1\], not 2"),
     (["nowhere.py"], "no agent file 'nowhere.py'"),
+    (["tests/house.py"], "house.py needs a class Agent"),
     (["agents/sac.py", "--steps", "10"], "--steps"),
     pytest.param(["agents/sac.py", "--cuda"], "--cuda: torch sees no CUDA device",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
@@ -274,6 +322,10 @@ def test_a_replay_that_cannot_wrap_is_not_passed(tmp_path, monkeypatch):
     path.write_text(text.replace("buffer_size", "memory"))
     subject = check.parse([str(path)])
     assert "not tested" in check.failure(check.CHECKS[RING], subject)
+    path.write_text(text.replace("buffer_size", "memory").replace("self.replay", "self.store")
+                    .replace('"replay"', '"store"'))
+    subject = check.parse([str(path)])  # whatever the replay is called
+    assert "not tested: its replay has 640 rows" in check.failure(check.CHECKS[RING], subject)
 
 
 @pytest.mark.parametrize("gamma", [0.6, 0.8, 1.0])

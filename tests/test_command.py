@@ -17,7 +17,8 @@ import torch
 from ruamel.yaml import YAML
 
 from lab import train
-from lab.errors import UserError
+from lab.check import __main__ as check
+from lab.errors import UserError, guarded
 from lab.options import Simple, Tune, Vectorised, parse_args
 from lab.training import progress
 from lab.training.recorder import SeedRecorder, read_metrics
@@ -169,6 +170,8 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, word
      r"mine.py needs a class Agent"),
     (SAC + "\n\ndel Agent.observe\n", r"Agent has no observe\(\); it needs act, observe, update"),
     (SAC.replace("class Config:", "class Config:\n    steps: int = 1"), r"Config's 'steps'"),
+    (SAC.replace("class Agent:", 'class Agent:\n    ACTIONS = "box"\n', 1),
+     r"ACTIONS of mine.py must be continuous or discrete, not box"),
     (patched("act", "return torch.zeros(2, 1)"),
      r"act should give a tensor \(S, N, A\) = \(3, 1, 1\), but gave \(2, 1\)"),
     (patched("update", "return {'loss/qf': torch.zeros(())}"),
@@ -177,6 +180,21 @@ def test_a_bad_flag_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, word
 def test_a_bad_agent_file_is_one_line_and_leaves_nothing(tmp_path, capsys, text, words):
     argv = tiny(tmp_path, "--log", write(tmp_path, text))
     assert re.search(words, refused(capsys, tmp_path, argv))
+
+
+@pytest.mark.parametrize("bound, flags", [("> 1", []), ("< 1", ["--gamma", "1"])])
+def test_a_config_with_a_check_of_its_own_is_told_below_its_traceback(
+        tmp_path, capsys, bound, flags):
+    path = write(tmp_path, SAC.replace("    gamma: float", f"""\
+    def __post_init__(self):
+        assert self.gamma {bound}, "not this gamma"
+
+    gamma: float"""))
+    for command in (train.run, lambda argv: guarded(lambda: check.run(argv))):
+        assert command([path, *flags]) == 2
+        err = capsys.readouterr().err
+        assert "Traceback" in err and err.splitlines()[-1] == (
+            f"error: {path}: Config() failed: AssertionError: not this gamma")
 
 
 def test_an_agent_that_raises_is_one_line_with_its_place_below_its_traceback(tmp_path, capsys):

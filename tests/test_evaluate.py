@@ -309,9 +309,11 @@ def test_of_several_environments_those_without_a_result_are_evaluated(tmp_path, 
     """As after an interruption between them."""
     targets = "tests.probe_envs:lab-tests/Target-v0"
     run = train(tmp_path, env=(EPISODIC, targets), seeds=1)
-    evaluated(capsys, group(run), "--episodes", 2)
+    evaluated(capsys, group(run), "--episodes", 3)
     first, other = (group(run, env) / "evaluation_last.json" for env in (EPISODIC, targets))
     before = first.read_bytes()
+    for flags in (("--episodes", 2), ("--episodes", 3, "--explore")):  # another evaluation's
+        assert f"{first} exists: name another" in refused(capsys, run, *flags)
     _, told = evaluated(capsys, run, "--episodes", 3)
     assert f"{first} exists and stays\n" in told and told.splitlines()[-2] == str(other)
     assert first.read_bytes() == before

@@ -155,6 +155,30 @@ def test_all_seeds_start_from_one(run, tmp_path):
         assert all(torch.equal(x.chunk(3)[index], old[name].chunk(2)[1]) for index in range(3))
 
 
+@pytest.mark.parametrize("seeds", [2, 4])  # as many in a stack as dimensions of an action
+def test_a_buffer_that_all_seeds_share_comes_along_whole(tmp_path, seeds):
+    """CleanRL registers the scale of the actions, which are two here, as a persistent buffer."""
+    path = tmp_path / "mine.py"
+    source = Path("agents/sac.py").read_text()
+    path.write_text(source.replace('(high - low) / 2, persistent=False)', '(high - low) / 2)'))
+    assert path.read_text() != source
+    target = "lab.envs.probes:lab/Target-v0"
+    run = train(tmp_path, agent=str(path), env=(target,), seeds=seeds, processes=1)
+    folder = recorder.group_folder(run, target, "mine")
+    policy = load_policy(run, seed=1)
+    assert policy.agent.actor.scale.tolist() == [1, 2]
+    for source, same in ((folder / "seed_1", [1, 1]), (run, [0, 1])):
+        config = json.loads((run / "config.json").read_text())["config"]
+        new, one = (build_agent(path, config, probe(target), range(count), 1, STEPS, "cpu",
+                                lambda fn: fn) for count in (2, 1))
+        checkpoint.init_agent(new, one, [0, 1], source)
+        assert new.actor.scale.tolist() == [1, 2]
+        old = checkpoint.load_latest(folder / f"stack_0_{seeds - 1}")["agent"]["actor"]
+        for name, x in new.actor.state_dict().items():
+            for index, seed in enumerate(same) if name != "scale" else ():
+                assert torch.equal(x.chunk(2)[index], old[name].chunk(seeds)[seed])
+
+
 @pytest.mark.slow
 def test_statistics_of_the_observations_come_along(tmp_path):
     run = train(tmp_path, agent="agents/ppo.py", seeds=2, processes=1)

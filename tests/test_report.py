@@ -18,7 +18,8 @@ from rich.console import Console
 
 from lab import stats
 from lab.report import __main__ as report
-from lab.report import curves
+from lab.report import compare, curves, figures, runs
+from lab.report import warnings as report_warnings
 from lab.training.recorder import SeedRecorder
 from tests.test_results import write_run
 
@@ -231,6 +232,30 @@ def test_bad_input_is_told_in_a_line(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert not out and err.startswith("error: ") and err.count("\n") == 1, err
         assert reason in err
+
+
+def test_legends_have_every_method_with_the_seeds_that_were_evaluated(tmp_path, monkeypatch):
+    """matplotlib leaves out labels that begin with _. Seed 2 has no evaluation."""
+    legends = []
+
+    def savefig(figure, *_, **__):
+        of_axes = [axis.get_legend() for axis in figure.axes]
+        legends.extend([text.get_text().strip() for text in legend.get_texts()]
+                       for legend in [*figure.legends, *of_axes] if legend)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    returns = {"Hopper-v4": {n: [1.0, 2.0, 3.0] if n < 2 else [] for n in range(3)}}
+    a, b = (write_run(tmp_path / name, returns) for name in "ab")
+    row = json.dumps({"step": 30, "wall_time": 1e9}) + "\n"
+    (a / "Hopper-v4/sac/seed_2/metrics.jsonl").write_text(row)
+    methods = runs.load([f"_tau={a}", f"base={b}"])
+    colors = {"_tau": figures.COLORS[0], "base": figures.COLORS[1]}
+    figures.learning_curves(tmp_path / "1.png", [m.results["Hopper-v4"] for m in methods], colors)
+    shared = compare.shared(methods, [])
+    figures.across_environments(tmp_path / "2.png", compare.aggregates(methods, shared), colors)
+    assert legends == [["_tau (n = 2)", "base (n = 2)"], ["_tau", "base"]]
+    assert "seeds 2 (without an evaluation)" in " ".join(report_warnings.find(methods))
+    assert len(set(figures.COLORS)) == 20
 
 
 OPTIONS = {"agent": "sac.py", "env": ["Hopper-v4"], "steps": 10}

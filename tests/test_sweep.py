@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lab.options import parse_args
-from lab.training import processes
+from lab.training import loop, processes
 from lab.training.job import Job, join_stacks, make_jobs, split_seeds
 from lab.training.processes import run_jobs
 from lab.training.ray_processes import difference, inspection, share
@@ -227,6 +227,31 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_no_processes(tmp_path):
     for place, job in enumerate(jobs):
         [step] = saved_steps(job)
         assert reached[place] <= step < job.steps
+
+
+def saves_when_told_to_end(job, emit):
+    with loop.Interrupts() as interrupts:
+        emit({"step": 1})
+        if interrupts.received:
+            Path(job.run).touch()
+
+
+def test_a_job_whose_parent_is_gone_writes_its_checkpoint(tmp_path):
+    """The signal of its parent's end may come after the first message that nobody takes."""
+    job = Job("agents/sac.py", {}, "Pendulum-v1", (0,), 1, 1, 1, 1, run=str(tmp_path / "saved"))
+    ours, theirs = multiprocessing.Pipe()
+
+    def train():
+        ours.close()  # the fork's copy
+        processes._child(theirs, os.getppid(), saves_when_told_to_end)
+
+    child = multiprocessing.get_context("fork").Process(target=train)
+    ours.send(job)
+    child.start()
+    theirs.close()
+    ours.close()
+    child.join(60)
+    assert (tmp_path / "saved").exists() and child.exitcode == -signal.SIGTERM
 
 
 def test_a_process_that_does_not_end_is_killed_and_named(tmp_path, monkeypatch, capsys):

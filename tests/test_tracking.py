@@ -172,6 +172,19 @@ def log_records(data):
             record = b""
 
 
+def test_a_service_that_hangs_holds_ctrl_c_only_for_a_moment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "INTERRUPTED", 0.1)
+    (tmp_path / "config.json").write_text('{"options": {}, "config": {}}')
+    monkeypatch.setattr(Stuck, "go", threading.Event(), raising=False)
+    monkeypatch.setitem(tracking.SERVICES, "slow", Stuck)
+    with pytest.raises(KeyboardInterrupt), tracking.tracked("slow", tmp_path) as tracker:
+        tracker.receive(JOB, {"step": 1, "rows": {0: {"x": 1.0}}})
+        raise KeyboardInterrupt
+    Stuck.go.set()
+    assert capsys.readouterr().err == (
+        "warning: --track: it did not take everything within 0 s\n")
+
+
 def test_wandb_takes_the_id_of_a_run_in_any_environment(tmp_path, monkeypatch):
     """Its ids have no / \\ # ? % :, which an environment of one's own has."""
     ids = []

@@ -8,19 +8,29 @@ from typing import Any
 
 import torch
 
-from lab.agent import action_kind, build_agent, load_agent, save_state
+from lab.agent import (
+    action_kind,
+    build_agent,
+    load_agent,
+    needed_to_act,
+    save_state,
+    weights,
+)
 from lab.envs import probes
 from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec, discrete_spec
+from lab.errors import RefusedError
 
 Metrics = dict[str, torch.Tensor]
 Step = tuple[torch.Tensor, ...]  # obs, rewards, next_obs, terminations, truncations
 
 OBS_DIM = 3
 SPECS = {"continuous": EnvSpec("check", OBS_DIM, 2, (-1.0, 0.0), (1.0, 4.0), None),
-         "discrete": discrete_spec("check", OBS_DIM, (2, 3), None)}
+         "discrete": discrete_spec("check", OBS_DIM, (2, 3), None),
+         "one discrete": discrete_spec("check", OBS_DIM, (5,), None)}
 TASKS = {"continuous": ("lab/Fork-v0", "lab/Target-v0"),
-         "discrete": ("lab/DiscreteFork-v0", "lab/DiscreteTarget-v0")}
+         "discrete": ("lab/DiscreteFork-v0", "lab/DiscreteTarget-v0"),
+         "one discrete": ("lab/DiscreteFork-v0", "lab/OneDiscreteTarget-v0")}
 NUM_ENVS, STEPS = 4, 60  # per seed, on random transitions
 ACTIONS = {"the action": False, "the exploring action": True}
 SEEDS, PROBE_ENVS, PROBE_STEPS = (0, 1, 2), 32, 6_000  # on a probe environment
@@ -50,7 +60,13 @@ class AgentUnderTest:
 
     @functools.cached_property
     def actions(self) -> str:
-        return action_kind(load_agent(self.path))
+        """"one discrete" of an agent for discrete actions that refuses two at a time."""
+        kind = action_kind(load_agent(self.path))
+        try:
+            self.make(spec=SPECS[kind])
+        except RefusedError:
+            return "one discrete" if kind == "discrete" else kind
+        return kind
 
     @property
     def spec(self) -> EnvSpec:
@@ -98,13 +114,13 @@ class AgentUnderTest:
     @functools.cached_property
     def decisions(self) -> tuple[list[float], int]:
         """Train on Fork -> its decisions there, from -1 (wrong) to 1 (best), mean over seeds; and
-        the number of rows of its replay, 0 without one.
+        the number of rows of its replay, see replay_rows.
 
         The replay holds only two steps, so half of its rows are newest rows next to the oldest.
         """
         space, reached, rows = probes.Fork.action_space, list[float](), 0
         low, high = float(space.low[0]), float(space.high[0])
-        if self.actions == "discrete":
+        if self.actions != "continuous":
             low, high = 0.0, 1.0
 
         def decided(agent: Any) -> bool:
@@ -113,12 +129,21 @@ class AgentUnderTest:
             actions = agent.act(obs.repeat(len(SEEDS), 1, 1), explore=False).squeeze(-1)
             scaled = (2 * (actions - low) / (high - low) - 1).mean(0).tolist()
             reached[:] = [u * best for u, best in zip(scaled, probes.BEST, strict=True)]
-            replay = flat_state(save_state(agent).get("replay", {})).values()
-            rows = max((x.shape[1] for x in replay if getattr(x, "ndim", 0) > 1), default=0)
+            rows = replay_rows(agent)
             return min(reached) > 0.4
 
         self.train(TASKS[self.actions][0], decided, buffer_size=RING_ROWS)
         return reached, rows
+
+
+def replay_rows(agent: Any) -> int:
+    """The most rows, (S, rows, ...), of what an agent keeps in STATE beside networks and
+    optimizers; 0 for none. Of one that saves itself, those in "replay"."""
+    state = save_state(agent)
+    names = {"replay", *needed_to_act(agent)} - weights(agent).keys()
+    kept = [state[name] for name in names if name in state]
+    return max((x.shape[1] for part in kept for x in flat_state(part).values()
+                if getattr(x, "ndim", 0) > 1 and len(x) == len(SEEDS)), default=0)
 
 
 def make_steps(seeds: Sequence[int], num_envs: int, count: int, obs_dim: int = 3) -> list[Step]:
@@ -173,12 +198,15 @@ def seed_slices(trained: tuple[Any, Metrics], index: int, stack: int) -> Metrics
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit-identical on a CPU; close on a GPU, which may sum in a different order."""
+    """Bit-identical on a CPU; close on a GPU, which may sum in a different order. A NaN is the same
+    as another."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return type(a) is type(b) and bool(a == b)
+        return type(a) is type(b) and bool(a == b or (a != a and b != b))
+    if a.shape != b.shape:
+        return False
     if a.device.type == "cpu" or not a.is_floating_point():
-        return torch.equal(a, b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:

@@ -8,11 +8,6 @@ import numpy as np
 
 Step = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
 
-# Episode return of the best constant action in Target, where the optimum is 0. At each of 4 steps
-# it costs the variance of the optimal action: slope^2 / 3 per dimension (observations are uniform
-# in [-1, 1]), with the slope in units of the action range.
-BEST_CONSTANT = -4 * (0.4**2 / 3 / 2**2 + 1.0**2 / 3 / 4**2)
-
 
 class Target(gymnasium.Env):
     """Four steps. The optimal action is an affine function of the observation, with reward 0.
@@ -20,6 +15,7 @@ class Target(gymnasium.Env):
     The action bounds are asymmetric and differ between the two dimensions.
     """
 
+    centre, slope = np.array([0.5, 2.0]), np.array([-0.4, 1.0])
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
     action_space = gymnasium.spaces.Box(
         np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32), dtype=np.float32)
@@ -31,7 +27,7 @@ class Target(gymnasium.Env):
         return self._observe(), {}
 
     def step(self, action: np.ndarray) -> Step:
-        best = np.array([0.5, 2.0]) + np.array([-0.4, 1.0]) * self.obs
+        best = self.centre + self.slope * self.obs[-len(self.slope):]
         low, high = self.action_space.low, self.action_space.high
         cost = float(np.square((action - best) / (high - low)).sum())
         self.steps += 1
@@ -40,6 +36,21 @@ class Target(gymnasium.Env):
     def _observe(self) -> np.ndarray:
         self.obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
         return self.obs
+
+
+class OneTarget(Target):
+    """With the second dimension alone."""
+
+    centre, slope = Target.centre[1:], Target.slope[1:]
+    action_space = gymnasium.spaces.Box(0.0, 4.0, (1,), np.float32)
+
+
+def best_constant(task: type[Target]) -> float:
+    """Episode return of the best constant action, where the optimum is 0. At each of 4 steps it
+    costs the variance of the optimal action: slope^2 / 3 per dimension (observations are uniform in
+    [-1, 1]), with the slope in units of the action range."""
+    box: Any = task.action_space
+    return -4 * float((task.slope**2 / 3 / (box.high - box.low)**2).sum())
 
 
 # States of Fork: five decisions, one intermediate state (WAY), and two that pay
@@ -127,4 +138,5 @@ class Discretised(gymnasium.ActionWrapper):
 for name in ("Target", "Fork"):
     gymnasium.register(f"lab/{name}-v0", f"lab.envs.probes:{name}")
 gymnasium.register("lab/DiscreteTarget-v0", lambda **_: Discretised(Target(), [5, 9]))
+gymnasium.register("lab/OneDiscreteTarget-v0", lambda **_: Discretised(OneTarget(), [9]))
 gymnasium.register("lab/DiscreteFork-v0", lambda **_: Discretised(Fork(), [2]))

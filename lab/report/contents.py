@@ -69,7 +69,7 @@ def learning_curves(by_environment: dict[str, list[Result]], out: Path, colors: 
             path := out / (name + f"-{number}" * (number > 1) + ".png")) not in paths)
         paths.append(path)
         figures.learning_curves(path, results, colors)
-        counts = "; ".join(f"{r.method}: n = {len(r.seeds)}" for r in results)
+        counts = "; ".join(f"{r.method}: n = {r.evaluated}" for r in results)
         drawn.append(Figure(path, (
             f"{environment}. {counts}. Thin lines: seeds; thick lines: mean over seeds; bands: 95% "
             "t interval of the mean; crosses: published means of the same algorithm on the same "

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib import colors as mpl_colors
 from matplotlib.ticker import EngFormatter
 
 from lab.report import curves, published
 from lab.report.compare import Aggregate, Improvement
 from lab.report.runs import Result
 
-COLORS = [f"C{index}" for index in range(10)]
+# ten colours, then lighter ones
+COLORS = [mpl_colors.to_hex(colormaps["tab20"](i)) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 BEYOND = 1.05  # no published points beyond this multiple of the longest curve
 pyplot = curves.import_pyplot()
 pyplot.rcParams.update({
@@ -37,7 +40,7 @@ def learning_curves(path: Path, results: Sequence[Result], colors: dict[str, str
         elapsed = [np.mean([e.seconds for e in result.at(step).values()]) for step in steps]
         for axis, xs in ((by_step, steps), (by_time, np.divide(elapsed, seconds))):
             axis.plot(xs, means, color=color, linewidth=2.2,
-                      label=f"{result.method} (n = {len(result.seeds)})")
+                      label=shown(f"{result.method} (n = {result.evaluated})"))
             axis.fill_between(xs, lower, upper, color=color, alpha=0.15, linewidth=0)
     _published(by_step, results, colors)
     by_step.set(xlabel="steps of one seed", ylabel="evaluation return")
@@ -47,6 +50,11 @@ def learning_curves(path: Path, results: Sequence[Result], colors: dict[str, str
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def shown(label: str) -> str:
+    """The label of a curve: matplotlib leaves those that begin with _ out of a legend."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def _published(axis: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
@@ -79,7 +87,7 @@ def across_environments(path: Path, aggregates: Sequence[Aggregate], colors: dic
     for index, each in enumerate(aggregates):
         color = colors[each.method]
         _interval(means, index, each.iqm, color)
-        profiles.plot(each.scores, each.profile, color=color, linewidth=2, label=each.method,
+        profiles.plot(each.scores, each.profile, color=color, linewidth=2, label=shown(each.method),
                       drawstyle="steps-post")
         profiles.fill_between(each.scores, each.lower, each.upper, color=color, alpha=0.15,
                               linewidth=0, step="post")

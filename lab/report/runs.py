@@ -104,6 +104,11 @@ class Result:
         finished = [end for end in ends if end >= self.planned]
         return min(finished or ends, default=0)
 
+    @property
+    def evaluated(self) -> int:
+        """Number of seeds with an evaluation."""
+        return sum(bool(seed.curve) for seed in self.seeds.values())
+
     def at(self, step: int) -> dict[int, Evaluation]:
         """The evaluation at `step` of each seed that reached it: the last one up to it, or, if that
         is over 1% earlier, the first one up to 1% later."""

@@ -45,7 +45,8 @@ def unfinished(result: Result) -> Iterator[str]:
                + (f"shown at {step:,}" if step else "and no evaluation yet"))
     lost = sorted(result.seeds.keys() - result.at(step).keys()) if step else []
     if lost:
-        each = ", ".join(f"{n} (at {result.seeds[n].reached:,})" for n in lost)
+        each = ", ".join(f"{n} (at {at:,})" if (at := result.seeds[n].reached) < step
+                         else f"{n} (without an evaluation)" for n in lost)
         yield (f"{name}: left out, because they did not reach {step:,} steps, are seeds {each}; if "
                "they diverged, the mean of the others is biased upwards")
     paused = max(seed.paused for seed in result.seeds.values())

@@ -146,11 +146,13 @@ def load_seed(folder: Path, seed: int, which: Which, agent: Any, to: tuple[int, 
     return steps[index], returns[index] if returns else None
 
 
-def init_agent(agent: Any, seeds: Sequence[int], source: Path) -> None:
-    """Copy the last weights of another run into an agent that has trained nothing yet. UserError if
+def init_agent(agent: Any, one: Any, seeds: Sequence[int], source: Path) -> None:
+    """Copy the last weights of another run into an agent that has trained nothing yet, through
+    `one`, an agent of one seed: stacks of equal size would not tell what seeds share. UserError if
     a seed has none, or if they do not fit."""
     for index, (stack, seed) in enumerate(find_sources(source, seeds)):
-        load_seed(stack, seed, "last", agent, (len(seeds), index))
+        load_seed(stack, seed, "last", one, (1, 0))
+        copy_seed(weights(agent), (len(seeds), index), weights(one), (1, 0))
 
 
 def find_sources(path: Path, seeds: Sequence[int]) -> list[tuple[Path, int]]:

@@ -252,15 +252,22 @@ def dry_run(job: Job) -> tuple[EnvSpec, matmul.Products]:
         with contextlib.closing(stack) as one:
             spec = one.spec
     if job.init_from and not job.run:
-        checkpoint.init_agent(build_agent(
+        init_agent(job, spec, device, build_agent(
             job.agent_path, job.config, spec, job.seeds, job.num_envs, job.num_envs, device,
-            lambda fn: fn), job.seeds, Path(job.init_from))
+            lambda fn: fn))
     products = check_contract(job.agent_path, job.config, spec, job.num_envs, device)
     if job.eval_env != "none" and spec.max_episode_steps is None:
         print(f"warning: {job.env_id} has no time limit: an evaluation episode of more than "
               f"{ENDLESS} steps would end the run; register it with max_episode_steps",
               file=sys.stderr)
     return spec, products
+
+
+def init_agent(job: Job, spec: EnvSpec, device: str, agent: Any) -> None:
+    """Copy the weights of --init-from into the agent. UserError if they do not fit."""
+    one = build_agent(job.agent_path, job.config, spec, job.seeds[:1], job.num_envs, job.num_envs,
+                      device, lambda fn: fn, job.source)
+    checkpoint.init_agent(agent, one, job.seeds, Path(job.init_from or ""))
 
 
 def choose_fp32_library(options: AnyOptions, jobs: Sequence[Job], products: matmul.Products

@@ -18,7 +18,7 @@ from lab.errors import UserError
 from lab.stopping import reason_to_stop
 from lab.training import checkpoint, plasticity
 from lab.training.evaluation import evaluate
-from lab.training.job import Emit, Job, make_eval_envs
+from lab.training.job import Emit, Job, init_agent, make_eval_envs
 from lab.training.recorder import STOPPED, SeedRecorder, reported_return, write_json
 
 CHECKPOINT_SECONDS = 300
@@ -107,7 +107,7 @@ class TrainLogger:
     def start(self, agent: Any) -> tuple[int, torch.Tensor]:
         """-> step 0, the first obs."""
         if self.job.init_from:
-            checkpoint.init_agent(agent, self.job.seeds, Path(self.job.init_from))
+            init_agent(self.job, self.envs.spec, self.job.device, agent)
         self.notes = {"notes": adjusted_settings(agent, self.job)}
         return 0, self.envs.reset(TRAINING, 0)
 

@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse_flags(Options, argv, __doc__)
     for name, least in {"seeds": 1, "episodes": 1, "width": 50, "max_seconds": 0.1}.items():
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     accelerate.prepare_process()
     if not options.window:
