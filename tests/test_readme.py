@@ -33,7 +33,16 @@ from lab import stats as lab_stats
 from lab.check import __main__ as check
 from lab.check.checks import CHECKS
 from lab.export import __main__ as export
-from lab.options import SCRIPTS, Tune, Vectorised, parse_args, parse_flags, resolve_defaults
+from lab.options import (
+    SCRIPTS,
+    Tune,
+    Vectorised,
+    given_flags,
+    parse_args,
+    parse_flags,
+    refuse_unused,
+    resolve_defaults,
+)
 from lab.plan import __main__ as plan
 from lab.plan import candidates
 from lab.report import __main__ as report
@@ -125,6 +134,7 @@ def test_every_command_can_be_read(line, tmp_path, walk):
                      for arg in shlex.split(line, comments=True)]
     (kind,) = (kind for kind, name in SCRIPTS.items() if name == script)
     options, config = parse_args(argv, kind)
+    refuse_unused(options, given_flags(argv))
     if kind is Tune:
         assert tuning_run.check(options, config)
     assert make_jobs(resolve_defaults(options), {}, 2, None)
