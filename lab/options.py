@@ -170,55 +170,20 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     """-> the options, and the agent's settings: every field of its Config is a flag."""
     argv = with_yaml(argv, kind)
     index, values = read_line(argv, kind)
-    for name in ("resume", "config", "init_from"):
-        if values.get(name) == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty: is a shell variable unset?")
-    resume, given = values.get("resume"), values.get("config")
-    source = Path(resume) / "config.json" if resume else Path(given) if given else None
-    before = _read_settings(source) if source else {"options": {}, "config": {}}
-    allowed = WITH_RESUME if kind is Tune else WITH_RESUME + TO_EXTEND
-    if resume and any(word.split("=")[0] not in allowed for i, word in enumerate(argv)
-                      if i != index and not (i and argv[i - 1] in allowed)):
-        raise UserError("--resume takes all settings from the run; give no other flag but "
-                        + " and ".join(flag for flag in allowed if flag != "--resume"))
-    machine = () if resume else ("processes", "threads", "fp32_library", "engine", "extended")
-    dropped = ["config", "resume", "autotune", "address", *machine,
-               *(NOT_INHERITED if kind is Tune and not resume else ())]
-    kept = {k: v for k, v in before["options"].items() if k not in dropped}
+    _check_line(argv, index, values, kind)
+    resume = values.get("resume")
+    source, kept, config = _read_source(values, kind)
     if source:
-        _check_types(source, kept, ("agent", "env", "num_envs", "steps", "seeds"))
         _refuse_code_beside(source, kept if index is None else {**kept, "agent": ""})
     path = kept.get("agent", kind.agent) if index is None else argv[index]
-    started_by = Tune if "trials" in kept else Vectorised if "num_envs" in kept else Simple
     if resume:
-        if kind is not started_by:
-            raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that "
-                            "script")
+        _check_script(resume, kept, kind)
         check_source(Path(resume), Path(path), kind)  # first: its Config may have changed too
         kept = OLDER | kept
     module = load_agent(path)
+    defaults = _defaults(kind, source, kept | {"agent": path}, module.Config, config)
     script = sys.modules["__main__"].__doc__ or ""
     description = f"{script}\nThe agent:\n\n{module.__doc__ or ''}"
-    if kind is not Vectorised and (kept.get("num_envs") or 1) > 1:
-        raise UserError(f"{source} has {kept['num_envs']} environments per seed, which only "
-                        f"learn_vectorised.py has: run that, or give {path} and its flags")
-    names = {field.name for field in dataclasses.fields(kind)}
-    others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
-    kept = {key: value for key, value in kept.items() if key not in others}
-    try:
-        kept["agent"] = path
-        kept["runs"] = Path(kept.get("runs", kind.runs))
-        if kept.get("init_from"):
-            kept["init_from"] = Path(kept["init_from"])
-        defaults = kind(**kept), settings.build(module.Config, before["config"])
-        for default in defaults:
-            for name, hint in get_type_hints(type(default)).items():
-                _check_type(name, getattr(default, name), hint)
-    except TypeError as error:
-        reason = first_line(error)
-        raise UserError(f"{source or 'the default'} does not fit {path}: {reason}") from error
-    except Exception as error:
-        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
     options, config = read_flags(argv, index, *defaults, description)
     if resume:
         return (extend(options, kept) if kind is not Tune else options), config
@@ -230,6 +195,71 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     words = [word for name, value in read_tuned(options).items() if name not in flags
              for word in _flag(name, value)]
     return read_flags([*argv, *words], index, *defaults, description)
+
+
+def _check_line(argv: Sequence[str], index: int | None, values: dict[str, str],
+                kind: type[Options]) -> None:
+    """UserError if a path is empty, or if --resume stands beside flags that it does not take."""
+    for name in ("resume", "config", "init_from"):
+        if values.get(name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: is a shell variable unset?")
+    allowed = WITH_RESUME if kind is Tune else WITH_RESUME + TO_EXTEND
+    if "resume" in values and any(word.split("=")[0] not in allowed for i, word in enumerate(argv)
+                                  if i != index and not (i and argv[i - 1] in allowed)):
+        raise UserError("--resume takes all settings from the run; give no other flag but "
+                        + " and ".join(flag for flag in allowed if flag != "--resume"))
+
+
+def _read_source(values: dict[str, str], kind: type[Options]
+                 ) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
+    """-> the config.json of --resume or --config, if one is given, the options in it that are
+    kept, and the agent's settings."""
+    resume, given = values.get("resume"), values.get("config")
+    if not resume and not given:
+        return None, {}, {}
+    source = Path(resume) / "config.json" if resume else Path(given or "")
+    before = _read_settings(source)
+    dropped = ["config", "resume", "autotune", "address"]
+    if not resume:
+        dropped += ["processes", "threads", "fp32_library", "engine", "extended"]
+        dropped += NOT_INHERITED if kind is Tune else ()
+    kept = {name: value for name, value in before["options"].items() if name not in dropped}
+    _check_types(source, kept, ("agent", "env", "num_envs", "steps", "seeds"))
+    return source, kept, before["config"]
+
+
+def _check_script(resume: str, options: dict[str, Any], kind: type[Options]) -> None:
+    """UserError if another script started the run."""
+    started_by = Tune if "trials" in options else Vectorised if "num_envs" in options else Simple
+    if kind is not started_by:
+        raise UserError(f"{resume} is a run of {SCRIPTS[started_by]}: resume it with that script")
+
+
+def _defaults(kind: type[Options], source: Path | None, kept: dict[str, Any],
+              config_kind: type[Any], config: dict[str, Any]) -> tuple[Options, Any]:
+    """-> the options and the Config that flags override. UserError if the source has a setting that
+    does not fit; CodeError if the Config raises something else."""
+    path = kept["agent"]
+    if kind is not Vectorised and (kept.get("num_envs") or 1) > 1:
+        raise UserError(f"{source} has {kept['num_envs']} environments per seed, which only "
+                        f"learn_vectorised.py has: run that, or give {path} and its flags")
+    names = {field.name for field in dataclasses.fields(kind)}
+    others = {field.name for each in SCRIPTS for field in dataclasses.fields(each)} - names
+    kept = {name: value for name, value in kept.items() if name not in others}
+    try:
+        kept["runs"] = Path(kept.get("runs", kind.runs))
+        if kept.get("init_from"):
+            kept["init_from"] = Path(kept["init_from"])
+        defaults = kind(**kept), settings.build(config_kind, config)
+        for default in defaults:
+            for name, hint in get_type_hints(type(default)).items():
+                _check_type(name, getattr(default, name), hint)
+    except TypeError as error:
+        reason = first_line(error)
+        raise UserError(f"{source or 'the default'} does not fit {path}: {reason}") from error
+    except Exception as error:
+        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
+    return defaults
 
 
 def extend(options: Options, before: dict[str, Any]) -> Options:
