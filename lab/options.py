@@ -619,7 +619,6 @@ def refuse_unused(options: Options, given: set[str]) -> None:
             ("stop_at_evals", options.stop_at is not None, "--stop-at"),
             ("stop_rtol", options.stop_plateau is not None, "--stop-plateau"),
             ("fp32_library", options.precision == "fp32" and not options.cuda, "fp32 on a CPU"),
-            ("eval_episodes", options.eval_env != "none", "--eval-env own or same"),
             ("name", options.log, "--log"), ("checkpoint_every", options.log, "--log")):
         if name in given and not used:
             raise UserError(f"--{name.replace('_', '-')} does nothing without {need}")

@@ -139,7 +139,6 @@ def finished(tmp_path_factory):
     ("--stop-at-evals 3", r"--stop-at-evals does nothing without --stop-at$"),
     ("--stop-rtol 0.5 --stop-at 3", r"--stop-rtol does nothing without --stop-plateau"),
     ("--fp32-library onednn --precision bf16", r"--fp32-library does nothing without fp32 on a C"),
-    ("--eval-env none --eval-episodes 3", r"--eval-episodes does nothing without --eval-env own"),
     ("--name x --no-log", r"--name does nothing without --log"),
     ("--checkpoint-every 5 --no-log", r"--checkpoint-every does nothing without --log"),
 ])
