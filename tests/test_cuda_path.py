@@ -384,8 +384,8 @@ def test_a_gpu_that_is_free_again_is_taken_first():
 
 
 def test_a_study_trains_its_trials_on_the_gpus(tmp_path, monkeypatch, here):
-    monkeypatch.setattr(tuning.confirm, "train", lambda *_: [])
-    monkeypatch.setattr(tuning.confirm, "show", lambda *_: None)
+    monkeypatch.setattr(tuning.confirm, "train", lambda *_: tuning.confirm.Failures([], []))
+    monkeypatch.setattr(tuning.confirm, "show", lambda *_, finished: None)
     with PretendCuda(2):
         code = script.run(
             ["agents/sac.py", "--env", DIARY, "--steps", "20", "--eval-every", "10",
