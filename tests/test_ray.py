@@ -165,8 +165,8 @@ def test_a_study_whose_driver_is_killed_goes_on_as_a_local_one(cluster, tmp_path
     argv = [*SMALL, *SPACE[:2], "--seeds", "1", "--steps", "100", "--trials", "3", "--workers", "1",
             "--confirm-seeds", "1", "--name", "mine"]
     with monkeypatch.context() as patch:
-        patch.setattr(confirm, "train", lambda *_: [])
-        patch.setattr(confirm, "show", lambda *_: None)
+        patch.setattr(confirm, "train", lambda *_: confirm.Failures([], []))
+        patch.setattr(confirm, "show", lambda *_, finished: None)
         local = [*argv, "--runs", str(tmp_path / "local")]
         assert train.run(local, Tune, study_run.tune) == 0
 
