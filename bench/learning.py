@@ -391,9 +391,10 @@ def mujoco(scores: Scores, steps: int = 100_000) -> str:
     length = "" if steps == 100_000 else f"-{steps // 1000}k"
     for agent in ("xqc", "crossq"):
         names = {env: f"{agent}-{env[:-3].lower()}{length}" for env in TD3}
-        ours = {env: statistics.fmean(last(scores.get(name + "-bf16") or scores[name])[1])
-                for env, name in names.items()
-                if name in scores and last(scores[name])[0] >= steps}
+        ends = {env: last(scores.get(name + "-bf16") or scores[name])
+                for env, name in names.items() if name in scores}
+        ours = {env: statistics.fmean(values) for env, (end, values) in ends.items()
+                if end >= steps}
         if ours:
             found[f"**{agent}, here**"] = ours
     rows = []

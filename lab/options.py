@@ -214,13 +214,15 @@ def _read_source(values: dict[str, str], kind: type[Options]
                  ) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
     """-> the config.json of --resume or --config, if one is given, the options in it that are
     kept, and the agent's settings."""
-    resume, given = values.get("resume"), values.get("config")
-    if not resume and not given:
+    if "resume" in values:
+        source = Path(values["resume"]) / "config.json"
+    elif "config" in values:
+        source = Path(values["config"])
+    else:
         return None, {}, {}
-    source = Path(resume) / "config.json" if resume else Path(given or "")
     before = _read_settings(source)
     dropped = ["config", "resume", "autotune", "address"]
-    if not resume:
+    if "resume" not in values:
         dropped += ["processes", "threads", "fp32_library", "engine", "extended"]
         dropped += NOT_INHERITED if kind is Tune else ()
     kept = {name: value for name, value in before["options"].items() if name not in dropped}
@@ -258,8 +260,13 @@ def _defaults(kind: type[Options], source: Path | None, kept: dict[str, Any],
         reason = first_line(error)
         raise UserError(f"{source or 'the default'} does not fit {path}: {reason}") from error
     except Exception as error:
-        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
+        raise config_failed(path, error) from error
     return defaults
+
+
+def config_failed(path: str, error: Exception) -> CodeError:
+    """To raise from what the Config of the agent's file raised."""
+    return CodeError(f"{path}: Config() failed: {one_line(error)}")
 
 
 def extend(options: Options, before: dict[str, Any]) -> Options:
@@ -421,7 +428,7 @@ def read_flags(argv: Sequence[str], index: int | None, options: Any, config: Any
     except UserError:
         raise
     except Exception as error:  # of a Config with a check of its own
-        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
+        raise config_failed(path, error) from error
     if flags.options.agent != path:  # the settings would be another agent's
         raise UserError(f"unknown argument {flags.options.agent!r}: the agent is {path}")
     try:

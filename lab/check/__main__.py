@@ -22,8 +22,8 @@ from lab.accelerate import check_device, prepare_process
 from lab.agent import load_agent
 from lab.check.checks import CHECKS, Check, Failed
 from lab.check.driver import AgentUnderTest, small
-from lab.errors import CodeError, UserError, first_line, guarded, one_line
-from lab.options import read_flags, read_line
+from lab.errors import UserError, first_line, guarded
+from lab.options import config_failed, read_flags, read_line
 from lab.settings import plain
 
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> AgentUnderTest:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: every field of Config needs a default: {error}") from error
     except Exception as error:
-        raise CodeError(f"{path}: Config() failed: {one_line(error)}") from error
+        raise config_failed(path, error) from error
     reduced = small(plain(defaults))
     try:
         return _subject(argv, index, dataclasses.replace(defaults, **reduced))

@@ -25,6 +25,7 @@ from lab.check.driver import (
     Metrics,
     differing,
     drive,
+    equal,
     flat_state,
     make_steps,
     seed_slices,
@@ -228,8 +229,7 @@ def _alone(subject: AgentUnderTest) -> None:
         exact = x.dtype == y.dtype == torch.float64
         if not exact and name not in alone[1]:
             continue  # Adam amplifies rounding where a gradient is 0
-        equal = (x == y) | (x.isnan() & y.isnan())
-        error = torch.where(equal, 0.0, (x - y).abs().double() / (1 + y.abs()))
+        error = torch.where(equal(x, y), 0.0, (x - y).abs().double() / (1 + y.abs()))
         worst = error.amax().item() if error.numel() else 0.0
         require(worst < (1e-9 if exact else 1e-2),
                 f"{name} of seed 3 is different in a stack of 8 seeds, by {worst:.1g}")

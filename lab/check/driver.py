@@ -197,6 +197,11 @@ def seed_slices(trained: tuple[Any, Metrics], index: int, stack: int) -> Metrics
             if isinstance(x, torch.Tensor) and x.shape[:1] == (stack,)}
 
 
+def equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where they are equal; a NaN is equal to another."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
 def same(a: Any, b: Any) -> bool:
     """Bit-identical on a CPU; close on a GPU, which may sum in a different order. A NaN is the same
     as another."""
@@ -205,7 +210,7 @@ def same(a: Any, b: Any) -> bool:
     if a.shape != b.shape:
         return False
     if a.device.type == "cpu" or not a.is_floating_point():
-        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+        return bool(equal(a, b).all())
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

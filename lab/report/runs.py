@@ -28,6 +28,10 @@ SHARED: dict[str, Any] = {
     "stop_at": None, "stop_at_evals": 1, "stop_plateau": None, "stop_rtol": 0.01}
 LATE = 1.01  # tolerance: with many environments, an evaluation may be up to 1% after a step
 STAMP = r"-\d{8}-\d{6}(-\d+)?$"  # timestamp of a run folder
+EVERY = typeguard.CollectionCheckStrategy.ALL_ITEMS  # not only the first of a list
+# what a file of another shape raises
+BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError,
+          typeguard.TypeCheckError)
 PAUSE = 60.0, 10.0  # the run was stopped if rows are both 60 s and 10 median gaps apart; rows with
 # an evaluation have a median of their own
 
@@ -269,16 +273,11 @@ def read_stop(group: Path) -> Stopped | None:
         raise UserError(f"{group / recorder.STOPPED} is broken: {error!r}") from error
 
 
-BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError,
-          typeguard.TypeCheckError)
-
-
 def check(content: Any, kind: Any) -> None:
     """TypeCheckError if a key of this TypedDict has another type, ValueError if a pair of bounds
     has other than two."""
     known = {key: value for key, value in dict(content).items() if key in kind.__annotations__}
-    typeguard.check_type(known, kind, collection_check_strategy=typeguard.CollectionCheckStrategy
-                         .ALL_ITEMS)
+    typeguard.check_type(known, kind, collection_check_strategy=EVERY)
     for name in ("clip_reward", "return_interval"):
         if known.get(name) and len(known[name]) != 2:
             raise ValueError(f"{name} must be two numbers, not {known[name]}")

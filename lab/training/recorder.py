@@ -81,24 +81,24 @@ def describe_run(folder: Path, agent_path: Path, config: dict[str, Any]) -> None
 
 def located(path: Path) -> Path:
     """The path, made absolute if its run folder may lie above the working directory."""
-    if ".." not in path.parts and any(_is_run(folder) for folder in [path, *path.parents][:4]):
-        return path
-    return Path(os.path.abspath(path))
+    inside = ".." not in path.parts and _run_above(path)
+    return path if inside else Path(os.path.abspath(path))
 
 
-def _is_run(folder: Path) -> bool:
-    return os.path.isfile(folder / "config.json")  # False, too, if the name is too long
+def _run_above(path: Path) -> Path | None:
+    """The folder with a config.json: the path or one of the three above it."""
+    return next((folder for folder in [path, *path.parents][:4]
+                 if os.path.isfile(folder / "config.json")), None)  # False if a name is too long
 
 
 def find_run(path: Path) -> Path:
     """The run folder that contains `path`. UserError if there is none."""
     if not os.path.isdir(path):  # False, too, if the name is too long
         raise UserError(f"no folder {path}")
-    place = located(path)
-    for folder in [place, *place.parents][:4]:
-        if _is_run(folder):
-            return folder
-    raise UserError(f"{path} is not in a run folder: found no config.json")
+    folder = _run_above(located(path))
+    if folder is None:
+        raise UserError(f"{path} is not in a run folder: found no config.json")
+    return folder
 
 
 def find_stacks(path: Path) -> dict[Path, dict[int, Path]]:

@@ -25,7 +25,9 @@ from lab.tuning.surrogate import Candidate, near_best
 
 def check_seeds(folder: Path, options: Tune) -> None:
     """UserError if a rule to stop, which needs the mean of all seeds, would have to bear more."""
-    for path in sorted(folder.glob("confirmed/*/config.json")) if stops(options) else ():
+    if not stops(options):
+        return
+    for path in sorted(folder.glob("confirmed/*/config.json")):
         seeds = json.loads(path.read_text())["options"]["seeds"]
         if options.confirm_seeds > seeds:
             raise UserError(f"{folder} has a rule to stop, which needs the mean of all seeds: give "

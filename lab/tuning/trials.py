@@ -71,7 +71,7 @@ class Journal:
         lines = content[:self.torn].splitlines()
         try:
             self.header, *self.events = [dict(json.loads(line)) for line in lines] or [{}]
-            read_trials(self.events)
+            self.begun = read_trials(self.events)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             self.file.close()
             raise UserError(f"{path} is corrupt: {error!r}") from error
@@ -87,7 +87,7 @@ class Journal:
 
     def trials(self) -> list[Trial]:
         """The trials as of opening the file."""
-        return read_trials(self.events)
+        return self.begun
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk did not take
