@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench.tuning import read_space, sample  # noqa: E402
 from lab.accelerate import physical_cores  # noqa: E402
-from lab.options import Simple, parse_args, resolve_defaults  # noqa: E402
+from lab.command_line import parse_args  # noqa: E402
+from lab.options import Simple, resolve_defaults  # noqa: E402
 from lab.train import RunSummary  # noqa: E402
 from lab.training.job import Emit, Job, make_jobs  # noqa: E402
 from lab.training.loop import train  # noqa: E402

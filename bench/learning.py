@@ -29,15 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import evaluate, stats  # noqa: E402
+from lab.command_line import parse_args, read_line  # noqa: E402
 from lab.errors import Terminated, guarded  # noqa: E402
-from lab.options import (  # noqa: E402
-    SCRIPTS,
-    Options,
-    Simple,
-    Vectorised,
-    parse_args,
-    read_line,
-)
+from lab.options import SCRIPTS, Options, Simple, Vectorised  # noqa: E402
 from lab.report import curves, published, runs  # noqa: E402
 
 RESULTS, PICTURE = ROOT / "bench/results", "learning_curves.png"

@@ -58,7 +58,8 @@ KINDS = {
 def record(kind: str, number: int, runs: Path) -> None:
     """Train a study in this process and store its journal. It resumes; an interrupted trial begins
     again."""
-    from lab.options import Tune, parse_args
+    from lab.command_line import parse_args
+    from lab.options import Tune
     from lab.tuning import surrogate
     from lab.tuning.run import check
 

@@ -25,13 +25,13 @@ from rich.progress import track
 from rich.table import Table
 
 from lab import accelerate, stats
+from lab.command_line import parse_flags
 from lab.envs.base import Transition, VecEnvConfig, is_torch
 from lab.envs.host import SyncEnvs
 from lab.envs.shard import FRESH
 from lab.envs.spec import make_one
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
-from lab.options import parse_flags
 from lab.policy import Group, PolicyStack, TrainedRun, load_stack, open_run
 from lab.report.fitted import Fitted
 from lab.training import recorder

@@ -24,10 +24,11 @@ from lab.agent import (
     restore_weights,
     saves_itself,
 )
+from lab.command_line import parse_args
 from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec
 from lab.errors import UserError, first_line
-from lab.options import Vectorised, parse_args
+from lab.options import Vectorised
 from lab.training import checkpoint, recorder
 from lab.training.checkpoint import Which
 from lab.training.evaluation import eval_policy

@@ -12,18 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from lab import tracking
+from lab.command_line import given_flags, parse_args, with_yaml
 from lab.errors import UserError, guarded
 from lab.matmul import Products
-from lab.options import (
-    Options,
-    Simple,
-    check_options,
-    given_flags,
-    parse_args,
-    refuse_unused,
-    resolve_defaults,
-    with_yaml,
-)
+from lab.options import Options, Simple, check_options, refuse_unused, resolve_defaults
 from lab.plan import candidates
 from lab.report.curves import draw_learning_curves, final_returns, read_curves, table
 from lab.report.runs import changes, origins, seed_names

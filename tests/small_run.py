@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from lab import train as script
-from lab.options import Simple, parse_args
+from lab.command_line import parse_args
+from lab.options import Simple
 from lab.training import loop, recorder
 from lab.training.job import make_jobs
 from tests.conftest import SMALL

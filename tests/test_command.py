@@ -18,8 +18,9 @@ from ruamel.yaml import YAML
 
 from lab import train
 from lab.check import __main__ as check
+from lab.command_line import parse_args
 from lab.errors import UserError, guarded
-from lab.options import Simple, Tune, Vectorised, parse_args
+from lab.options import Simple, Tune, Vectorised
 from lab.training import progress
 from lab.training.recorder import SeedRecorder, read_metrics
 from tests import probe_envs  # noqa: F401, registers the environments

@@ -10,10 +10,10 @@ import torch
 
 from lab import evaluate
 from lab.agent import build_agent, restore_state, save_state
+from lab.command_line import parse_args
 from lab.envs.shard import FRESH, seed_of
 from lab.envs.spec import make_one, probe
 from lab.errors import guarded
-from lab.options import parse_args
 from lab.report import __main__ as report
 from lab.training import checkpoint, logger, loop
 from lab.training.job import make_jobs

@@ -18,13 +18,14 @@ from gymnasium.wrappers import FlattenObservation, FrameStackObservation
 
 from lab import train
 from lab.agent import load_agent
+from lab.command_line import parse_args
 from lab.envs import check, spec
 from lab.envs.host import SyncEnvs
 from lab.envs.make import make_envs
 from lab.envs.shard import EVALUATION, TRAINING
 from lab.envs.spec import make_one, probe
 from lab.errors import CodeError, UserError
-from lab.options import Simple, Tune, Vectorised, parse_args
+from lab.options import Simple, Tune, Vectorised
 from lab.plan import benchmark
 from lab.report import __main__ as report
 from lab.train import run

@@ -18,10 +18,11 @@ import pytest
 from rich.console import Console
 
 from lab import settings, train
+from lab.command_line import parse_args
 from lab.envs.make import make_envs
 from lab.envs.spec import read_kwargs
 from lab.errors import UserError, guarded
-from lab.options import Simple, Tune, Vectorised, parse_args
+from lab.options import Simple, Tune, Vectorised
 from lab.report import __main__ as report
 from lab.report import curves, page, runs
 from lab.training import checkpoint, recorder

@@ -7,8 +7,9 @@ import pytest
 
 from bench import learning
 from lab import train
+from lab.command_line import parse_args
 from lab.errors import UserError
-from lab.options import Simple, parse_args
+from lab.options import Simple
 from lab.training import recorder
 
 NAME = "crossq-hardcore"

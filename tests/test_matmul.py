@@ -12,9 +12,10 @@ import torch
 from lab import matmul, train
 from lab.accelerate import PRECISIONS
 from lab.agent import FirstCalls, check_contract
+from lab.command_line import parse_args
 from lab.errors import UserError
 from lab.matmul import BLAS, ONEDNN, Product, Products, RecordProducts, computed_by
-from lab.options import Simple, Tune, parse_args
+from lab.options import Simple, Tune
 from lab.plan import __main__ as plan
 from lab.plan import candidates
 from lab.training import loop

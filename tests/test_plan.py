@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lab import train
+from lab.command_line import parse_args
 from lab.errors import UserError, guarded
-from lab.options import NUM_ENVS, Vectorised, parse_args
+from lab.options import NUM_ENVS, Vectorised
 from lab.plan import __main__ as plan
 from lab.plan import benchmark, candidates
 from lab.plan.benchmark import Cost

@@ -13,9 +13,10 @@ import torch
 
 from lab import train as script
 from lab.agent import build_agent, restore_state, save_state
+from lab.command_line import parse_args
 from lab.envs.spec import probe
 from lab.errors import UserError
-from lab.options import Simple, parse_args
+from lab.options import Simple
 from lab.policy import load_policy
 from lab.report import runs as reported
 from lab.training import checkpoint, loop, recorder

@@ -12,7 +12,8 @@ import pytest
 
 from lab import train
 from lab.accelerate import physical_cores
-from lab.options import Tune, parse_args
+from lab.command_line import parse_args
+from lab.options import Tune
 from lab.training import checkpoint, processes, ray_processes
 from lab.training.processes import run_jobs
 from lab.tuning import confirm

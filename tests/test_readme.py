@@ -32,17 +32,9 @@ from lab import evaluate, train
 from lab import stats as lab_stats
 from lab.check import __main__ as check
 from lab.check.checks import CHECKS
+from lab.command_line import given_flags, parse_args, parse_flags
 from lab.export import __main__ as export
-from lab.options import (
-    SCRIPTS,
-    Tune,
-    Vectorised,
-    given_flags,
-    parse_args,
-    parse_flags,
-    refuse_unused,
-    resolve_defaults,
-)
+from lab.options import SCRIPTS, Tune, Vectorised, refuse_unused, resolve_defaults
 from lab.plan import __main__ as plan
 from lab.plan import candidates
 from lab.report import __main__ as report

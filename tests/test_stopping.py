@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from lab import train
-from lab.options import Simple, Tune, parse_args
+from lab.command_line import parse_args
+from lab.options import Simple, Tune
 from lab.report import runs, warnings
 from lab.stopping import reason_to_stop
 from lab.training import recorder

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from lab import train as script
 from lab.agent import load_agent
+from lab.command_line import parse_args
 from lab.errors import CodeError, RefusedError, UserError
-from lab.options import Simple, Tune, parse_args
+from lab.options import Simple, Tune
 from lab.report import curves
 from lab.training import processes, recorder
 from lab.training.job import Job

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.options import parse_args
+from lab.command_line import parse_args
 from lab.training import loop, processes
 from lab.training.job import Job, join_stacks, make_jobs, split_seeds
 from lab.training.processes import run_jobs

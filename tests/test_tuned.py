@@ -9,8 +9,9 @@ import pytest
 
 from bench import tuned
 from lab.agent import load_agent
+from lab.command_line import parse_args
 from lab.errors import UserError
-from lab.options import Simple, Tune, parse_args
+from lab.options import Simple, Tune
 from lab.tuning import space
 
 LANDER = ["agents/ppo.py", "--env", "LunarLanderContinuous-v3"]

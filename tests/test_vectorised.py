@@ -13,7 +13,8 @@ import torch
 from lab import options as lab_options
 from lab import train
 from lab.agent import load_agent
-from lab.options import Vectorised, parse_args, resolve_defaults
+from lab.command_line import parse_args
+from lab.options import Vectorised, resolve_defaults
 from lab.training import checkpoint, processes
 from lab.training.job import make_jobs
 from lab.training.loop import train as loop_train

@@ -22,8 +22,8 @@ from lab.accelerate import check_device, prepare_process
 from lab.agent import load_agent
 from lab.check.checks import CHECKS, Check, Failed
 from lab.check.driver import AgentUnderTest, small
+from lab.command_line import config_failed, read_flags, read_line
 from lab.errors import UserError, first_line, guarded
-from lab.options import config_failed, read_flags, read_line
 from lab.settings import plain
 
 

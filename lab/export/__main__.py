@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab import accelerate
+from lab.command_line import parse_flags
 from lab.errors import UserError, first_line, guarded
 from lab.export.numpy_code import write_numpy
-from lab.options import parse_flags
 from lab.policy import Policy, load_policy
 from lab.training import recorder
 from lab.training.checkpoint import Which

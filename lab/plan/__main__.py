@@ -16,8 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.command_line import given_flags, parse_args, read_line
+from lab.config_files import read_file
 from lab.errors import UserError, guarded
-from lab.options import Simple, Vectorised, given_flags, parse_args, read_file, read_line
+from lab.options import Simple, Vectorised
 from lab.plan import candidates
 
 

@@ -21,20 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.accelerate import can_compile, physical_cores, prepare_process
+from lab.command_line import given_flags, read_line, with_yaml
 from lab.envs.base import is_torch
 from lab.envs.make import choose_backend
 from lab.errors import UserError
 from lab.matmul import Products
-from lab.options import (
-    SCRIPTS,
-    Options,
-    Simple,
-    Vectorised,
-    given_flags,
-    read_line,
-    resolve_defaults,
-    with_yaml,
-)
+from lab.options import SCRIPTS, Options, Simple, Vectorised, resolve_defaults
 from lab.plan import benchmark
 from lab.training.job import choose_fp32_library, dry_run, make_jobs
 from lab.training.recorder import processor

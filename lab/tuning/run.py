@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lab.agent import build_agent, load_agent
+from lab.config_files import check_source
 from lab.errors import UserError
-from lab.options import Tune, check_source
+from lab.options import Tune
 from lab.train import describe
 from lab.training import recorder
 from lab.training.job import Job, choose_fp32_library, dry_run, make_jobs

@@ -17,8 +17,8 @@ from typing import Any, get_type_hints
 import numpy as np
 import typeguard
 
+from lab.command_line import whole as integer
 from lab.errors import UserError
-from lab.options import whole as integer
 
 KINDS = {"": (False, False), "log": (True, False), "int": (False, True), "logint": (True, True)}
 WORDS = {"true": True, "false": False, "none": None}

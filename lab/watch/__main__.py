@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lab import accelerate
+from lab.command_line import parse_flags
 from lab.envs.base import Transition, VecEnvConfig, is_torch
 from lab.envs.host import SyncEnvs
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
-from lab.options import parse_flags
 from lab.policy import Group, PolicyStack, TrainedRun, load_stack, open_run
 from lab.training.checkpoint import Which
 from lab.training.evaluation import OnStep, evaluate
