@@ -377,9 +377,7 @@ class Agent:
         return metrics
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
-        if self.batch is None:
-            return {}
+        """Of the last batch, for the harness's plasticity metrics."""
         b_obs, b_actions, *_ = self.batch
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions))[:-1],
                 "actor": self.actor.mlp.hidden(b_obs)}

@@ -336,9 +336,7 @@ class Agent:
         return metrics
 
     def hidden_activations(self):
-        """Of the last batch, for the harness's plasticity metrics; {} before the first update."""
-        if self.batch is None:
-            return {}
+        """Of the last batch, for the harness's plasticity metrics."""
         b_obs, b_actions, *_ = self.batch
         self._set_dropout(False, self.qf)  # layer norm gives a dropped unit a value again
         return {"qf": self.qf.mlp.hidden(self.qf.inputs(b_obs, b_actions)),

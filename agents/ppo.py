@@ -387,7 +387,5 @@ class Agent:
 
     def hidden_activations(self):
         """Of each network's hidden layers, (S, B, width), for the last minibatch of an update."""
-        if self.last_obs is None:
-            return {}
         return {"actor": self.actor.hidden(self.last_obs),
                 "critic": self.critic.hidden(self.last_obs)}

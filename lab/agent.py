@@ -1,4 +1,4 @@
-"""Load an agent from its file, build it, check its contract, save and restore its state."""
+"""Load an agent from its file, build it, save and restore its state."""
 
 import copy
 import dataclasses
@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from lab.envs.spec import EnvSpec
 from lab.errors import CodeError, RefusedError, UserError, first_line
-from lab.matmul import Products, RecordProducts
 from lab.settings import build
 
 VERBS = ("act", "observe", "update")
@@ -119,72 +118,6 @@ def _numbers(value: Any) -> list[Any]:
     """The value, or of a tuple or list all that it holds."""
     many = isinstance(value, tuple | list)
     return [x for part in value for x in _numbers(part)] if many else [value]
-
-
-def check_contract(path: str | Path, config: dict[str, Any], spec: EnvSpec, num_envs: int,
-                   device: str) -> Products:
-    """Dry run: the first steps of a small stack, up to its first update (or a long rollout) -> the
-    matrix products of that update. UserError names the method, what it should return and what it
-    returned."""
-    S, N = 3, num_envs  # 3 seeds: with 2, as many as critics, a wrong broadcast can fit
-    accelerate = FirstCalls()
-    agent = build_agent(path, config, spec, range(S), N, N, device, accelerate)
-    stem = Path(path).name
-
-    def expect(verb: str, wanted: str, ok: bool, got: object) -> None:
-        if not ok:
-            raise UserError(f"{stem} breaks the contract: {verb} should give {wanted}, "
-                            f"but gave {got}")
-
-    def call(verb: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return fn(*args, **kwargs)
-        except Exception as error:
-            place = place_of(path, error) or path
-            raise CodeError(f"{place}: {verb} failed on tensors of shape (S, N, ...) = ({S}, {N}, "
-                            f"...): {type(error).__name__}: {first_line(error)}") from error
-
-    obs = torch.zeros(S, N, spec.obs_dim, device=device)
-    for explore in (False, True):
-        actions = call("act", agent.act, obs, explore=explore)
-        wanted = f"a tensor (S, N, A) = ({S}, {N}, {spec.action_dim})"
-        expect("act", wanted, isinstance(actions, torch.Tensor), type(actions).__name__)
-        expect("act", wanted, tuple(actions.shape) == (S, N, spec.action_dim),
-               tuple(actions.shape))
-        expect("act", f"actions of {obs.dtype}", actions.dtype == obs.dtype, actions.dtype)
-        expect("act", "actions without a gradient", not actions.requires_grad, "one that has it")
-    if hasattr(agent, "act_with_memory"):
-        result = call("act_with_memory", agent.act_with_memory, obs)
-        got = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-               for x in (result if isinstance(result, tuple) else [result])]
-        expect("act_with_memory", f"actions and a memory, (S, N, A) = ({S}, {N}, "
-               f"{spec.action_dim}) and (S, N, M)", len(got) == 2 and got[0] == actions.shape
-               and got[1][:-1] == (S, N), got)
-    zeros, metrics = torch.zeros(S, N, device=device), {}
-    for _ in range(5_000):
-        call("observe", agent.observe, obs, actions, zeros, obs, zeros, zeros)
-        metrics = call("update", agent.update)
-        expect("update", "a dict of metrics", isinstance(metrics, dict), type(metrics).__name__)
-        if metrics:
-            break
-        call("act", agent.act, obs)
-    for name, value in metrics.items():
-        expect("update", "names with tensors", isinstance(name, str)
-               and isinstance(value, torch.Tensor), f"{name!r} with a {type(value).__name__}")
-        shape = tuple(getattr(value, "shape", ()))
-        expect("update", f"{name} of shape (S,) = ({S},)", shape == (S,), shape)
-        expect("update", f"{name} detached", not value.requires_grad, "it with a gradient")
-    if hasattr(agent, "hidden_activations"):
-        hidden = call("hidden_activations", agent.hidden_activations)
-        expect("hidden_activations", "a dict of lists of tensors", isinstance(hidden, dict) and all(
-            isinstance(x, torch.Tensor) for layers in hidden.values() for x in layers), hidden)
-        for name in hidden:
-            expect("hidden_activations", "keys that name the agent's networks",
-                   isinstance(getattr(agent, name, None), nn.Module), repr(name))
-    state = call("saving its state", save_state, agent)
-    expect("state_dict", "a dict", isinstance(state, dict), type(state).__name__)
-    call("restoring its state", restore_state, agent, state)
-    return accelerate.products
 
 
 def save_state(agent: Any) -> dict[str, Any]:
@@ -374,27 +307,3 @@ def place_of(path: str | Path, error: BaseException) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(Path(path).resolve())]
     return f"{path}:{lines[-1]}" if lines else ""
-
-
-class FirstCalls:
-    """An accelerate for a dry run: many environments owe many gradient steps, a few will do.
-    `products`: the matrix products of all the steps that were owed."""
-
-    def __init__(self, calls: int = 2):
-        self.calls, self.products = calls, Products()
-
-    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        results: dict[tuple[torch.Size, ...], list[Any]] = {}
-        products: dict[tuple[torch.Size, ...], Products] = {}
-
-        def step(*tensors: torch.Tensor) -> Any:
-            shapes = tuple(x.shape for x in tensors)
-            seen = results.setdefault(shapes, [])
-            if len(seen) < self.calls:
-                with RecordProducts() as recorded:
-                    seen.append(fn(*tensors))
-                products[shapes] = recorded.products
-            self.products.update(products[shapes])
-            return seen[-1]
-
-        return step

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("lab.errors", "lab.stats", "lab.stopping", "lab.inductor", "lab.settings"),
     ("lab.accelerate", "lab.matmul"), ("lab.envs",),
-    ("lab.agent", "lab.options"), ("lab.config_files",), ("lab.command_line",), ("lab.training",),
+    ("lab.agent", "lab.options"), ("lab.contract", "lab.config_files"), ("lab.command_line",),
+    ("lab.training",),
     ("lab.report", "lab.plan", "lab.policy", "lab.tracking"), ("lab.train",),
     ("lab.tuning", "lab.watch", "lab.check", "lab.evaluate", "lab.export")]
 FORKS = {("sac", "droq"): 40, ("sac", "crossq"): 90, ("crossq", "bro"): 60, ("crossq", "cem"): 120,

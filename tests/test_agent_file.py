@@ -15,15 +15,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lab import settings
-from lab.agent import (
-    VERBS,
-    build_agent,
-    check_contract,
-    check_ranges,
-    load_agent,
-    restore_state,
-    save_state,
-)
+from lab.agent import VERBS, build_agent, check_ranges, load_agent, restore_state, save_state
+from lab.contract import check_contract
 from lab.errors import CodeError, UserError, guarded
 from tests.conftest import AGENTS, drive, make_agent, make_spec, make_steps, spec_for
 
@@ -423,6 +416,13 @@ def test_hidden_activations_are_tried_before_the_run(tmp_path, line, words):
     path = write(tmp_path, KEEPS_THE_CONTRACT + method)
     with pytest.raises(UserError, match=words):
         check_contract(path, {}, make_spec(), 3, "cpu")
+
+
+def test_an_agent_that_never_updates_has_no_hidden_activations(tmp_path):
+    """With a replay ratio of 0, for example."""
+    idle = KEEPS_THE_CONTRACT.replace('return {"loss": torch.zeros(self.seeds)}', "return {}")
+    path = write(tmp_path, f"{idle}\n    def hidden_activations(self):\n        return self.gone\n")
+    check_contract(path, {}, make_spec(), 3, "cpu")
 
 
 def test_a_whole_number_in_a_setting_of_type_float_becomes_one():

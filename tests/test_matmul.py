@@ -11,8 +11,8 @@ import torch
 
 from lab import matmul, train
 from lab.accelerate import PRECISIONS
-from lab.agent import FirstCalls, check_contract
 from lab.command_line import parse_args
+from lab.contract import FirstCalls, check_contract
 from lab.errors import UserError
 from lab.matmul import BLAS, ONEDNN, Product, Products, RecordProducts, computed_by
 from lab.options import Simple, Tune

@@ -17,7 +17,6 @@ from tests.conftest import (
     flat_state,
     make_agent,
     make_steps,
-    restore_state,
     save_state,
     small_config,
 )
@@ -225,14 +224,6 @@ def test_measuring_draws_no_number_builds_no_graph_and_changes_no_state(module):
     assert histories[0] and len(histories[0]) == len(histories[1])
     for ours, theirs in zip(*histories, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_before_the_first_update_there_is_nothing_to_measure(module):
-    """Nor after a restored checkpoint: the last batch is no part of it."""
-    agent = make_agent(module, seeds=(0, 1, 2), num_envs=3, total_steps=1000)
-    assert agent.hidden_activations() == measure(agent) == {}
-    restore_state(agent, save_state(learnt(module)))
-    assert agent.hidden_activations() == measure(agent) == {}
 
 
 def test_an_agent_without_hidden_activations_is_not_measured():

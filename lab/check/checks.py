@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lab.agent import check_contract, copy_seed, restore_state, save_state, weights
+from lab.agent import copy_seed, restore_state, save_state, weights
 from lab.check.driver import (
     ACTIONS,
     NUM_ENVS,
@@ -30,6 +30,7 @@ from lab.check.driver import (
     make_steps,
     seed_slices,
 )
+from lab.contract import check_contract
 from lab.envs import probes
 from lab.envs.make import make_envs
 from lab.envs.spec import EnvSpec, discrete_spec

@@ -14,7 +14,8 @@ import torch
 
 from lab import matmul
 from lab.accelerate import check_device, physical_cores
-from lab.agent import build_agent, check_contract
+from lab.agent import build_agent
+from lab.contract import check_contract
 from lab.envs import check
 from lab.envs.base import VectorEnvs
 from lab.envs.make import choose_backend, make_envs
