@@ -27,7 +27,7 @@ from lab.config_files import (
     refuse_code_beside,
 )
 from lab.errors import CodeError, UserError, first_line, one_line
-from lab.options import SCRIPTS, Options, Simple, Tune, Vectorised
+from lab.options import SCRIPTS, Options, Simple, Tune, Vectorised, as_flag
 
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
@@ -68,7 +68,7 @@ def _check_line(argv: Sequence[str], index: int | None, values: dict[str, str],
     """UserError if a path is empty, or if --resume stands beside flags that it does not take."""
     for name in ("resume", "config", "init_from"):
         if values.get(name) == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty: is a shell variable unset?")
+            raise UserError(f"{as_flag(name)} is empty: is a shell variable unset?")
     allowed = WITH_RESUME if kind is Tune else WITH_RESUME + TO_EXTEND
     if "resume" in values and any(word.split("=")[0] not in allowed for i, word in enumerate(argv)
                                   if i != index and not (i and argv[i - 1] in allowed)):
@@ -155,10 +155,9 @@ def with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
 
 def _flag(name: str, value: Any) -> list[str]:
     """The words of a flag with this value."""
-    flag = name.replace("_", "-")
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *_words(value)]
+        return [as_flag(name if value else f"no_{name}")]
+    return [as_flag(name), *_words(value)]
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -146,41 +146,20 @@ SCRIPTS: dict[type[Options], str] = {
     Simple: "learn_simple.py", Vectorised: "learn_vectorised.py", Tune: "hypertune.py"}
 
 
+def as_flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
-    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
-                 "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
-                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals",
-                 "stop_plateau"):
-        value = getattr(options, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    for name in ("checkpoint_every", "stop_rtol", "study_seed"):
-        value = getattr(options, name, None)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
-    for name in ("failure_below", "stop_at"):
-        if math.isnan(getattr(options, name) or 0):
-            raise UserError(f"--{name.replace('_', '-')} must be a number, not nan")
-    percentile = getattr(options, "percentile", 0.0)
-    if not 0 <= percentile <= 100:
-        raise UserError(f"--percentile must lie in [0, 100], not {percentile}")
-    if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
-        low, high = options.clip_reward
-        raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
+    _check_numbers(options)
+    _check_task(options)
     if stops(options) and options.eval_env == "none":
         raise UserError("--stop-at and --stop-plateau need evaluations: --eval-env must be own or "
                         "same")
     if getattr(options, "track", None) and not options.log:
         raise UserError("--track sends what a run folder has: give --log, too")
-    if len(set(options.env)) < len(options.env) or not options.env:
-        given = " ".join(options.env) or "none"
-        raise UserError(f"--env needs different environments, not {given}")
-    if options.seeds > LAST_SEED:
-        raise UserError(f"--seeds must be at most {LAST_SEED}, not {options.seeds}")
-    if not 0 <= options.first_seed <= LAST_SEED - options.seeds:
-        raise UserError(f"--first-seed must lie in [0, {LAST_SEED - options.seeds}], not "
-                        f"{options.first_seed}")
     ray = getattr(options, "engine", "local") == "ray"
     if getattr(options, "address", None) and not ray:
         raise UserError("--address is for --engine ray")
@@ -188,11 +167,47 @@ def check_options(options: Options) -> None:
         raise UserError("--plan measures this machine: leave it out with --engine ray")
     if options.fp32_library == "onednn" and ray:
         raise UserError("--fp32-library onednn is for --engine local: a node's processor may round")
+
+
+def _check_numbers(options: Options) -> None:
+    """UserError for a number that is out of its range."""
+    for name in ("seeds", "steps", "eval_episodes", "eval_every", "log_every", "processes",
+                 "num_envs", "workers", "groups", "threads", "trials", "n_startup_trials",
+                 "interval_steps", "patience", "confirm_seeds", "action_repeat", "stop_at_evals",
+                 "stop_plateau"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"{as_flag(name)} must be at least 1, not {value}")
+    for name in ("checkpoint_every", "stop_rtol", "study_seed"):
+        value = getattr(options, name, None)
+        if value is not None and not value >= 0:
+            raise UserError(f"{as_flag(name)} must be 0 or more, not {value}")
+    for name in ("failure_below", "stop_at"):
+        if math.isnan(getattr(options, name) or 0):
+            raise UserError(f"{as_flag(name)} must be a number, not nan")
+    percentile = getattr(options, "percentile", 0.0)
+    if not 0 <= percentile <= 100:
+        raise UserError(f"--percentile must lie in [0, 100], not {percentile}")
+    if options.seeds > LAST_SEED:
+        raise UserError(f"--seeds must be at most {LAST_SEED}, not {options.seeds}")
+    if not 0 <= options.first_seed <= LAST_SEED - options.seeds:
+        raise UserError(f"--first-seed must lie in [0, {LAST_SEED - options.seeds}], not "
+                        f"{options.first_seed}")
+
+
+def _check_task(options: Options) -> None:
+    """UserError if the environments or the changes to them do not fit together."""
+    if len(set(options.env)) < len(options.env) or not options.env:
+        given = " ".join(options.env) or "none"
+        raise UserError(f"--env needs different environments, not {given}")
+    if options.clip_reward and not options.clip_reward[0] < options.clip_reward[1]:
+        low, high = options.clip_reward
+        raise UserError(f"--clip-reward needs LOW < HIGH, not {low} {high}")
     if options.env_kwargs:
         read_kwargs(options.env_kwargs)
     backend = getattr(options, "backend", None)
-    changed = [f"--{name.replace('_', '-')}" for name in ("env_kwargs", "action_repeat",
-               "failure_below") if getattr(options, name) != getattr(Options, name)]
+    changed = [as_flag(name) for name in ("env_kwargs", "action_repeat", "failure_below")
+               if getattr(options, name) != getattr(Options, name)]
     changed += ["--eval-env same"] * (options.eval_env == "same")
     for env_id in options.env if changed else ():
         if is_torch(env_id) or backend in ("torch", "envpool"):
@@ -211,7 +226,7 @@ def refuse_unused(options: Options, given: set[str]) -> None:
             ("fp32_library", options.precision == "fp32" and not options.cuda, "fp32 on a CPU"),
             ("name", options.log, "--log"), ("checkpoint_every", options.log, "--log")):
         if name in given and not used:
-            raise UserError(f"--{name.replace('_', '-')} does nothing without {need}")
+            raise UserError(f"{as_flag(name)} does nothing without {need}")
 
 
 def resolve_defaults(options: Options) -> Options:

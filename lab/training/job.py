@@ -91,7 +91,6 @@ class Job:
         """Evaluation takes too few steps to make up for starting worker processes."""
         return "sync" if self.backend == "workers" else self.backend
 
-
     @property
     def eval_rounds(self) -> int:
         """How often an evaluation resets its environments."""

@@ -179,13 +179,7 @@ class TrainLogger:
     def write_rows(self, step: int, agent: Any, evaluating: bool) -> None:
         """One row per seed: the last update's metrics, episodes since the last row, speed."""
         now = time.perf_counter()
-        updates = self.accelerate.gradient_steps - self.logged_updates
-        if updates or not self.speed:  # PPO: do not count a rollout without its update
-            per_second = len(self.job.seeds) / (now - self.clock)
-            self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
-                          "perf/updates_per_s": updates * per_second}
-            self.clock, self.logged_step = now, step
-            self.logged_updates = self.accelerate.gradient_steps
+        self.measure_speed(step, now)
         finished = self.envs.finished()  # the host waits for the device here and below
         self.fail_broken(step, self.envs)
         for recent, (episodes, mean, _) in zip(self.recent, finished, strict=True):
@@ -196,11 +190,7 @@ class TrainLogger:
             if self.eval_envs:
                 self.fail_broken(step, self.eval_envs, " in evaluation")
         self.measure_plasticity(agent)
-        columns = {}
-        if self.metrics:
-            values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
-            columns = dict(zip(self.metrics, values, strict=True))
-            self.metrics = {}  # do not repeat them in rows before the next update
+        columns = self.take_metrics()
         rows = {}
         for index, seed in enumerate(self.job.seeds):
             row = {tag: values[index] for tag, values in columns.items()}
@@ -209,13 +199,7 @@ class TrainLogger:
                 row["length/train"] = finished[index].length
             if evaluating and (value := self.last_eval[index]) is not None:
                 row[reported_return(self.job.eval_env)] = value
-            broken = [tag for tag, value in row.items() if not math.isfinite(value)]
-            row = {tag: value for tag, value in row.items() if tag not in broken}
-            broken = [tag for tag in broken if not tag.startswith(DIAGNOSTICS)
-                      or tag.endswith("weight_magnitude")]
-            if broken:
-                whose = "the environment's" if broken[0].startswith(RETURNS) else "the agent's"
-                self.fail(index, step, f"{whose} {broken[0]} is not finite")
+            row = self.finite(step, index, row)
             if index not in self.failed:
                 rows[seed] = row
                 if self.recorders:
@@ -228,6 +212,34 @@ class TrainLogger:
         self.notes = {}
         self.last_emit = time.perf_counter()
         self.clock += self.last_emit - now  # speed leaves out evaluation
+
+    def measure_speed(self, step: int, now: float) -> None:
+        """Steps and updates since the last time, all seeds together, per second."""
+        updates = self.accelerate.gradient_steps - self.logged_updates
+        if updates or not self.speed:  # PPO: do not count a rollout without its update
+            per_second = len(self.job.seeds) / (now - self.clock)
+            self.speed = {"perf/steps_per_s": (step - self.logged_step) * per_second,
+                          "perf/updates_per_s": updates * per_second}
+            self.clock, self.logged_step = now, step
+            self.logged_updates = self.accelerate.gradient_steps
+
+    def take_metrics(self) -> dict[str, list[float]]:
+        """The metrics of the last update, a number for each seed; {} until the next update."""
+        if not self.metrics:
+            return {}
+        values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
+        tags, self.metrics = list(self.metrics), {}
+        return dict(zip(tags, values, strict=True))
+
+    def finite(self, step: int, index: int, row: dict[str, float]) -> dict[str, float]:
+        """The finite values of the row. The seed fails for another one, unless it may be NaN."""
+        broken = [tag for tag, value in row.items() if not math.isfinite(value)]
+        fatal = [tag for tag in broken if not tag.startswith(DIAGNOSTICS)
+                 or tag.endswith("weight_magnitude")]
+        if fatal:
+            whose = "the environment's" if fatal[0].startswith(RETURNS) else "the agent's"
+            self.fail(index, step, f"{whose} {fatal[0]} is not finite")
+        return {tag: value for tag, value in row.items() if tag not in broken}
 
     def decide_to_stop(self, step: int) -> None:
         alive = [value for index, value in enumerate(self.last_eval)

@@ -28,6 +28,7 @@ from lab.envs.base import Transition, VecEnvConfig, is_torch
 from lab.envs.host import SyncEnvs
 from lab.envs.torch_vec import TorchEnvs
 from lab.errors import UserError, guarded
+from lab.options import as_flag
 from lab.policy import Group, PolicyStack, TrainedRun, load_stack, open_run
 from lab.training.checkpoint import Which
 from lab.training.evaluation import OnStep, evaluate
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     for name, least in {"seeds": 1, "episodes": 1, "width": 50, "max_seconds": 0.1}.items():
         value = getattr(options, name)
         if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"{as_flag(name)} must be at least {least}, not {value}")
     accelerate.prepare_process()
     if not options.window:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame without a display
