@@ -408,9 +408,9 @@ PROSE = {
         mean_at("xqc-biped", 60_000), math.floor(min(
             value for (_, step), value in learning.read()["xqc-biped"].items() if step == 60_000)),
         statistics.fmean(last("xqc-biped"))],
-    "HalfCheetah returns {:.0f} on average ({:.0f} to {:.0f}), Hopper {:.0f} ({:.0f} to {:.0f}) "
-    "and Walker2d {:.0f} ({:.0f} to {:.0f})": lambda: [
-        of(last(f"xqc-{name}-300k")) for name in ("halfcheetah", "hopper", "walker2d")
+    "HalfCheetah returns {:.0f} on average ({:.0f} to {:.0f}), Hopper {:.0f} ({:.0f} to {:.0f}), "
+    "Walker2d {:.0f} ({:.0f} to {:.0f}) and Ant {:.0f} ({:.0f} to {:.0f})": lambda: [
+        of(last(f"xqc-{name}-300k")) for name in ("halfcheetah", "hopper", "walker2d", "ant")
         for of in (statistics.fmean, min, max)],
     "fall, one of Walker2d to {:.0f} after 210 000 steps and one of Hopper to {:.0f} after 180 000":
     lambda: [min(value for (_, at), value in learning.read()[f"xqc-{name}-300k"].items()
