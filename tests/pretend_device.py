@@ -98,7 +98,8 @@ class PretendCuda(TorchFunctionMode):
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            for owner, names in ((torch, self._of_torch()), (torch.cuda, self._of_cuda())):
+            for owner, names in ((torch, self._of_torch()), (torch.cuda, self._of_cuda()),
+                                 (torch.accelerator, self._of_accelerator())):
                 for name, value in names.items():
                     stack.enter_context(patch.object(owner, name, value))
             group = torch._C._group_tensors_by_device_and_dtype
@@ -123,6 +124,10 @@ class PretendCuda(TorchFunctionMode):
         autocast = torch.autocast
         return {"Generator": Generator,
                 "autocast": lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs)}
+
+    def _of_accelerator(self):
+        # optimizers ask it for its stream, which torch's CUDA build has on a real device only
+        return {"current_accelerator": lambda check_available=False: None}
 
     def _of_cuda(self):
         stream = contextlib.nullcontext()

@@ -220,7 +220,8 @@ def test_the_metadata_says_what_it_is(run, capsys):
     assert {name: about[name] for name in wanted} == wanted
     assert about["spaces"] | {"obs_dim": 3, "action_low": [-0.5], "action_high": [2.0]} == (
         about["spaces"])
-    assert about["largest_difference"] < 1e-5 and about["versions"]["torch"] == torch.__version__
+    assert about["largest_difference"] < 1e-5
+    assert torch.__version__.startswith(about["versions"]["torch"])  # pip's may lack the +cpu
     assert "seed 1 of run, best weights" in out and "seed 1 of run" in (
         folder / "policy.py").read_text()
     assert about["inputs"] == {"obs": ["B", 3]} and about["outputs"] == {"actions": ["B", 1]}

@@ -48,6 +48,7 @@ def patch(self):
 
 
 Agent.update = patch
+del Agent.hidden_activations
 """)
     small = {"actor_width": 8, "qf_width": 8, "buffer_size": 100}
     return Job(**{"agent_path": str(path), "config": small, "env_id": "Pendulum-v1", "seeds": (0,),
