@@ -107,6 +107,9 @@ EXPERIMENTS = {
     "xqc-lunarlander-fast-targets": (
         XQC.format(LANDER) + " --tau 0.05",
         "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
+    "xqc-lunarlander-held-noise": (
+        XQC.format(LANDER) + " --hold-noise",
+        "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
     "sac-biped": (
         f"agents/sac.py {BIPED} --precision bf16", "300 counts as solved; -92 (SAC)"),
     "crossq-biped": (

@@ -436,6 +436,8 @@ PROSE = {
         statistics.fmean(last(f"{agent}-lunarlander")) for agent in ("xqc", "crossq")],
     "with `--tau 0.05` the mean is {:.0f}": lambda: [
         statistics.fmean(last("xqc-lunarlander-fast-targets"))],
+    "all five seeds land, {:.0f} on average ({:.0f} to {:.0f})": lambda: [
+        of(last("xqc-lunarlander-held-noise")) for of in (statistics.fmean, min, max)],
     "SAC ends at {:.0f} and CrossQ at {:.0f} after 200 000 steps": lambda: [
         statistics.fmean(last(f"{agent}-biped-raw")) for agent in ("sac", "crossq")],
     "later ({:.0f} after 80 000 steps, where the changed task has {:.0f})": lambda: [
