@@ -59,6 +59,7 @@ POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-s
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
 RAW = " --no-norm-obs --no-norm-reward --no-clip-vloss"
 TQC_TARGET = "235 (TQC at 2 000 000, one run, no action repeat)"
+LANDER_TARGET = "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"
 BIPED_TARGET = "300 counts as solved; -12 (SAC), 105 (TD3-FORK)"
 # name -> arguments of learn_simple.py, or with --num-envs of learn_vectorised.py, and the published
 # returns at the same number of steps
@@ -100,16 +101,10 @@ EXPERIMENTS = {
         f"agents/sac.py {LANDER} --precision bf16",
         "200 counts as solved; 125 (SAC at 300 000, SLM-Lab)"),
     "crossq-lunarlander": (
-        NARROW.format(LANDER) + " --precision bf16",
-        "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
-    "xqc-lunarlander": (
-        XQC.format(LANDER), "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
-    "xqc-lunarlander-fast-targets": (
-        XQC.format(LANDER) + " --tau 0.05",
-        "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
-    "xqc-lunarlander-held-noise": (
-        XQC.format(LANDER) + " --hold-noise",
-        "200 counts as solved; 269 (CrossQ at 300 000, SLM-Lab)"),
+        NARROW.format(LANDER) + " --precision bf16", LANDER_TARGET),
+    "xqc-lunarlander": (XQC.format(LANDER), LANDER_TARGET),
+    "xqc-lunarlander-fast-targets": (XQC.format(LANDER) + " --tau 0.05", LANDER_TARGET),
+    "xqc-lunarlander-held-noise": (XQC.format(LANDER) + " --hold-noise", LANDER_TARGET),
     "sac-biped": (
         f"agents/sac.py {BIPED} --precision bf16", "300 counts as solved; -92 (SAC)"),
     "crossq-biped": (

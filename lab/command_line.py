@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str], kind: type[Options] = Simple) -> tuple[Optio
     if source:
         raise UserError(f"--tuned and --config {source} both have settings: leave one out")
     words = [word for name, value in read_tuned(options).items() if name not in flags
-             for word in _flag(name, value)]
+             for word in _flag_words(name, value)]
     return read_flags([*argv, *words], index, *defaults, description)
 
 
@@ -147,13 +147,13 @@ def with_yaml(argv: Sequence[str], kind: type[Options]) -> Sequence[str]:
         raise UserError(f"{path}: unknown setting {name}{hint}")
     given = given_flags(argv)
     flags = [word for name, value in content.items() if name not in given
-             for word in _flag(name, value)]
+             for word in _flag_words(name, value)]
     at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--config")
     rest = [*argv[:at], *argv[at + 2 - ("=" in argv[at]):]]
     return [*([agent] if index is None else []), *rest, *flags]
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _flag_words(name: str, value: Any) -> list[str]:
     """The words of a flag with this value."""
     if isinstance(value, bool):
         return [as_flag(name if value else f"no_{name}")]

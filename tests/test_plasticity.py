@@ -256,3 +256,22 @@ def test_the_harness_measures_when_it_writes_a_row_that_an_update_came_before(mo
     assert all(found[step] == (wanted if "loss/qf" in row else set()) for step, row in rows)
     measured_at = [step for step, names in found.items() if names]
     assert calls == measured_at and 10 < len(measured_at) < 20
+
+
+def test_the_harness_does_not_measure_before_the_first_update_of_a_resumed_run(
+        tmp_path, monkeypatch):
+    """The last batch is no part of a checkpoint. An update in three steps, rows at all of them."""
+    batches, messages = [], []
+    monkeypatch.setattr(metrics_of, "measure", lambda agent: (
+        batches.append(agent.batch), measure(agent))[1])
+    job = Job("agents/sac.py", dataclasses.asdict(small_config(sac, replay_ratio=1 / 3)),
+              "torch/Pendulum-v1", seeds=(0, 1), steps=21, eval_every=60, log_every=1,
+              checkpoint_every=0, eval_episodes=1, run=str(tmp_path))
+    train(job, messages.append)
+    before, batches[:] = len(batches), []
+    messages.clear()
+    train(dataclasses.replace(job, steps=42), messages.append)
+    rows = [row for m in messages for row in m.get("rows", {}).values()]
+    assert before and batches and all(batch is not None for batch in batches)
+    assert len(rows) == 2 * 21 and 0 < sum("loss/qf" in row for row in rows) < len(rows)
+    assert "loss/qf" not in rows[0], "the first row comes before an update"

@@ -225,11 +225,11 @@ class TrainLogger:
 
     def take_metrics(self) -> dict[str, list[float]]:
         """The metrics of the last update, a number for each seed; {} until the next update."""
-        if not self.metrics:
+        metrics, self.metrics = self.metrics, {}
+        if not metrics:
             return {}
-        values = torch.stack([x.double() for x in self.metrics.values()]).tolist()
-        tags, self.metrics = list(self.metrics), {}
-        return dict(zip(tags, values, strict=True))
+        values = torch.stack([x.double() for x in metrics.values()]).tolist()
+        return dict(zip(metrics, values, strict=True))
 
     def finite(self, step: int, index: int, row: dict[str, float]) -> dict[str, float]:
         """The finite values of the row. The seed fails for another one, unless it may be NaN."""
