@@ -53,7 +53,7 @@ RAW_BIPED = ("--env BipedalWalker-v3 --seeds 5 --steps 200_000 --gamma 0.98 --co
 # two steps an action; a fall costs 1 instead of 100; only a fall terminates
 WALKING = "--action-repeat 2 --clip-reward -1 10 --failure-below -99"
 XQC_HARDCORE = (
-    XQC.format("--env BipedalWalkerHardcore-v3 --seeds {} --steps 1_000_000 " + WALKING)
+    XQC.format("--env BipedalWalkerHardcore-v3 --seeds {} --steps {} " + WALKING)
     + " --eval-every 50_000 --eval-episodes 25")
 POLE = ("agents/{}.py --env torch/{} --num-envs 128 --seeds 5 --steps {} --num-steps 32 "
         "--num-minibatches 16 --lr 1e-3 --threads 1 --eval-episodes 20")
@@ -121,10 +121,11 @@ EXPERIMENTS = {
     "xqc-biped": (
         XQC.format(f"--env BipedalWalker-v3 --seeds 5 --steps 200_000 {WALKING}"),
         BIPED_TARGET + ", both on the raw task"),
-    "xqc-hardcore": (XQC_HARDCORE.format("5 --first-seed 5"), TQC_TARGET),
-    "xqc-hardcore-seeds-0-to-4": (XQC_HARDCORE.format(5), TQC_TARGET),
+    "xqc-hardcore": (XQC_HARDCORE.format("5 --first-seed 5", "1_000_000"), TQC_TARGET),
+    "xqc-hardcore-seeds-0-to-4": (XQC_HARDCORE.format(5, "1_000_000"), TQC_TARGET),
+    "xqc-hardcore-500k": (XQC_HARDCORE.format(5, "500_000"), TQC_TARGET),
     "xqc-hardcore-small-steps": (  # XQC's defaults until its learning rate was raised
-        XQC_HARDCORE.format(5) + " --lr 3e-4 --lr-end 3e-5", TQC_TARGET),
+        XQC_HARDCORE.format(5, "1_000_000") + " --lr 3e-4 --lr-end 3e-5", TQC_TARGET),
     "crossq-hardcore": (HARDCORE.format("crossq", 256), TQC_TARGET),
     "bro-hardcore": (HARDCORE.format("bro", 128), TQC_TARGET),
     "cem-lunarlander": (

@@ -27,7 +27,7 @@ from lab.config_files import (
     refuse_code_beside,
 )
 from lab.errors import CodeError, UserError, first_line, one_line
-from lab.options import SCRIPTS, Options, Simple, Tune, Vectorised, as_flag
+from lab.options import SCRIPTS, Options, Simple, Tune, Vectorised, as_flag, option_of
 
 WITH_RESUME = ("--resume", "--engine", "--address")  # a run may go on elsewhere
 TO_EXTEND = ("--steps", "--seeds")  # and become longer, with more seeds
@@ -171,8 +171,7 @@ def _words(value: Any) -> Iterator[str]:
 
 def given_flags(argv: Sequence[str]) -> set[str]:
     """Names of the options given as flags; --no-compile counts as compile."""
-    flags = [arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")]
-    return {flag.replace("-", "_").removeprefix("no_") for flag in flags}
+    return {option_of(word).removeprefix("no_") for word in argv if word.startswith("--")}
 
 
 class Line(NamedTuple):
@@ -191,8 +190,8 @@ def read_line(argv: Sequence[str], kind: Any) -> Line:
     flag, left = "", 0
     for index, word in enumerate(argv):
         if word.startswith("--"):
-            flag, equals, value = word[2:].partition("=")
-            flag = flag.replace("-", "_")
+            flag = option_of(word)
+            _, equals, value = word.partition("=")
             yes_or_no = counts.get(flag.removeprefix("no_")) == 0
             left = 0 if equals or yes_or_no else counts.get(flag, 1)
             if equals and counts.get(flag) == 1:

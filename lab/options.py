@@ -151,6 +151,11 @@ def as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def option_of(word: str) -> str:
+    """The option that a word such as --num-envs=4 sets; of --no-compile, no_compile."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
 def check_options(options: Options) -> None:
     """Check the values that need no environment. UserError names the flag."""
     _check_numbers(options)

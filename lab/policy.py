@@ -62,7 +62,7 @@ def open_run(path: Path, agent: Path | None = None) -> TrainedRun:
     options, config = parse_args(["--config", str(folder / "config.json"), *named], Vectorised)
     assert isinstance(options, Vectorised)
     if not named:
-        check_source(folder, Path(options.agent))
+        refuse_changed(Path(options.agent), folder)
     return TrainedRun(folder, options, config, find(path, folder, options.env))
 
 
@@ -79,8 +79,8 @@ def find(path: Path, run: Path, env_ids: Sequence[str]) -> list[Group]:
     return groups
 
 
-def check_source(folder: Path, agent: Path) -> None:
-    """UserError if the agent file has changed since the run: the weights may no longer fit it."""
+def refuse_changed(agent: Path, folder: Path) -> None:
+    """UserError if the agent's file has changed since the run: the weights may no longer fit it."""
     copy = folder / agent.name
     if not copy.is_file() or copy.read_bytes() != agent.read_bytes():
         raise UserError(f"{agent} has changed since {folder} started: choose the file to load, for "
