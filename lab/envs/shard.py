@@ -64,48 +64,48 @@ class EnvShard:
         if not len(which) or self.action_space is None:
             return
         O, actions = self.obs_dim, as_env_actions(self.actions, self.action_space)
-        outcomes: list[tuple[Any, bool, bool]] = []
-        fresh = []
-        result: Any = None
-        repeat, clip, failure_below = self.rules
-        if self.stream == EVALUATION:
-            clip = None
+        outcomes = [self._act(i, actions[i]) for i in which]
         try:
-            for i in which:
-                env, action, running = self.envs[i], actions[i], self.running[i]
-                rewards: list[Any] = []
-                for _ in range(repeat):
-                    result = env.step(action)
-                    obs, reward, terminated, truncated, _ = result
-                    running[0] += float(reward)
-                    running[1] += 1
-                    rewards.append(min(max(reward, clip[0]), clip[1]) if clip else reward)
-                    if terminated or truncated:
-                        self.returns[i] = running
-                        fresh.append(i)
-                        break
-                if len(obs) != O:  # numpy would spread a shorter one; others are a ValueError
-                    self._check(result)
-                self.rows[i, :O] = obs
-                if terminated and failure_below is not None:
-                    terminated, truncated = reward < failure_below, True
-                outcomes.append((sum(rewards[1:], rewards[0]), terminated,
-                                 truncated and not terminated))
             ends = np.array(outcomes)
             if ends.ndim != 2 or ends.dtype.char == "O":  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
-            if result is not None:
-                self._check(result)
-            for i, outcome in zip(which, outcomes, strict=False):
+            for i, outcome in zip(which, outcomes, strict=True):
                 self._check((self.rows[i, :O], *outcome, {}))
             raise
-        if indices is None:
-            which = slice(None)
-        self.rows[which, O : 2 * O] = self.rows[which, :O]
-        self.rows[which, 2 * O :] = ends
-        for i in fresh:
-            self._begin(i)
+        rows = slice(None) if indices is None else indices
+        self.rows[rows, O : 2 * O] = self.rows[rows, :O]
+        self.rows[rows, 2 * O :] = ends
+        for i, (_, terminated, truncated) in zip(which, outcomes, strict=True):
+            if terminated or truncated:
+                self._begin(i)
+
+    def _act(self, i: int, action: Any) -> tuple[Any, bool, bool]:
+        """Step one environment for the frames of an action; writes its next_obs, and its return and
+        length if the episode ends -> reward, terminated, truncated."""
+        env, running, (repeat, clip, failure_below) = self.envs[i], self.running[i], self.rules
+        if self.stream == EVALUATION:
+            clip = None
+        rewards: list[Any] = []
+        for _ in range(repeat):
+            result: Any = env.step(action)
+            try:
+                obs, reward, terminated, truncated, _ = result
+                running[0] += float(reward)
+                running[1] += 1
+                rewards.append(min(max(reward, clip[0]), clip[1]) if clip else reward)
+                if len(obs) != self.obs_dim:  # numpy would spread a shorter one
+                    self._check(result)
+                self.rows[i, : self.obs_dim] = obs
+            except (TypeError, ValueError):
+                self._check(result)
+                raise
+            if terminated or truncated:
+                self.returns[i] = running
+                break
+        if terminated and failure_below is not None:
+            terminated, truncated = reward < failure_below, True
+        return sum(rewards[1:], rewards[0]), terminated, truncated and not terminated
 
     def _check(self, result: Any) -> None:
         check_step(self.env_id, self.obs_dim, result, finite=False)
