@@ -51,7 +51,7 @@ def accelerator(kind: str, device: str) -> Callable[..., Any]:
 
 def sac(kind: str, seeds: int, device: str) -> Side:
     agent = build_agent(ROOT / "agents/sac.py", {"learning_starts": 1}, SPEC, range(seeds), 1,
-                             REPLAY, device, accelerator(kind, device))
+                        REPLAY, device, accelerator(kind, device))
     obs, flags = torch.randn(seeds, 1, 17, device=device), torch.zeros(seeds, 1, device=device)
 
     def step() -> None:
@@ -66,82 +66,93 @@ def mlp(fan_in: int, fan_out: int) -> nn.Sequential:
                          nn.Linear(256, fan_out))
 
 
-def one_seed(device: str, lean: bool, compiled: bool) -> Side:
+class OneSeed:
     """SAC of one seed without this lab: plain, or `lean`, with LeanRL's optimisations."""
-    actor = mlp(17, 12).to(device)
-    critics, targets = ([mlp(23, 1).to(device) for _ in range(2)] for _ in range(2))
-    alpha = torch.zeros(1, device=device, requires_grad=True)
-    slow, fast = ([p for net in nets for p in net.parameters()] for nets in (targets, critics))
-    for p, q in zip(slow, fast, strict=True):
-        p.requires_grad_(False).copy_(q)
-    kind = {"fused": True, "capturable": device == "cuda"} if lean else {}
-    q_optimizer, actor_optimizer, alpha_optimizer = (
-        torch.optim.Adam(p, lr=3e-4, **kind) for p in (fast, actor.parameters(), [alpha]))
-    replay = torch.randn(REPLAY, 17 + 6 + 17 + 2, device=device)
-    place, obs, flags = itertools.count(), torch.randn(1, 17, device=device), torch.zeros(
-        1, 2, device=device)
 
-    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_std = actor(obs).chunk(2, -1)
+    def __init__(self, device: str, lean: bool, compiled: bool):
+        self.device, self.lean = device, lean
+        self.actor = mlp(17, 12).to(device)
+        self.critics, self.targets = (
+            [mlp(23, 1).to(device) for _ in range(2)] for _ in range(2))
+        self.alpha = torch.zeros(1, device=device, requires_grad=True)
+        self.slow, self.fast = ([p for net in nets for p in net.parameters()]
+                                for nets in (self.targets, self.critics))
+        for p, q in zip(self.slow, self.fast, strict=True):
+            p.requires_grad_(False).copy_(q)
+        kind = {"fused": True, "capturable": device == "cuda"} if lean else {}
+        self.q_optimizer, self.actor_optimizer, self.alpha_optimizer = (
+            torch.optim.Adam(p, lr=3e-4, **kind)
+            for p in (self.fast, self.actor.parameters(), [self.alpha]))
+        self.replay = torch.randn(REPLAY, 17 + 6 + 17 + 2, device=device)
+        self.place = itertools.count()
+        self.obs = torch.randn(1, 17, device=device)
+        self.flags = torch.zeros(1, 2, device=device)
+        self.policy, self.updates = self.act, [self.update_critics, self.update_actor]
+        if lean and compiled:
+            self.policy = torch.compile(self.act)
+            self.updates = [
+                CudaGraph(torch.compile(fn)) if device == "cuda" else torch.compile(fn)
+                for fn in self.updates]
+
+    def act(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.actor(obs).chunk(2, -1)
         normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(),
-                                            validate_args=False if lean else None)
+                                            validate_args=False if self.lean else None)
         x = normal.rsample()
         log_prob = normal.log_prob(x) - torch.log(1 - x.tanh().square() + 1e-6)
         return x.tanh(), log_prob.sum(-1, keepdim=True)
 
-    def lowest(networks: list[nn.Sequential], obs: torch.Tensor, actions: torch.Tensor
-               ) -> torch.Tensor:
-        both = torch.cat([obs, actions], -1)
-        return torch.minimum(networks[0](both), networks[1](both))
-
-    def update_critics(batch: torch.Tensor) -> torch.Tensor:
+    def update_critics(self, batch: torch.Tensor) -> torch.Tensor:
         obs, actions, next_obs, rewards, ends = batch.split([17, 6, 17, 1, 1], -1)
         with torch.no_grad():
-            next_actions, log_prob = act(next_obs)
-            value = lowest(targets, next_obs, next_actions) - alpha.exp() * log_prob
+            next_actions, log_prob = self.act(next_obs)
+            value = lowest(self.targets, next_obs, next_actions) - self.alpha.exp() * log_prob
             target = rewards + 0.99 * (1 - (ends > 2).float()) * value
         both = torch.cat([obs, actions], -1)
-        loss = sum(nn.functional.mse_loss(critic(both), target) for critic in critics)
+        loss = sum(nn.functional.mse_loss(critic(both), target) for critic in self.critics)
         loss.backward()
-        q_optimizer.step()
-        q_optimizer.zero_grad()
+        self.q_optimizer.step()
+        self.q_optimizer.zero_grad()
         return loss.detach()
 
-    def update_actor(batch: torch.Tensor) -> torch.Tensor:
+    def update_actor(self, batch: torch.Tensor) -> torch.Tensor:
         obs = batch[:, :17]
-        new, log_prob = act(obs)
-        loss = (alpha.exp().detach() * log_prob - lowest(critics, obs, new)).mean()
+        new, log_prob = self.act(obs)
+        loss = (self.alpha.exp().detach() * log_prob - lowest(self.critics, obs, new)).mean()
         loss.backward()
-        actor_optimizer.step()
-        actor_optimizer.zero_grad()
-        q_optimizer.zero_grad()
-        alpha_loss = -(alpha.exp() * (log_prob.detach() - 6)).mean()
+        self.actor_optimizer.step()
+        self.actor_optimizer.zero_grad()
+        self.q_optimizer.zero_grad()
+        alpha_loss = -(self.alpha.exp() * (log_prob.detach() - 6)).mean()
         alpha_loss.backward()
-        alpha_optimizer.step()
-        alpha_optimizer.zero_grad()
+        self.alpha_optimizer.step()
+        self.alpha_optimizer.zero_grad()
         return loss.detach()
 
-    policy, learn = act, [update_critics, update_actor]
-    if lean and compiled:
-        policy = torch.compile(act)
-        learn = [CudaGraph(torch.compile(fn)) if device == "cuda" else torch.compile(fn)
-                 for fn in learn]
-
-    def step() -> None:
+    def step(self) -> None:
         with torch.no_grad():
-            actions, _ = policy(obs)
-            replay[next(place) % REPLAY] = torch.cat([obs, actions, obs, flags], -1)[0]
-        batch = replay[torch.randint(REPLAY, (256,), device=device)]
-        for update in learn:
+            actions, _ = self.policy(self.obs)
+            row = torch.cat([self.obs, actions, self.obs, self.flags], -1)[0]
+            self.replay[next(self.place) % REPLAY] = row
+        batch = self.replay[torch.randint(REPLAY, (256,), device=self.device)]
+        for update in self.updates:
             update(batch)
         with torch.no_grad():
-            if lean:
-                torch._foreach_lerp_(slow, fast, 0.005)
+            if self.lean:
+                torch._foreach_lerp_(self.slow, self.fast, 0.005)
             else:
-                for p, q in zip(slow, fast, strict=True):
+                for p, q in zip(self.slow, self.fast, strict=True):
                     p.copy_(0.995 * p + 0.005 * q)
 
-    return Side(step, 1)
+
+def lowest(critics: list[nn.Sequential], obs: torch.Tensor, actions: torch.Tensor
+           ) -> torch.Tensor:
+    both = torch.cat([obs, actions], -1)
+    return torch.minimum(critics[0](both), critics[1](both))
+
+
+def one_seed(device: str, lean: bool, compiled: bool) -> Side:
+    return Side(OneSeed(device, lean, compiled).step, 1)
 
 
 def stepping(name: str, seeds: int, num_envs: int, device: str) -> Side:
@@ -165,7 +176,7 @@ def ppo(kind: str, seeds: int, num_envs: int, device: str) -> Side:
                       compile=device == "cuda")
     config = {"num_steps": 32, "num_minibatches": 8, "update_epochs": 1}
     agent = build_agent(ROOT / "agents/ppo.py", config, stack.spec, range(seeds), num_envs,
-                             10**12, device, accelerator(kind, device))
+                        10**12, device, accelerator(kind, device))
     obs = stack.reset()
 
     def step() -> None:
