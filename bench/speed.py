@@ -449,7 +449,7 @@ def measure(side: str, *rest: str) -> float:
     return measure_ours(algorithm, int(seeds), mode)
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", help="Python of the virtual environment with SB3, SBX and rl8")
     parser.add_argument("--checkout", type=Path, help="another checkout, measured beside this one")
@@ -462,12 +462,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/speed.json")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.measure and not options.peers and not options.checkout:
+        parser.error("--peers is required; `make bench` creates that virtual environment")
+    return options
+
+
+def main() -> None:
+    options = read_options()
     if options.measure:
         print(measure(*options.measure))
         return
-    if not options.peers and not options.checkout:
-        parser.error("--peers is required; `make bench` creates that virtual environment")
-
     setting = measured_with(options)
     before = json.loads(options.out.read_text()) if options.out.exists() else {}
     kept = kept_rows(before, options, setting["processor"])
