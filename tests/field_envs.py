@@ -168,6 +168,12 @@ class LateRewardArray(Late):
 
 
 @environment()
+class LateRewardText(Late):
+    def reward(self):
+        return "1.0" if self.late() else 1.0
+
+
+@environment()
 class LateEndsArrays(Late):
     def reward(self):
         return np.array([1.0]) if self.late() else 1.0

@@ -139,6 +139,7 @@ def test_without_a_dry_run_the_first_step_says_the_same(name, backend):
 @pytest.mark.parametrize("name, words", [
     ("LateShortObs", r"step returned as observation an array of shape \(1,\)"),
     ("LateRewardArray", r"step returned as reward an array of shape \(1,\)"),
+    ("LateRewardText", "step returned as reward '?1.0"),
     ("LateEndsArrays", r"step returned as reward an array of shape \(1,\)")])
 @pytest.mark.parametrize("num_envs, backend", [(1, "sync"), (3, "sync"), (2, "workers")])
 def test_a_later_step_that_returns_something_else_is_named(name, words, num_envs, backend):

@@ -64,13 +64,15 @@ class EnvShard:
         if not len(which) or self.action_space is None:
             return
         O, actions = self.obs_dim, as_env_actions(self.actions, self.action_space)
-        outcomes = [self._act(i, actions[i]) for i in which]
+        outcomes: list[tuple[Any, bool, bool]] = []
         try:
+            for i in which:
+                outcomes.append(self._act(i, actions[i]))
             ends = np.array(outcomes)
             if ends.ndim != 2 or ends.dtype.char == "O":  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
-            for i, outcome in zip(which, outcomes, strict=True):
+            for i, outcome in zip(which, outcomes, strict=False):
                 self._check((self.rows[i, :O], *outcome, {}))
             raise
         rows = slice(None) if indices is None else indices
@@ -87,25 +89,27 @@ class EnvShard:
         if self.stream == EVALUATION:
             clip = None
         rewards: list[Any] = []
-        for _ in range(repeat):
-            result: Any = env.step(action)
-            try:
+        result: Any = None
+        try:
+            for _ in range(repeat):
+                result = env.step(action)
                 obs, reward, terminated, truncated, _ = result
                 running[0] += float(reward)
                 running[1] += 1
                 rewards.append(min(max(reward, clip[0]), clip[1]) if clip else reward)
-                if len(obs) != self.obs_dim:  # numpy would spread a shorter one
-                    self._check(result)
-                self.rows[i, : self.obs_dim] = obs
-            except (TypeError, ValueError):
+                if terminated or truncated:
+                    self.returns[i] = running
+                    break
+            if len(obs) != self.obs_dim:  # numpy would spread a shorter one
                 self._check(result)
-                raise
-            if terminated or truncated:
-                self.returns[i] = running
-                break
-        if terminated and failure_below is not None:
-            terminated, truncated = reward < failure_below, True
-        return sum(rewards[1:], rewards[0]), terminated, truncated and not terminated
+            self.rows[i, : self.obs_dim] = obs
+            if terminated and failure_below is not None:
+                terminated, truncated = reward < failure_below, True
+            return sum(rewards[1:], rewards[0]), terminated, truncated and not terminated
+        except (TypeError, ValueError):
+            if result is not None:
+                self._check(result)
+            raise
 
     def _check(self, result: Any) -> None:
         check_step(self.env_id, self.obs_dim, result, finite=False)
