@@ -311,12 +311,21 @@ def of_td3(steps=100_000):
     return [*here, *bounds, max(float(row[-2]) for row in rows if "here" not in row[1])]
 
 
-def fresh_return(name, fell):
-    """Mean return of the fresh episodes that ended so."""
+def fresh(name, fell):
+    """The fresh episodes that ended so."""
     with open(learning.RESULTS / name / "fresh.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["terminated"] == "True"]
-    return statistics.fmean(float(row["episode_return"]) for row in rows
-                            if (float(row["last_reward"]) < -99) == fell)
+    return [row for row in rows if (float(row["last_reward"]) < -99) == fell]
+
+
+def fresh_return(name, fell):
+    return statistics.fmean(float(row["episode_return"]) for row in fresh(name, fell))
+
+
+def hardcore_500k():
+    """On unseen terrains after 500 000 steps: the mean, its 95% interval, the share finished."""
+    returns, finished = learning.read_fresh("xqc-hardcore-500k")
+    return [*lab_stats.t_interval(returns), finished]
 
 
 # The fastest mode of each agent.
@@ -429,6 +438,15 @@ PROSE = {
         learning.read_fresh("xqc-hardcore")[1]],
     "A finished course returns {:.0f} on average and a fall {:.0f}": lambda: [
         fresh_return("xqc-hardcore", fell=False), fresh_return("xqc-hardcore", fell=True)],
+    "seeds 0 to 4 return {:.0f} on 500 unseen terrains (95% interval {:.0f} to {:.0f}) and finish "
+    "{:.0%} of them": hardcore_500k,
+    "Four of them return {:.0f} to {:.0f}. Seed 2 returns {:.0f}": lambda: [
+        sorted(learning.read_fresh("xqc-hardcore-500k")[0])[k] for k in (1, -1, 0)],
+    "no evaluation of it is above {:.0f}, and it falls on {} of its 100 terrains": lambda: [
+        max(value for (seed, _), value in learning.read()["xqc-hardcore-500k"].items()
+            if seed == 2),
+        sum(row["seed"] == "2" for row in fresh("xqc-hardcore-500k", fell=True))],
+    "Trained for as long, they have {:.0f}, with one seed": lambda: hardcore_500k()[:1],
     "seeds 0 to 4 have {:.0f}, seeds 5 to 9 {:.0f}": lambda: [
         mean_at(f"xqc-hardcore{which}", 500_000) for which in ("-seeds-0-to-4", "")],
     "All ten have {:.0f} after 500 000 steps and {:.0f} after 700 000": lambda: [
