@@ -64,15 +64,13 @@ class EnvShard:
         if not len(which) or self.action_space is None:
             return
         O, actions = self.obs_dim, as_env_actions(self.actions, self.action_space)
-        outcomes: list[tuple[Any, bool, bool]] = []
+        outcomes = [self._act(i, actions[i]) for i in which]
         try:
-            for i in which:
-                outcomes.append(self._act(i, actions[i]))
             ends = np.array(outcomes)
             if ends.ndim != 2 or ends.dtype.char == "O":  # a None would become NaN
                 raise TypeError(f"{self.env_id}: step returned {outcomes}")
         except (TypeError, ValueError):
-            for i, outcome in zip(which, outcomes, strict=False):
+            for i, outcome in zip(which, outcomes, strict=True):
                 self._check((self.rows[i, :O], *outcome, {}))
             raise
         rows = slice(None) if indices is None else indices
