@@ -375,6 +375,12 @@ def summary(scores: Scores) -> str:
     return "\n".join(lines) + "\n"
 
 
+def on_mujoco(agent: str, env: str, steps: int) -> str:
+    """The experiment's name."""
+    length = "" if steps == 100_000 else f"-{steps // 1000}k"
+    return f"{agent}-{env[:-3].lower()}{length}"
+
+
 def mujoco(scores: Scores, steps: int = 100_000) -> str:
     """Returns of XQC and CrossQ in bf16 after `steps` beside the published ones, and their mean in
     units of TD3: (return - random's) / (TD3's - random's). A dash where we have no run."""
@@ -384,9 +390,8 @@ def mujoco(scores: Scores, steps: int = 100_000) -> str:
             label = row.source.split(", ")[0] if row.algorithm == "bro" else row.algorithm
             found.setdefault(label, {})[row.environment] = row.mean
     found = {label: returns for label, returns in found.items() if len(returns) == len(TD3)}
-    length = "" if steps == 100_000 else f"-{steps // 1000}k"
     for agent in ("xqc", "crossq"):
-        names = {env: f"{agent}-{env[:-3].lower()}{length}" for env in TD3}
+        names = {env: on_mujoco(agent, env, steps) for env in TD3}
         ends = {env: last(scores.get(name + "-bf16") or scores[name])
                 for env, name in names.items() if name in scores}
         ours = {env: statistics.fmean(values) for env, (end, values) in ends.items()

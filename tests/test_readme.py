@@ -1,6 +1,5 @@
 """Statements in README.md and docs/ are true."""
 
-import csv
 import json
 import math
 import re
@@ -303,8 +302,7 @@ def of_td3(steps=100_000):
     best published one."""
     rows = [line.split("|") for line in learning.mujoco(learning.read(), steps).splitlines()[2:]]
     here = [float(row[-2]) for row in rows if "xqc, here" in row[1]]
-    length = "" if steps == 100_000 else f"-{steps // 1000}k"
-    scores = [(np.array(last(f"xqc-{env[:-3].lower()}{length}")) - random) / (td3 - random)
+    scores = [(np.array(last(learning.on_mujoco("xqc", env, steps))) - random) / (td3 - random)
               for env, (random, td3) in learning.TD3.items()]
     bounds = lab_stats.stratified_bootstrap(
         scores, lambda tasks: np.mean([task.mean(-1) for task in tasks], 0))
@@ -313,13 +311,12 @@ def of_td3(steps=100_000):
 
 def fresh(name, fell):
     """The fresh episodes that ended so."""
-    with open(learning.RESULTS / name / "fresh.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["terminated"] == "True"]
-    return [row for row in rows if (float(row["last_reward"]) < -99) == fell]
+    return [row for row in result(f"{name}/fresh")["episodes"]
+            if row["terminated"] and (row["last_reward"] < -99) == fell]
 
 
 def fresh_return(name, fell):
-    return statistics.fmean(float(row["episode_return"]) for row in fresh(name, fell))
+    return statistics.fmean(row["episode_return"] for row in fresh(name, fell))
 
 
 def hardcore_500k():
@@ -421,7 +418,7 @@ PROSE = {
     "HalfCheetah returns {:.0f} on average ({:.0f} to {:.0f}), Hopper {:.0f} ({:.0f} to {:.0f}), "
     "Walker2d {:.0f} ({:.0f} to {:.0f}), Ant {:.0f} ({:.0f} to {:.0f}) and Humanoid {:.0f} ("
     "{:.0f} to {:.0f})": lambda: [
-        of(last(f"xqc-{env[:-3].lower()}-300k")) for env in learning.TD3
+        of(last(learning.on_mujoco("xqc", env, 300_000))) for env in learning.TD3
         for of in (statistics.fmean, min, max)],
     "After 300 000 steps our mean is {:.2f} ({:.2f} to {:.2f} by the same bootstrap)":
     lambda: of_td3(300_000)[:3],
@@ -445,7 +442,12 @@ PROSE = {
     "no evaluation of it is above {:.0f}, and it falls on {} of its 100 terrains": lambda: [
         max(value for (seed, _), value in learning.read()["xqc-hardcore-500k"].items()
             if seed == 2),
-        sum(row["seed"] == "2" for row in fresh("xqc-hardcore-500k", fell=True))],
+        sum(row["seed"] == 2 for row in fresh("xqc-hardcore-500k", fell=True))],
+    "it has {:.0f} and, with the smaller learning rate, {:.0f} after 500 000 steps, but {:.0f} "
+    "after 700 000 and {:.0f} after a million": lambda: [
+        *(learning.read()[f"xqc-hardcore-{run}"][2, step] for run, step in (
+            ("seeds-0-to-4", 500_000), ("small-steps", 500_000), ("seeds-0-to-4", 700_000))),
+        result("xqc-hardcore-small-steps/fresh")["seeds"]["2"]["return"]],
     "Trained for as long, they have {:.0f}, with one seed": lambda: hardcore_500k()[:1],
     "seeds 0 to 4 have {:.0f}, seeds 5 to 9 {:.0f}": lambda: [
         mean_at(f"xqc-hardcore{which}", 500_000) for which in ("-seeds-0-to-4", "")],
